@@ -1,0 +1,38 @@
+"""A thin, exact training loop around Hugging Face Accelerate: the same run on any hardware.
+
+Example:
+    >>> import torch
+    >>> from accel_trainer import TrainConfig, Trainer
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> inputs = torch.linspace(0, 1, 32).reshape(-1, 1)
+    >>> loader = DataLoader(TensorDataset(inputs, 2 * inputs), batch_size=8, shuffle=True)
+    >>> model = torch.nn.Linear(1, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> trainer = Trainer(model, optimizer, torch.nn.MSELoss(), config=TrainConfig(num_epochs=5, verbose=False))
+    >>> history = trainer.fit(loader, loader)
+    >>> len(history.test_losses)
+    5
+"""
+
+from .callbacks import Callback
+from .checkpoints import load_best
+from .config import TrainConfig
+from .errors import HardwareError, NonFiniteError, ProcessFailedError, StopTraining
+from .history import History
+from .loop import evaluate_model, train_model
+from .trainer import Trainer
+
+__all__ = [
+    "Callback",
+    "HardwareError",
+    "History",
+    "NonFiniteError",
+    "ProcessFailedError",
+    "StopTraining",
+    "TrainConfig",
+    "Trainer",
+    "evaluate_model",
+    "load_best",
+    "train_model",
+]
+__version__ = "0.1.0"

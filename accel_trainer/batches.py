@@ -1,0 +1,486 @@
+"""Order of the samples, position in it, and the cut of each batch into micro-batches.
+
+A batch is what the user's loader says, whatever the number of processes. Every process draws the same batches of
+indices, cuts each the same way, and fetches only its own pieces.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import broadcast_object_list, find_batch_size
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from .randomness import DATA, FETCH, ORDER, SeededIterator, derive_seed, seed_all
+
+__all__ = ["Feed", "Layout", "MicroBatch", "Piece", "check_loader", "cut", "describe_batch", "num_batches"]
+
+
+class Layout(NamedTuple):
+    """How the work is divided: this process, of how many, and the micro-batches of a batch."""
+
+    process: int
+    num_processes: int
+    num_micro_batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The samples `start:stop` of a batch as one micro-batch of this process.
+
+    `counts` is false for the stand-in of a process that is left without samples: it takes part in the collectives
+    with the batch's first micro-batch, whose losses and gradients then weigh nothing.
+    """
+
+    index: int
+    start: int
+    stop: int
+    counts: bool
+    is_first: bool
+    is_last: bool
+
+
+@lru_cache(maxsize=1024)
+def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
+    """Return the micro-batches of this process for a batch of so many samples.
+
+    The batch is cut into contiguous pieces whose sizes differ by at most one sample, the larger first; the pieces are
+    dealt to the processes in contiguous runs of which the same holds.
+
+    Example:
+        >>> [(piece.start, piece.stop) for piece in cut(10, Layout(process=0, num_processes=2, num_micro_batches=3))]
+        [(0, 4), (4, 7)]
+    """
+    bounds = _even_bounds(num_samples, layout.num_micro_batches)
+    run = _even_bounds(layout.num_micro_batches, layout.num_processes)[layout.process]
+    mine = [(index, *bounds[index], True) for index in range(*run) if bounds[index][0] < bounds[index][1]]
+    mine = mine or [(0, *bounds[0], False)]
+    last = len(mine) - 1
+    return tuple(Piece(*piece, place == 0, place == last) for place, piece in enumerate(mine))
+
+
+def _even_bounds(total: int, parts: int) -> list[tuple[int, int]]:
+    size, larger = divmod(total, parts)
+    starts = [part * size + min(part, larger) for part in range(parts + 1)]
+    return list(pairwise(starts))
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """One forward of this process.
+
+    Attributes:
+        data: What the user's collate function made of the samples.
+        piece: Which samples of the batch they are.
+        batch_size: Samples of the whole batch, over all processes.
+        batch_number: Place of the batch in the pass over the data, 0-based.
+    """
+
+    data: Any
+    piece: Piece
+    batch_size: int
+    batch_number: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Number of the batch and index of the micro-batch in it: the order of the sums."""
+        return self.batch_number, self.piece.index
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that count: 0 for a stand-in."""
+        return self.piece.stop - self.piece.start if self.piece.counts else 0
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def _sampler(loader: DataLoader[Any]) -> Any:
+    """Return what yields batches of indices."""
+    return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+
+
+def index_batches(loader: DataLoader[Any], seed: int, epoch: int) -> Iterator[torch.Tensor | Sequence[Any]]:
+    """Yield the indices of each batch of this epoch: a pure function of (loader, seed, epoch).
+
+    Args:
+        loader: A loader of a map-style dataset.
+        seed: The user's seed.
+        epoch: Pass over the data, 1-based.
+    """
+    sampler = _sampler(loader)
+    inner = getattr(sampler, "sampler", sampler)
+    for stateful in (sampler, inner):
+        if hasattr(stateful, "set_epoch"):
+            stateful.set_epoch(epoch - 1)  # 0-based by torch's custom
+    own = getattr(inner, "generator", None)
+    path = (own.initial_seed() & (2**63 - 1),) if isinstance(own, torch.Generator) else ()
+    seed = derive_seed(seed, ORDER, epoch, *path)
+    order = _own_order(inner, seed) if type(sampler) is BatchSampler else None
+    if order is None:
+        # The generator of a sampler sits in the batch sampler or in the sampler inside.
+        yield from SeededIterator(sampler if own is None else _Drawing(sampler, own), seed)
+    else:
+        size: int = sampler.batch_size
+        end = len(order) - len(order) % size if sampler.drop_last else len(order)
+        for start in range(0, end, size):
+            yield order[start : start + size]
+
+
+class _Drawing:
+    """A batch sampler shown together with the generator of the sampler inside it."""
+
+    def __init__(self, sampler: Iterable[Any], generator: torch.Generator) -> None:
+        self.sampler, self.generator = sampler, generator
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.sampler)
+
+
+def _own_order(sampler: object, seed: int) -> torch.Tensor | None:
+    """Return the order of torch's two common samplers as one tensor, `None` for any other sampler."""
+    if type(sampler) is SequentialSampler:
+        return torch.arange(len(sampler.data_source))  # type: ignore[arg-type]
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
+        return torch.randperm(sampler.num_samples, generator=torch.Generator().manual_seed(seed))
+    return None
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------------
+
+
+class _TensorFetch:
+    """Fetch rows of a `TensorDataset`."""
+
+    in_memory = True  # a loader worker would only add the way back
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self._tensors = dataset.tensors
+
+    def __call__(self, indices: torch.Tensor) -> Any:
+        return [tensor.index_select(0, indices) for tensor in self._tensors]
+
+
+class _TableFetch:
+    """Fetch rows of a `datasets.Dataset` as a dictionary of column tensors."""
+
+    in_memory = False
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __call__(self, indices: torch.Tensor) -> Any:
+        rows = indices.tolist()
+        columns = self._table[rows]
+        if all(_stacks(column, len(rows)) for column in columns.values()):
+            return {name: torch.as_tensor(column) for name, column in columns.items()}
+        return default_collate(self._table.__getitems__(rows))  # text, ragged or nested columns
+
+
+class _SubsetFetch:
+    """Fetch rows of a `Subset` through the fetch of what it is a subset of."""
+
+    def __init__(self, subset: Subset[Any], inner: WholeFetch) -> None:
+        self.in_memory: bool = inner.in_memory
+        self._inner, self._rows = inner, torch.as_tensor(subset.indices)
+
+    def __call__(self, indices: torch.Tensor) -> Any:
+        return self._inner(self._rows[indices])
+
+
+WholeFetch = _TensorFetch | _TableFetch | _SubsetFetch
+
+
+def whole_fetch(dataset: Dataset[Any]) -> WholeFetch | None:
+    """Return what fetches many samples at once, just as the default collate function joins single ones.
+
+    Only for what is known to draw nothing and to index alike: by exact type a `TensorDataset`, a `datasets.Dataset` in
+    torch or numpy format, and a `Subset` of one; `None` for anything else.
+    """
+    if type(dataset) is TensorDataset:
+        return _TensorFetch(dataset)
+    if type(dataset) is Subset:
+        inner = whole_fetch(dataset.dataset)
+        return None if inner is None else _SubsetFetch(dataset, inner)
+    return _TableFetch(dataset) if _is_table(dataset) else None
+
+
+def _is_table(dataset: Any) -> bool:
+    # Asked by name: importing datasets costs a second, and who has one has imported it.
+    kind = type(dataset)
+    if (kind.__module__, kind.__qualname__) != ("datasets.arrow_dataset", "Dataset"):
+        return False
+    return dataset.format["type"] in ("torch", "numpy") and not dataset.format["format_kwargs"]
+
+
+def _stacks(column: Any, num_rows: int) -> bool:
+    """Return whether a column came as one numeric array with a row per sample."""
+    is_numeric = isinstance(column, torch.Tensor) or getattr(getattr(column, "dtype", None), "kind", "") in tuple(
+        "iufb"
+    )
+    return is_numeric and column.ndim > 0 and len(column) == num_rows
+
+
+class _Request(NamedTuple):
+    """What one micro-batch needs: its samples and the seed of what the dataset draws for them."""
+
+    indices: Sequence[Any]
+    seed: int
+
+
+class _SeededDataset(Dataset[Any]):
+    """Answer a request with the finished micro-batch; picklable, since loader workers run it."""
+
+    def __init__(self, loader: DataLoader[Any], fetch_whole: WholeFetch | None) -> None:
+        self._dataset, self._collate, self._fetch_whole = loader.dataset, loader.collate_fn, fetch_whole
+        self._answers_lists = loader.batch_sampler is None  # batch_size=None: the dataset takes a list of indices
+
+    def __getitem__(self, request: _Request) -> Any:
+        if self._fetch_whole is not None:
+            return self._fetch_whole(torch.as_tensor(request.indices))
+        seed_all(request.seed)
+        return self._collate(self._items(request.indices))
+
+    def _items(self, indices: Sequence[Any]) -> Any:
+        if self._answers_lists:
+            return self._dataset[indices]
+        many = getattr(self._dataset, "__getitems__", None)
+        return many(indices) if many else [self._dataset[index] for index in indices]
+
+
+def _as_is(data: Any) -> Any:
+    return data
+
+
+class _Requests:
+    """The sampler of the loader with workers: what `start` gave it last."""
+
+    def __init__(self) -> None:
+        self.pending: Iterator[_Request] = iter(())
+
+    def __iter__(self) -> Iterator[_Request]:
+        return self.pending
+
+
+class Feed:
+    """The micro-batches of this process, epoch by epoch.
+
+    Args:
+        loader: The user's loader: any sampler, batch sampler, collate function and workers.
+        layout: This process and the cut.
+        seed: The user's seed.
+        pin_memory: Copy each micro-batch to page-locked memory, if the loader asks for it.
+    """
+
+    def __init__(self, loader: DataLoader[Any], layout: Layout, seed: int, pin_memory: bool = False) -> None:
+        self.loader, self.layout, self.seed = loader, layout, seed
+        self._fetch_whole: WholeFetch | None = None
+        self._requests = _Requests()
+        self._loader: DataLoader[Any] | None = None
+        if is_stream(loader):
+            return
+        if loader.collate_fn is default_collate and loader.batch_sampler is not None:
+            self._fetch_whole = whole_fetch(loader.dataset)
+        self._dataset = _SeededDataset(loader, self._fetch_whole)
+        num_workers = 0 if self._fetch_whole and self._fetch_whole.in_memory else loader.num_workers
+        pin_memory = pin_memory and loader.pin_memory
+        if num_workers or pin_memory:
+            self._loader = self._loader_of_requests(num_workers, pin_memory)
+
+    def _loader_of_requests(self, num_workers: int, pin_memory: bool) -> DataLoader[Any]:
+        user = self.loader
+        return DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=self._requests,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            num_workers=num_workers,
+            timeout=user.timeout if num_workers else 0,
+            worker_init_fn=user.worker_init_fn,
+            multiprocessing_context=user.multiprocessing_context if num_workers else None,
+            prefetch_factor=user.prefetch_factor if num_workers else None,
+            persistent_workers=user.persistent_workers and num_workers > 0,
+        )
+
+    def micro_batches(self, epoch: int) -> Generator[MicroBatch]:
+        """Yield the micro-batches of this process for one pass over the data.
+
+        Args:
+            epoch: The pass, 1-based.
+        """
+        if is_stream(self.loader):
+            yield from self._streamed(epoch)
+        elif self._loader is None:
+            for micro_batch in self._planned(epoch):
+                micro_batch.data = self._fetch(epoch, micro_batch)
+                yield micro_batch
+        else:
+            planned: deque[MicroBatch] = deque()  # workers run ahead; what they were asked waits here
+            self._requests.pending = self._asked(epoch, planned)
+            for data in self._loader:
+                micro_batch = planned.popleft()
+                micro_batch.data = data
+                yield micro_batch
+
+    def _planned(self, epoch: int) -> Iterator[MicroBatch]:
+        """Yield the micro-batches with their indices in place of their data."""
+        position = 0
+        for number, indices in enumerate(index_batches(self.loader, self.seed, epoch)):
+            if not isinstance(indices, torch.Tensor) and not hasattr(indices, "__len__"):
+                raise TypeError(
+                    f"With batch_size=None the sampler must yield lists of indices, got {type(indices).__name__}. "
+                    "Give the DataLoader a batch_size, or a BatchSampler as its sampler."
+                )
+            for piece in cut(len(indices), self.layout):
+                yield MicroBatch(indices[piece.start : piece.stop], piece, len(indices), number)
+            position += len(indices)
+
+    def _asked(self, epoch: int, planned: deque[MicroBatch]) -> Iterator[_Request]:
+        for micro_batch in self._planned(epoch):
+            planned.append(micro_batch)
+            yield self._request(epoch, micro_batch)
+
+    def _request(self, epoch: int, micro_batch: MicroBatch) -> _Request:
+        indices = micro_batch.data
+        indices = indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
+        place = (epoch, micro_batch.batch_number, micro_batch.piece.start)
+        return _Request(indices, derive_seed(self.seed, FETCH, *place))
+
+    def _fetch(self, epoch: int, micro_batch: MicroBatch) -> Any:
+        if self._fetch_whole is not None:
+            return self._fetch_whole(torch.as_tensor(micro_batch.data))
+        return self._dataset[self._request(epoch, micro_batch)]
+
+    def _streamed(self, epoch: int) -> Iterator[MicroBatch]:
+        """Read a stream on the main process only, share each batch, and take this process's samples out of it."""
+        if hasattr(self.loader.dataset, "set_epoch"):
+            self.loader.dataset.set_epoch(epoch - 1)
+        is_reader = self.layout.process == 0
+        batches = SeededIterator(self.loader, derive_seed(self.seed, DATA, epoch)) if is_reader else None
+        for number in range(2**63):
+            batch = next(batches, _END) if batches is not None else None
+            if self.layout.num_processes > 1:
+                batch = broadcast_object_list([batch])[0]
+            if isinstance(batch, _End):
+                return
+            num_samples = find_batch_size(batch)
+            if num_samples is None:
+                raise TypeError("A batch of a stream must hold a tensor whose first dimension counts the samples.")
+            for piece in cut(num_samples, self.layout):
+                data = take(batch, piece.start, piece.stop, num_samples)
+                yield MicroBatch(data, piece, num_samples, number)
+
+
+class _End:
+    """Mark the end of a stream."""
+
+
+_END = _End()
+
+
+def take(batch: Any, start: int, stop: int, num_samples: int) -> Any:
+    """Return the samples `start:stop` of a collated batch: tensors and lists with an entry per sample are sliced.
+
+    Args:
+        batch: Tensors, and lists, tuples and dictionaries of them.
+        start: First sample.
+        stop: Behind the last sample.
+        num_samples: Samples of the batch.
+    """
+    if isinstance(batch, torch.Tensor) or hasattr(batch, "__array__"):
+        return batch[start:stop] if batch.ndim > 0 else batch
+    if isinstance(batch, dict):
+        return type(batch)({key: take(item, start, stop, num_samples) for key, item in batch.items()})
+    if isinstance(batch, (list, tuple)):
+        if len(batch) == num_samples and not any(isinstance(item, (torch.Tensor, dict, list, tuple)) for item in batch):
+            return batch[start:stop]
+        parts = [take(item, start, stop, num_samples) for item in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+# --- what a loader says -----------------------------------------------------------------------------------------------
+
+
+def is_stream(loader: DataLoader[Any]) -> bool:
+    """Return whether the loader reads an iterable dataset, whose samples cannot be addressed."""
+    return isinstance(loader.dataset, IterableDataset)
+
+
+def num_batches(loader: DataLoader[Any]) -> int | None:
+    """Return the batches of one pass over the data, `None` if the loader cannot say."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def check_loader(loader: object, name: str, may_be_empty: bool = False) -> None:
+    """Refuse a loader that the trainer could not divide, before anything is trained.
+
+    Args:
+        loader: What the user gave.
+        name: How the user calls it, for the message.
+        may_be_empty: Whether a loader without batches is accepted.
+
+    Raises:
+        TypeError: Not a plain torch `DataLoader`.
+        ValueError: It has a `DistributedSampler`, or yields no batch.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"{name} must be a torch.utils.data.DataLoader, got {type(loader).__name__}.")
+    if type(loader).__module__.startswith("accelerate."):
+        raise TypeError(f"{name} is already prepared by Accelerate. Give the plain DataLoader: the trainer divides it.")
+    sampler = _sampler(loader) if not is_stream(loader) else None
+    for part in (sampler, getattr(sampler, "sampler", None)):
+        if isinstance(part, DistributedSampler):
+            raise ValueError(
+                f"{name} has a DistributedSampler, but the trainer divides each batch over the processes by itself. "
+                "Remove it: DataLoader(dataset, batch_size=..., shuffle=True)."
+            )
+    if num_batches(loader) == 0 and not may_be_empty:
+        length = f"{len(loader.dataset)} samples" if hasattr(loader.dataset, "__len__") else "no samples"
+        rest = f" and drop_last=True with batch_size {loader.batch_size}" if loader.drop_last else ""
+        raise ValueError(f"{name} yields no batch: its dataset has {length}{rest}.")
+
+
+def describe_batch(num_samples: int, layout: Layout) -> str:
+    """Return the arithmetic of a batch in words.
+
+    Example:
+        >>> describe_batch(64, Layout(process=0, num_processes=2, num_micro_batches=4))
+        'batch 64 = 2 processes x 2 micro-batches x 16'
+    """
+    factors = [
+        _count({layout.num_processes}, "process"),
+        _count(_sizes(layout.num_micro_batches, layout.num_processes), "micro-batch"),
+        _count(_sizes(num_samples, layout.num_micro_batches), ""),
+    ]
+    return f"batch {num_samples} = {' x '.join(factors)}"
+
+
+def _sizes(total: int, parts: int) -> set[int]:
+    return {stop - start for start, stop in _even_bounds(total, parts)}
+
+
+def _count(numbers: set[int], noun: str) -> str:
+    plural = f" {noun}{'es' if numbers != {1} else ''}" if noun else ""
+    return " or ".join(str(number) for number in sorted(numbers, reverse=True)) + plural

@@ -1,0 +1,105 @@
+"""What the user chooses for a run. No facts about the machine."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["TrainConfig"]
+
+_CHOICES = {
+    "mode": ("min", "max"),
+    "mixed_precision": (None, "no", "fp16", "bf16", "fp8"),
+    "schedule_every": ("step", "epoch"),
+    "on_nonfinite": ("raise", "ignore"),
+}
+_AT_LEAST_ONE = ("num_epochs", "max_steps", "steps_per_epoch", "patience", "num_micro_batches", "report_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The user's choices for one run; checked when it is made.
+
+    Args:
+        num_epochs: Passes over the train loader, at least 1.
+        max_steps: Optimizer steps after which the run ends, at least 1; `None` sets no such limit.
+        steps_per_epoch: Steps that make one epoch of the history (evaluate, record, save), at least 1;
+            `None` makes an epoch one pass over the train loader.
+        patience: Epochs in a row without improvement after which the run stops, at least 1; `None` never stops.
+        min_delta: How much better than the best a value must be to count as improvement, at least 0,
+            in the unit of the monitored value.
+        monitor: What chooses the best epoch: `test_loss`, `train_loss` or the name of a metric.
+            Without a test loader `test_loss` means the train loss.
+        mode: Whether a smaller (`min`) or a larger (`max`) monitored value is better.
+        num_micro_batches: Pieces that each batch is cut into, at least 1; `None` cuts one per process.
+            More pieces than processes is gradient accumulation. With a fixed number, models with dropout or
+            BatchNorm too give the same run on any number of processes.
+        mixed_precision: `no`, `bf16`, `fp16` or `fp8`; `None` takes what `accelerate launch` says, else `no`.
+        max_grad_norm: Clip the gradient of each step to this global norm, greater than 0; `None` does not clip.
+        schedule_every: Whether the scheduler steps once per optimizer `step` or once per `epoch`.
+            `ReduceLROnPlateau` always steps per epoch.
+        seed: Decides the order of the samples, dropout and augmentation; from 0 to 2**63 - 1.
+        restore_best: Give the model the weights of the best epoch at the end; false keeps the last.
+        run_dir: Folder for config, history, best weights and picture; `None` writes nothing.
+        report_every: Steps between two read-backs of the loss, for the bar and the check for non-finite values.
+        time_limit_seconds: Stop at the first step after this many seconds, greater than 0; `None` sets no limit.
+        on_nonfinite: When the train loss becomes nan or infinite: `raise` an error within `report_every`
+            steps, or `ignore` it and record it.
+        find_unused_parameters: Set it when a step can leave some parameters without a gradient that
+            had one in the first step. Costs the overlap of communication and backward.
+        verbose: Print the hardware, a line per epoch and the end of the run, on the main process.
+
+    Raises:
+        ValueError: A value is out of its range; the message names the field, its range and the value.
+
+    Example:
+        >>> TrainConfig(num_epochs=20, patience=3).patience
+        3
+    """
+
+    num_epochs: int = 50
+    max_steps: int | None = None
+    steps_per_epoch: int | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
+    monitor: str = "test_loss"
+    mode: Literal["min", "max"] = "min"
+    num_micro_batches: int | None = None
+    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
+    max_grad_norm: float | None = None
+    schedule_every: Literal["step", "epoch"] = "step"
+    seed: int = 0
+    restore_best: bool = True
+    run_dir: str | os.PathLike[str] | None = None
+    report_every: int = 50
+    time_limit_seconds: float | None = None
+    on_nonfinite: Literal["raise", "ignore"] = "raise"
+    find_unused_parameters: bool = False
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            _check_count(name, getattr(self, name), optional=type(self).__dataclass_fields__[name].default is None)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(repr(choice) for choice in choices)
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+        for name in ("max_grad_norm", "time_limit_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be greater than 0 (or None), got {value}.")
+        if not (self.min_delta >= 0 and math.isfinite(self.min_delta)):
+            raise ValueError(f"min_delta must be at least 0 and finite, got {self.min_delta}.")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}.")
+
+
+def _check_count(name: str, value: object, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if type(value) is not int:
+        raise ValueError(f"{name} must be a whole number{' or None' if optional else ''}, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")

@@ -1,0 +1,36 @@
+"""The few exceptions of the package. Wrong arguments raise the built-in `ValueError` and `TypeError`."""
+
+from __future__ import annotations
+
+__all__ = ["HardwareError", "NonFiniteError", "ProcessFailedError", "StopTraining"]
+
+
+class StopTraining(Exception):
+    """Raise it in a callback to end the run, on all processes, at the same step.
+
+    Args:
+        reason: What to tell the user; it becomes `History.stop_reason`.
+
+    Example:
+        >>> from accel_trainer import Callback
+        >>> class StopWhenGoodEnough(Callback):
+        ...     def on_epoch_end(self, trainer):
+        ...         if trainer.history.test_losses[-1] < 0.1:
+        ...             raise StopTraining("test loss below 0.1")
+    """
+
+    def __init__(self, reason: str = "a callback asked for it") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class HardwareError(RuntimeError):
+    """The launch asks for something that this machine or this package cannot do."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A train loss became infinite or not a number, and `on_nonfinite="raise"`."""
+
+
+class ProcessFailedError(RuntimeError):
+    """Another process of the run failed; the message names it and its error."""

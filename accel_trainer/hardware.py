@@ -1,0 +1,274 @@
+"""Build the one `Accelerator`, say what was chosen and why, prepare the model, give it back plain."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, send_to_device
+from torch import nn
+from torch.optim import Optimizer
+
+from .batches import Layout
+from .errors import HardwareError
+from .gradients import share_from_main
+from .randomness import torch_generators
+
+__all__ = ["Hardware", "Prepared"]
+
+_VERIFIED = ("cpu", "cuda")
+_PLUGINS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+class Hardware:
+    """What a run computes on: one device per process, and what it does there.
+
+    Args:
+        mixed_precision: The user's choice, `None` to take the launch's.
+        factory: The user's own function that builds the `Accelerator`.
+
+    Raises:
+        HardwareError: The launch or the arguments ask for something that would not happen here.
+    """
+
+    def __init__(self, mixed_precision: str | None = None, factory: Callable[[], Accelerator] | None = None) -> None:
+        _check_environment()
+        self._precision_source = _precision_source(mixed_precision, factory)
+        self.accelerator = _build(mixed_precision, factory)
+        _check_built(self.accelerator, mixed_precision)
+        self.device: torch.device = self.accelerator.device
+        self.process: int = self.accelerator.process_index
+        self.num_processes: int = self.accelerator.num_processes
+        self.is_main = self.process == 0
+        self.precision: str = self.accelerator.mixed_precision
+        self.generators = torch_generators(self.device)
+
+    def layout(self, num_micro_batches: int | None) -> Layout:
+        """Return this process's place; one micro-batch per process unless a number is given."""
+        return Layout(self.process, self.num_processes, num_micro_batches or self.num_processes)
+
+    def set_generators(self, seed: int) -> None:
+        """Seed what dropout and friends draw from (about a microsecond each)."""
+        for generator in self.generators:
+            generator.manual_seed(seed)
+
+    def place(self, data: Any) -> Any:
+        """Return a micro-batch on the device."""
+        if self.device.type == "cpu":
+            return data
+        return send_to_device(data, self.device, non_blocking=True)
+
+    def from_main(self, function: Callable[[], Any]) -> Any:
+        """Run a function on the main process only and return its result, or raise its error, on all."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except (OSError, ValueError) as error:
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def describe(self) -> str:
+        """Return one line: device, processes and precision, each with where it came from."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+        unverified = "" if self.device.type in _VERIFIED else ", not verified by this package"
+        launch = "launcher" if "WORLD_SIZE" in os.environ else "default"
+        processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''} ({launch})"
+        return (
+            f"{name} ({_device_source(self.device)}{unverified}), {processes}, "
+            f"precision {self.precision} ({self._precision_source})"
+        )
+
+
+def _check_environment() -> None:
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", ""):
+        raise HardwareError(_accumulation_hint(steps))
+    for variable, plugin in _PLUGINS.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+            _refuse_plugin(plugin)
+
+
+def _accumulation_hint(steps: object) -> str:
+    return (
+        f"gradient_accumulation_steps={steps} is not used here: the loader's batch is what one update sees, on any "
+        "number of processes. Multiply batch_size by it and set num_micro_batches in TrainConfig to cut the batch."
+    )
+
+
+def _refuse_plugin(plugin: str) -> None:
+    raise HardwareError(
+        f"The launch asks for {plugin}, which this version does not support (and which Accelerate silently ignores on "
+        "CPU). Launch without it: one process per device, each with the whole model."
+    )
+
+
+def _build(mixed_precision: str | None, factory: Callable[[], Accelerator] | None) -> Accelerator:
+    if factory is not None:
+        accelerator = factory()
+        if not isinstance(accelerator, Accelerator):
+            raise TypeError(f"accelerator must be a function that returns an Accelerator, got {accelerator!r}.")
+        return accelerator
+    state = AcceleratorState._shared_state
+    if mixed_precision is not None and state and state["_mixed_precision"] != mixed_precision:
+        raise HardwareError(
+            f"This process already has an Accelerator with mixed_precision={state['_mixed_precision']!r}, and "
+            f"Accelerate cannot change it to {mixed_precision!r}. Use the same setting, or a fresh process."
+        )
+    # Without an accelerator Accelerate would start as many separate trainings as there are processes.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    cpu = several and not torch.accelerator.is_available()
+    _check_precision(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+
+
+def _check_built(accelerator: Accelerator, mixed_precision: str | None) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != accelerator.num_processes:
+        raise HardwareError(
+            f"The launcher started {world_size} processes, but Accelerate sees {accelerator.num_processes}: each would "
+            "train alone. An Accelerator or PartialState made before the trainer, without cpu=True, does this: "
+            "remove it, or set ACCELERATE_USE_CPU=true."
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise HardwareError(_accumulation_hint(accelerator.gradient_accumulation_steps))
+    for name, plugin in (
+        ("fsdp_plugin", "FSDP"),
+        ("deepspeed_plugin", "DeepSpeed"),
+        ("megatron_lm_plugin", "Megatron"),
+    ):
+        if getattr(accelerator.state, name, None) is not None:
+            _refuse_plugin(plugin)
+    _check_environment()  # the user's function may have set a plugin, which announces itself there
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        _refuse_plugin(str(accelerator.distributed_type.value))
+    if mixed_precision is not None and accelerator.mixed_precision != mixed_precision:
+        raise HardwareError(
+            f"mixed_precision is {mixed_precision!r} in TrainConfig and {accelerator.mixed_precision!r} in the "
+            "Accelerator that was given: set it in one place."
+        )
+    _check_precision(accelerator.mixed_precision, accelerator.device.type)
+
+
+def possible_precisions(device_type: str) -> list[str]:
+    """Return the precisions that a kind of device can train in here."""
+    if device_type == "cpu":
+        return ["no", "bf16"]
+    if device_type == "cuda":
+        return ["no", "fp16", *(["bf16"] if torch.cuda.is_bf16_supported() else []), "fp8"]
+    return ["no", "fp16", "bf16"]
+
+
+def _check_precision(precision: str, device_type: str | None = None) -> None:
+    if device_type is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+        device_type = "cpu" if found is None or forced_cpu else found.type
+    possible = possible_precisions(device_type)
+    if precision not in possible:
+        raise HardwareError(
+            f"Precision {precision!r} is impossible on {device_type.upper()} (Accelerate would silently train in full "
+            f"precision). This machine can do: {', '.join(possible)}."
+        )
+
+
+def _precision_source(mixed_precision: str | None, factory: object) -> str:
+    if mixed_precision is not None:
+        return "argument"
+    if factory is not None:
+        return "your Accelerator"
+    if AcceleratorState._shared_state:
+        return "the Accelerator of this process"
+    return "launcher or environment" if "ACCELERATE_MIXED_PRECISION" in os.environ else "default"
+
+
+def _device_source(device: torch.device) -> str:
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
+        return "asked for by ACCELERATE_USE_CPU"
+    return "no accelerator found" if device.type == "cpu" and not torch.accelerator.is_available() else "found"
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+_TRACES = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+class Prepared:
+    """A model, and an optimizer, on the hardware: wrapped, moved, in its precision.
+
+    The user's model stays the same object. What Accelerate hangs on it is there only inside `attached()`.
+
+    Args:
+        hardware: Where it goes.
+        model: The user's model.
+        optimizer: The user's optimizer; `None` to evaluate only.
+    """
+
+    def __init__(self, hardware: Hardware, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        self.hardware, self.plain, self.optimizer = hardware, model, optimizer
+        self._before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
+        accelerator = hardware.accelerator
+        if optimizer is None:
+            self.model = accelerator.prepare_model(model, evaluation_mode=True)
+            if hardware.num_processes > 1:
+                share_from_main([*model.parameters(), *model.buffers()])
+            self._accelerated: Any = None
+        else:
+            # Each micro-batch starts from the step's own buffers (gradients.Buffers): no broadcast in the forward.
+            handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
+            handler.broadcast_buffers = False
+            accelerator.ddp_handler = handler
+            with warnings.catch_warnings():
+                # torch 2.13 renames the setting; Accelerate 1.15 knows the old name only.
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self.model, self._accelerated = accelerator.prepare(model, optimizer)
+        self._attached = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
+        self._detach()
+
+    def _detach(self) -> None:
+        for name in self._attached:
+            self.plain.__dict__.pop(name, None)
+        self.plain.__dict__.update(self._before)
+
+    @contextmanager
+    def attached(self) -> Iterator[nn.Module]:
+        """Yield what to call in place of the model."""
+        self.plain.__dict__.update(self._attached)
+        try:
+            yield self.model
+        finally:
+            self._detach()
+
+    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+        """Scale the gradients down to a global norm and return the norm they had."""
+        norm: torch.Tensor = self.hardware.accelerator.clip_grad_norm_(parameters, max_norm)
+        return norm
+
+    def step(self) -> bool:
+        """Update the weights; return whether that happened (fp16 skips an update whose gradients overflowed)."""
+        if self.hardware.accelerator.scaler is None and self.hardware.device.type != "xla":
+            self.optimizer.step()  # type: ignore[union-attr]
+            return True
+        self._accelerated.step()
+        return not self._accelerated.step_was_skipped
+
+    def forget(self) -> None:
+        """Let go of the model: Accelerate keeps a list of what it has prepared."""
+        accelerator = self.hardware.accelerator
+        accelerator._models = [model for model in accelerator._models if model is not self.model]
+        accelerator._optimizers = [kept for kept in accelerator._optimizers if kept is not self._accelerated]

@@ -1,0 +1,146 @@
+"""What a run has measured, epoch by epoch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .report import draw_losses
+
+__all__ = ["History"]
+
+_PER_EPOCH = {
+    "train_loss": "train_losses",
+    "test_loss": "test_losses",
+    "learning_rate": "learning_rates",
+    "grad_norm": "grad_norms",
+    "epoch_seconds": "epoch_seconds",
+}
+
+
+@dataclass
+class History:
+    """Losses, metrics and decisions of a run; the same on every process but for the seconds.
+
+    Attributes:
+        train_losses: Mean loss over the samples of each epoch, as they were during it.
+        test_losses: Loss of the whole test set under the weights at the end of each epoch; empty without one.
+        learning_rates: Learning rate of the last update of each epoch (first parameter group).
+        grad_norms: Mean over the steps of each epoch of the gradient's norm before clipping; empty
+            without `max_grad_norm`.
+        metrics: Name of each metric -> its value on the test set per epoch.
+        epoch_seconds: Seconds that each epoch took, evaluation included.
+        best_epoch: The epoch whose weights are the best, 1-based; `None` if no epoch has a finite value.
+        best_value: Its monitored value.
+        stop_reason: Why the run ended, in words; `None` while it goes on.
+
+    Example:
+        >>> history = History()
+        >>> history.record(train_loss=0.5, test_loss=0.6, learning_rate=0.1, epoch_seconds=2.0)
+        >>> history.test_losses
+        [0.6]
+    """
+
+    train_losses: list[float] = field(default_factory=list)
+    test_losses: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    epoch_seconds: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_value: float | None = None
+    stop_reason: str | None = None
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs recorded so far."""
+        return len(self.train_losses)
+
+    def record(self, *, metrics: dict[str, float] | None = None, **values: float | None) -> None:
+        """Append one epoch; a value of `None` is left out."""
+        for name, value in values.items():
+            if value is not None:
+                getattr(self, _PER_EPOCH[name]).append(value)
+        for name, value in (metrics or {}).items():
+            self.metrics.setdefault(name, []).append(value)
+
+    def last(self) -> dict[str, Any]:
+        """Return what was recorded for the last epoch, by name."""
+        values = {name: getattr(self, series) for name, series in _PER_EPOCH.items()}
+        row = {name: series[-1] for name, series in values.items() if series}
+        return row | {"metrics": {name: series[-1] for name, series in self.metrics.items()}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as lists, dictionaries and numbers."""
+        return asdict(self)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the losses into an image file; its ending chooses the format.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        draw_losses(path, self.train_losses, self.test_losses, self.best_epoch)
+
+    def overfitting(self) -> str | None:
+        """Return a sentence when the test loss has clearly risen since its lowest, else `None`.
+
+        Clearly: the lowest was reached in the first 80 % of the epochs and at least 3 epochs ago, the test loss
+        is now more than 2 % above it, and the train loss went on falling.
+        """
+        finite = [loss for loss in self.test_losses if math.isfinite(loss)]
+        if len(finite) < 4 or len(finite) != len(self.test_losses):
+            return None
+        lowest = self.test_losses.index(min(finite))
+        since = self.num_epochs - 1 - lowest
+        risen = finite[-1] > finite[lowest] + 0.02 * abs(finite[lowest])
+        fallen = self.train_losses[-1] < self.train_losses[lowest]
+        if since < max(3, 0.2 * self.num_epochs) or not (risen and fallen):
+            return None
+        return (
+            f"Overfitting: since epoch {lowest + 1} the test loss rose from {finite[lowest]:.4f} to {finite[-1]:.4f} "
+            f"while the train loss fell from {self.train_losses[lowest]:.4f} to {self.train_losses[-1]:.4f}."
+        )
+
+    @classmethod
+    def load(cls, run_dir: str | os.PathLike[str]) -> History:
+        """Read the history of a run folder.
+
+        Raises:
+            FileNotFoundError: The folder holds no `history.jsonl`.
+        """
+        path = Path(run_dir) / "history.jsonl"
+        if not path.is_file():
+            raise FileNotFoundError(f"No history.jsonl in {Path(run_dir)}: is this a run_dir of a started run?")
+        history = cls()
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = decode(json.loads(line))
+            if "epoch" in row:
+                history.record(metrics=row["metrics"], **{name: row.get(name) for name in _PER_EPOCH})
+            for name in ("best_epoch", "best_value", "stop_reason"):
+                setattr(history, name, row.get(name))
+        return history
+
+
+def encode(value: Any) -> Any:
+    """Return plain data as JSON can hold it: nan and infinities become the words `float()` reads back."""
+    if isinstance(value, dict):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def decode(value: Any) -> Any:
+    """Undo `encode`."""
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value

@@ -1,0 +1,562 @@
+"""The loop: what happens in an epoch, in order. `fit` and `train_epoch` are the documentation of the package."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from .batches import Feed, Layout, MicroBatch, check_loader
+from .callbacks import say
+from .checkpoints import BestWeights, RunFolder
+from .config import TrainConfig
+from .errors import NonFiniteError
+from .gradients import Buffers, Gradients
+from .hardware import Hardware, Prepared
+from .history import History
+from .losses import Fault, Ledger, Metrics, Objective, Totals, check_loss, inputs_of
+from .randomness import EVALUATION, TRAINING, derive_seed, preserved
+from .schedules import Schedule
+from .state import RunState
+from .stopping import Stopping, shared_failure
+
+__all__ = ["Run", "Training", "evaluate", "evaluate_model", "fit", "predict", "train_epoch", "train_model"]
+
+
+@dataclass
+class Training:
+    """What makes optimizer steps: the parts that `train_epoch` puts in order."""
+
+    config: TrainConfig
+    hardware: Hardware
+    layout: Layout
+    prepared: Prepared
+    objective: Objective
+    gradients: Gradients
+    buffers: Buffers
+    schedule: Schedule
+    stopping: Stopping
+    state: RunState
+    call: Callable[[str], None] = lambda hook: None
+    norms: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """What makes epochs out of steps: the parts that `fit` puts in order."""
+
+    training: Training
+    train_feed: Feed
+    test_feed: Feed | None
+    metrics: Metrics
+    history: History
+    best: BestWeights
+    folder: RunFolder | None
+    monitor: str
+    announce: Callable[[str], None]
+
+
+def fit(run: Run) -> str:
+    """Train until something ends the run and return the reason, in words."""
+    training, config, state = run.training, run.training.config, run.training.state
+    for micro_batches in epochs(run.train_feed, config):
+        state.epoch += 1
+        started = time.perf_counter()
+        training.call("on_epoch_start")
+        train = train_epoch(training, micro_batches)
+        if training.stopping.reason is not None:
+            return f"{training.stopping.reason} in epoch {state.epoch}"  # an epoch cut short is not recorded
+
+        training.buffers.share()
+        check_weights(training)
+        test = evaluate_epoch(run)
+        value = record(run, train, test, time.perf_counter() - started)
+        if state.judge(value, config.mode, config.min_delta):
+            run.best.keep(training.prepared.plain, {"epoch": state.epoch, run.monitor: value})
+        training.schedule.after_epoch(value)
+        report_epoch(run)
+        training.call("on_epoch_end")
+
+        if training.stopping.agree():
+            return f"{training.stopping.reason} after epoch {state.epoch}"
+        if config.patience is not None and state.num_bad_epochs >= config.patience:
+            return f"no improvement of {run.monitor} for {config.patience} epochs"
+        if state.step == config.max_steps:
+            return f"max_steps={config.max_steps} reached"
+    return f"all {config.num_epochs} epochs done"
+
+
+def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Totals | None:
+    """Make the optimizer steps of one epoch and return its mean loss; `None` if the run ends within it."""
+    hardware, model, state = training.hardware, training.prepared.model, training.state
+    gradients, buffers = training.gradients, training.buffers
+    ledger = Ledger(hardware.process)
+    with closing(micro_batches):
+        for micro_batch in micro_batches:
+            if micro_batch.piece.is_first:
+                if not training.stopping.may_start(state.step + 1):
+                    return None
+                state.num_batches += 1
+            hardware.set_generators(
+                derive_seed(training.config.seed, TRAINING, state.num_batches, micro_batch.piece.index)
+            )
+            micro_batch.data = hardware.place(micro_batch.data)
+            buffers.before(micro_batch)
+            with gradients.context(micro_batch):
+                forward = training.objective(model, micro_batch)
+                check_loss(forward.loss, needs_grad=True)
+                gradients.backward(forward)
+            buffers.after(micro_batch)
+            ledger.add(state.num_batches, micro_batch, forward)
+            if micro_batch.piece.is_last:
+                take_step(training, micro_batch.batch_size, ledger)
+                if state.step == training.config.max_steps:
+                    break
+    totals = ledger.exchange()
+    check_finite(training, totals.fault)
+    return totals
+
+
+def take_step(training: Training, batch_size: int, ledger: Ledger) -> None:
+    """Update the weights with the gradients of one batch."""
+    config, state, prepared = training.config, training.state, training.prepared
+    training.gradients.finish(batch_size)
+    training.buffers.finish(min(batch_size, training.layout.num_micro_batches))
+    if config.max_grad_norm is not None:
+        training.norms.append(prepared.clip(training.gradients.parameters, config.max_grad_norm))
+    updated = prepared.step()
+    training.gradients.clear()
+    if not updated:
+        return
+    state.step += 1
+    training.schedule.after_step()
+    if state.step % config.report_every == 0:
+        state.recent_loss, fault = ledger.report()
+        check_finite(training, fault)
+    training.call("on_step_end")
+
+
+def evaluate(prepared: Prepared, objective: Objective, feed: Feed, metrics: Metrics) -> dict[str, float]:
+    """Return the loss and metrics over all samples of a loader, the same numbers on every process."""
+    hardware = prepared.hardware
+    ledger = Ledger(hardware.process, metrics.totalled)
+    metrics.reset(hardware.device)
+    with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
+        for micro_batch in micro_batches:
+            if not micro_batch.piece.counts:
+                continue  # nothing is exchanged before the end, so nobody has to stand in
+            hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
+            micro_batch.data = hardware.place(micro_batch.data)
+            forward = objective(prepared.model, micro_batch)
+            check_loss(forward.loss, needs_grad=False)
+            ledger.add(micro_batch.batch_number, micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))
+    totals = ledger.exchange()
+    values = totals.metrics | metrics.merge(hardware.num_processes)
+    return {"loss": totals.loss, **{name: values[name] for name in metrics.names}}
+
+
+def predict(prepared: Prepared, feed: Feed) -> Any:
+    """Return the model's outputs for every sample in the order of the loader, on the main process, in host memory."""
+    hardware = prepared.hardware
+    parts: list[Any] = []
+    waiting: list[Any] = []
+    with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
+        for micro_batch in micro_batches:
+            if micro_batch.piece.counts:
+                hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
+                inputs = inputs_of(hardware.place(micro_batch.data))
+                outputs = prepared.model(**inputs) if isinstance(inputs, dict) else prepared.model(inputs)
+                waiting.append((micro_batch.place, to_host(outputs)))
+            # All processes have as many batches, so they meet here at the same moments.
+            if micro_batch.piece.is_last and (micro_batch.batch_number + 1) % _BATCHES_PER_GATHER == 0:
+                parts += collect(waiting, hardware)
+                waiting = []
+    parts += collect(waiting, hardware)
+    return join(parts) if hardware.is_main else None
+
+
+_BATCHES_PER_GATHER = 32
+
+
+def collect(waiting: list[Any], hardware: Hardware) -> list[Any]:
+    """Return the outputs of all processes in order, on the main process."""
+    if hardware.num_processes > 1:
+        everyone: list[Any] | None = [None] * hardware.num_processes if hardware.is_main else None
+        torch.distributed.gather_object(waiting, everyone, dst=0)
+        waiting = [part for one in everyone or [] for part in one]
+    return [outputs for _, outputs in sorted(waiting, key=lambda part: part[0])]
+
+
+def to_host(outputs: Any) -> Any:
+    """Return tensors, also inside lists, tuples and dictionaries, in host memory."""
+    if isinstance(outputs, Tensor):
+        return outputs.detach().cpu()
+    if isinstance(outputs, dict):
+        return {key: to_host(item) for key, item in outputs.items()}
+    if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
+        return type(outputs)(*map(to_host, outputs))
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(map(to_host, outputs))
+    return outputs
+
+
+def join(parts: list[Any]) -> Any:
+    """Join the outputs of micro-batches along their first dimension.
+
+    Raises:
+        ValueError: Outputs whose shapes do not fit, or that have no dimension of samples.
+    """
+    if not parts:
+        return None
+    first = parts[0]
+    if isinstance(first, Tensor):
+        if first.ndim == 0 or len({part.shape[1:] for part in parts}) > 1:
+            shapes = sorted({tuple(part.shape) for part in parts})
+            raise ValueError(f"Outputs of these shapes cannot be joined along the samples: {shapes}.")
+        return torch.cat(parts)
+    if isinstance(first, dict):
+        return {key: join([part[key] for part in parts]) for key in first}
+    if isinstance(first, tuple):
+        joined = [join(list(column)) for column in zip(*parts, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
+    if isinstance(first, list):
+        if first and isinstance(first[0], Tensor):
+            return [join(list(column)) for column in zip(*parts, strict=True)]
+        return [item for part in parts for item in part]
+    raise ValueError(f"Outputs of type {type(first).__name__} cannot be joined along the samples.")
+
+
+# --- the parts of an epoch --------------------------------------------------------------------------------------------
+
+
+def epochs(feed: Feed, config: TrainConfig) -> Iterator[Generator[MicroBatch]]:
+    """Yield the micro-batches of each epoch: a pass over the data, or `steps_per_epoch` batches of an endless one."""
+    if config.steps_per_epoch is None:
+        for epoch in range(1, config.num_epochs + 1):
+            yield _not_empty(feed.micro_batches(epoch))
+        return
+    endless = itertools.chain.from_iterable(_not_empty(feed.micro_batches(epoch)) for epoch in itertools.count(1))
+    for _ in range(config.num_epochs):
+        yield _first_batches(endless, config.steps_per_epoch)
+
+
+def _not_empty(micro_batches: Generator[MicroBatch]) -> Generator[MicroBatch]:
+    micro_batch = None
+    for micro_batch in micro_batches:
+        yield micro_batch
+    if micro_batch is None:
+        raise ValueError("train_loader yields no batch.")
+
+
+def _first_batches(micro_batches: Iterable[MicroBatch], num_batches: int) -> Generator[MicroBatch]:
+    for micro_batch in micro_batches:
+        yield micro_batch
+        num_batches -= micro_batch.piece.is_last
+        if num_batches == 0:
+            return
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and each of its modules back in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in training mode, and each of its modules back in the mode it had.
+
+    In a model that is in training mode already, modules in evaluation mode were frozen on purpose and stay so.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def evaluate_epoch(run: Run) -> dict[str, float] | None:
+    """Return the scores of the test set; `None` without one."""
+    if run.test_feed is None:
+        return None
+    return evaluate(run.training.prepared, run.training.objective, run.test_feed, run.metrics)
+
+
+def record(run: Run, train: Totals | None, test: dict[str, float] | None, seconds: float) -> float:
+    """Write the epoch to the history and return its monitored value."""
+    training, history = run.training, run.history
+    train_loss = math.nan if train is None else train.loss
+    norms = training.norms
+    scores = dict(test) if test is not None else {}
+    history.record(
+        train_loss=train_loss,
+        test_loss=scores.pop("loss", None),
+        learning_rate=training.schedule.learning_rate,
+        grad_norm=float(torch.stack(norms).double().mean()) if norms else None,
+        epoch_seconds=seconds,
+        metrics=scores,
+    )
+    norms.clear()
+    if run.monitor == "train_loss":
+        return train_loss
+    return history.test_losses[-1] if run.monitor == "test_loss" else scores[run.monitor]
+
+
+def report_epoch(run: Run) -> None:
+    """Tell the epoch to the history, the run folder and the reader."""
+    history, state = run.history, run.training.state
+    history.best_epoch, history.best_value = state.best_epoch, state.best_value
+    row = {"epoch": state.epoch, "step": state.step} | history.last()
+    if run.folder is not None:
+        run.folder.append_history(row | {"best_epoch": state.best_epoch, "best_value": state.best_value})
+    test = f", Test Loss: {row['test_loss']:.4f}" if "test_loss" in row else ""
+    run.announce(f"Epoch {state.epoch}/{run.training.config.num_epochs} - Train Loss: {row['train_loss']:.4f}{test}")
+
+
+def check_finite(training: Training, fault: Fault | None) -> None:
+    """End the run, on all processes alike, when a train loss is not finite.
+
+    Raises:
+        NonFiniteError: With the step and the process of the first such loss.
+    """
+    if fault is not None and training.config.on_nonfinite == "raise":
+        raise NonFiniteError(
+            f"Train loss became {fault.value} in epoch {training.state.epoch}, step {fault.batch}, process "
+            f"{fault.process}. Lower the learning rate, set max_grad_norm, or look at the data."
+        )
+
+
+def check_weights(training: Training) -> None:
+    """Find processes whose weights have parted: they would train different models from here on.
+
+    Raises:
+        RuntimeError: With the first parameter that differs.
+    """
+    if training.hardware.num_processes == 1:
+        return
+    named = list(training.prepared.plain.named_parameters())
+    sums = torch.stack([_bits(parameter) for _, parameter in named]).tolist()
+    for (name, _), values in zip(named, zip(*gather_object([sums]), strict=True), strict=True):
+        if len(set(values)) > 1:
+            raise RuntimeError(
+                f"The weights differ between the processes, first in {name}. Call the model that compute_loss is "
+                "given, not one it has from elsewhere, and let nothing in it depend on the process."
+            )
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    """Return the sum of a tensor's bits read as whole numbers."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return parameter.detach().contiguous().view(whole).sum(dtype=torch.int64)
+
+
+# --- the two functions of the tutorials -------------------------------------------------------------------------------
+
+
+class _Session:
+    """What the tutorial functions keep with a model: its hardware and what was prepared for it.
+
+    It hangs on the model and lives as long; copies and pickles of the model get `None` in its place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.hardware = Hardware()
+        self.layout = self.hardware.layout(None)
+        self.config = TrainConfig(on_nonfinite="ignore")
+        self.feeds: WeakKeyDictionary[DataLoader[Any], Feed] = WeakKeyDictionary()
+        self.epochs: WeakKeyDictionary[DataLoader[Any], int] = WeakKeyDictionary()
+        self.training: Training | None = None
+        self._evaluating: Prepared | None = None
+        if self.hardware.is_main:
+            say(self.hardware.describe())
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def feed(self, loader: DataLoader[Any], name: str) -> Feed:
+        """Return the micro-batches of a loader; the same object at every call."""
+        if loader not in self.feeds:
+            check_loader(loader, name)
+            self.feeds[loader] = Feed(loader, self.layout, self.config.seed, self.hardware.device.type != "cpu")
+        return self.feeds[loader]
+
+    def train(self, model: nn.Module, loss_fn: Any, optimizer: Optimizer) -> Training:
+        """Return what trains this model with this loss and optimizer."""
+        old = self.training
+        if old is None or old.prepared.optimizer is not optimizer or old.objective.loss_fn is not loss_fn:
+            check_optimizer(optimizer, model)
+            keep = old is not None and old.prepared.optimizer is optimizer
+            prepared = old.prepared if old and keep else Prepared(self.hardware, model, optimizer)
+            state = old.state if old else RunState()
+            schedule, stopping = Schedule(None, optimizer), Stopping(None)
+            self.training = assemble(self.config, prepared, Objective(loss_fn), schedule, stopping, state, self.layout)
+        return self.training
+
+    def evaluating(self, model: nn.Module) -> Prepared:
+        """Return what evaluates this model."""
+        if self.training is not None:
+            return self.training.prepared
+        if self._evaluating is None:
+            self._evaluating = Prepared(self.hardware, model)
+        return self._evaluating
+
+
+def _session_of(model: nn.Module) -> _Session:
+    session = model.__dict__.get("_accel_trainer_session")
+    if session is None:
+        check_model(model)
+        session = model.__dict__["_accel_trainer_session"] = _Session(model)
+    return session  # type: ignore[no-any-return]
+
+
+def assemble(
+    config: TrainConfig,
+    prepared: Prepared,
+    objective: Objective,
+    schedule: Schedule,
+    stopping: Stopping,
+    state: RunState,
+    layout: Layout,
+) -> Training:
+    """Put together what makes optimizer steps."""
+    accelerator, model = prepared.hardware.accelerator, prepared.plain
+    weighs_samples, find_unused = objective.weighs_samples, config.find_unused_parameters
+    gradients = Gradients(model, prepared.model, accelerator, layout, weighs_samples, find_unused)
+    buffers = Buffers(model, layout)
+    return Training(
+        config, prepared.hardware, layout, prepared, objective, gradients, buffers, schedule, stopping, state
+    )
+
+
+def train_model(
+    train_loader: DataLoader[Any],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    optimizer: Optimizer,
+) -> float:
+    """Train the model for one epoch and return the mean train loss over its samples.
+
+    Device, processes and precision come from the launch; each batch is divided over the processes. Give the plain
+    objects at every call: what the first one prepares is kept as long as the model lives. Each loader counts its own
+    epochs, on which the order of its samples depends.
+
+    Args:
+        train_loader: A `DataLoader` whose `batch_size` is what one update sees, over all processes.
+        model: The model, trained in place.
+        loss_fn: `(outputs, targets) -> scalar` mean over the samples.
+        optimizer: An optimizer over the model's parameters.
+
+    Raises:
+        ValueError: Something that cannot be trained; the message says what and what to do.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> loader = DataLoader(TensorDataset(torch.ones(8, 2), torch.ones(8, 1)), batch_size=4)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> train_model(loader, model, torch.nn.MSELoss(), optimizer) > 0  # doctest: +ELLIPSIS
+        CPU...
+        True
+    """
+    session = _session_of(model)
+    hardware, feed = session.hardware, session.feed(train_loader, "train_loader")
+    with shared_failure(hardware.process, hardware.num_processes), preserved(*hardware.generators):
+        training = session.train(model, loss_fn, optimizer)
+        session.epochs[train_loader] = session.epochs.get(train_loader, 0) + 1
+        with training_mode(model), training.prepared.attached():
+            totals = train_epoch(training, feed.micro_batches(session.epochs[train_loader]))
+        training.buffers.share()
+        check_weights(training)
+    return math.nan if totals is None else totals.loss
+
+
+def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
+    """Return the mean loss over all samples of a loader, each counted once, the same number on every process.
+
+    Args:
+        test_loader: A `DataLoader`; its batches are divided over the processes.
+        model: The model, in any mode; it keeps it.
+        loss_fn: `(outputs, targets) -> scalar` mean over the samples.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> loader = DataLoader(TensorDataset(torch.ones(8, 2), torch.ones(8, 2)), batch_size=4)
+        >>> evaluate_model(loader, torch.nn.Identity(), torch.nn.MSELoss())  # doctest: +ELLIPSIS
+        CPU...
+        0.0
+    """
+    session = _session_of(model)
+    hardware, feed = session.hardware, session.feed(test_loader, "test_loader")
+    with shared_failure(hardware.process, hardware.num_processes), preserved(*hardware.generators):
+        prepared = session.evaluating(model)
+        with prepared.attached():
+            return evaluate(prepared, Objective(loss_fn), feed, Metrics(None))["loss"]
+
+
+# --- what the user gave -----------------------------------------------------------------------------------------------
+
+
+def check_model(model: object) -> None:
+    """Refuse what is not a plain model.
+
+    Raises:
+        TypeError: Not a module, or one that is wrapped for several processes already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise TypeError(f"model is wrapped in {type(model).__name__}. Give the plain model: the trainer wraps it.")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "SyncBatchNorm normalises over processes, so the run would depend on their number. Use BatchNorm with a "
+            "fixed num_micro_batches, or a layer that does not look at the batch (GroupNorm, LayerNorm)."
+        )
+
+
+def check_optimizer(optimizer: object, model: nn.Module) -> None:
+    """Refuse an optimizer that would not train this model.
+
+    Raises:
+        TypeError: Not a torch optimizer, or one that calls the loss by itself.
+        ValueError: A model without trainable parameters, or an optimizer that holds others.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("LBFGS evaluates the loss several times in a step, which this loop does not do. Use another.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("The model has no trainable parameters: each has requires_grad=False, or there is none.")
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = [tuple(parameter.shape) for parameter in held if id(parameter) not in own]
+    if foreign:
+        raise ValueError(
+            f"The optimizer holds {len(foreign)} of {len(held)} parameters that are not the model's (the first has "
+            f"shape {foreign[0]}). Build it from this model: Optimizer(model.parameters(), ...); a loss with "
+            "parameters belongs inside the model."
+        )

@@ -1,0 +1,419 @@
+"""Weighted means over micro-batches, processes and epochs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from .batches import MicroBatch
+
+__all__ = ["Fault", "Forward", "Ledger", "Metrics", "Objective", "Totals", "check_loss", "inputs_of", "split_batch"]
+
+Weight = int | float | Tensor
+TARGET_NAMES = ("labels", "label", "targets", "target")
+
+
+# --- one micro-batch --------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Forward:
+    """What one forward gave.
+
+    Attributes:
+        loss: Scalar mean over the micro-batch.
+        weight: How much it counts; a number, or a scalar on the device.
+        outputs: What the model returned; `None` with `compute_loss`.
+        targets: Second half of the batch; `None` with `compute_loss`.
+    """
+
+    loss: Tensor
+    weight: Weight
+    outputs: Any = None
+    targets: Any = None
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Return inputs and targets of a batch: a pair, or a dictionary of two with one entry named label(s) or target(s).
+
+    Raises:
+        TypeError: The batch is neither; the message says what it holds.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, Mapping) and len(batch) == 2:
+        for name in TARGET_NAMES:
+            if name in batch:
+                (other,) = (key for key in batch if key != name)
+                return batch[other], batch[name]
+    held = f"the keys {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    if isinstance(batch, (tuple, list)):
+        held += f" of {len(batch)}"
+    raise TypeError(
+        "loss_fn needs batches of (inputs, targets), or dictionaries of two entries one of which is named "
+        f"{', '.join(TARGET_NAMES)}; got {held}. Give compute_loss(model, batch) for any other batch."
+    )
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return what the model is called with: the first of a pair or single, the unlabelled entry, or the batch."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+        return batch[0]
+    if isinstance(batch, Mapping) and not (len(batch) == 2 and any(name in batch for name in TARGET_NAMES)):
+        return batch
+    return split_batch(batch)[0] if isinstance(batch, (tuple, list, Mapping)) else batch
+
+
+class Objective:
+    """The user's loss and what it weighs.
+
+    Args:
+        loss_fn: `(outputs, targets) -> scalar` mean over the samples.
+        compute_loss: `(model, batch) -> loss` or `(loss, weight)`, instead of `loss_fn`.
+        weight_fn: `(batch) -> weight` of a micro-batch, called before the forward.
+
+    Raises:
+        ValueError: A loss that does not take the mean, or both or neither of `loss_fn` and `compute_loss`.
+        TypeError: Something that cannot be called.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[Any, Any], Tensor] | None,
+        compute_loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Weight]] | None = None,
+        weight_fn: Callable[[Any], Weight] | None = None,
+    ) -> None:
+        if (loss_fn is None) == (compute_loss is None):
+            raise ValueError("Give either loss_fn or compute_loss (then loss_fn=None), not both and not none.")
+        for name, function in (("loss_fn", loss_fn), ("compute_loss", compute_loss), ("weight_fn", weight_fn)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}.")
+        if isinstance(loss_fn, type):
+            raise TypeError(f"loss_fn is the class {loss_fn.__name__}; give an instance: {loss_fn.__name__}().")
+        _check_reduction(loss_fn)
+        self.loss_fn, self.compute_loss, self.weight_fn = loss_fn, compute_loss, weight_fn
+        self._divisor = _divisor_of(loss_fn) if weight_fn is None else None
+        # Whether all processes know the weights beforehand, from the number of samples alone.
+        self.weighs_samples = compute_loss is None and weight_fn is None and self._divisor is None
+
+    def __call__(self, model: nn.Module, micro_batch: MicroBatch) -> Forward:
+        """Run the model on a micro-batch and return its loss and weight (0 for a stand-in)."""
+        batch = micro_batch.data
+        weight: Weight = micro_batch.num_samples if self.weight_fn is None else self.weight_fn(batch)
+        if self.compute_loss is not None:
+            result = self.compute_loss(model, batch)
+            loss, weight = result if isinstance(result, tuple) else (result, weight)
+            forward = Forward(loss, weight)
+        else:
+            inputs, targets = split_batch(batch)
+            outputs = model(inputs)
+            loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
+            if self._divisor is not None:
+                weight = self._divisor(targets)
+            forward = Forward(loss, weight, outputs, targets)
+        if not micro_batch.piece.counts:
+            forward.weight = 0
+        elif self.compute_loss is not None or self.weight_fn is not None:
+            _check_weight(forward.weight)
+        return forward
+
+
+def check_loss(loss: object, needs_grad: bool) -> None:
+    """Refuse what is not a scalar loss to differentiate.
+
+    Raises:
+        TypeError: Not a tensor.
+        ValueError: Not a scalar, or without a gradient to compute.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"The loss must be a tensor, got {type(loss).__name__}.")
+    if loss.ndim != 0:
+        raise ValueError(f"The loss must be a scalar (a mean over the samples), got shape {tuple(loss.shape)}.")
+    if needs_grad and not loss.requires_grad:
+        raise ValueError(
+            "The loss does not require grad: nothing connects it with the model's parameters. Compute it from the "
+            "model's outputs, without detach(), item() or torch.no_grad()."
+        )
+
+
+def _check_weight(weight: object) -> None:
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1:
+            raise ValueError(f"The weight of a micro-batch must be one number, got shape {tuple(weight.shape)}.")
+    elif not isinstance(weight, (int, float)) or not weight >= 0:
+        raise ValueError(f"The weight of a micro-batch must be a number of at least 0, got {weight!r}.")
+
+
+# --- what torch's own losses divide by --------------------------------------------------------------------------------
+
+
+def _unwrap_partial(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
+    keywords: dict[str, Any] = {}
+    while isinstance(loss_fn, functools.partial):
+        keywords = loss_fn.keywords | keywords
+        loss_fn = loss_fn.func
+    return loss_fn, keywords
+
+
+def _check_reduction(loss_fn: Any) -> None:
+    function, keywords = _unwrap_partial(loss_fn)
+    reduction = keywords.get("reduction", getattr(function, "reduction", "mean"))
+    if reduction in ("sum", "none"):
+        raise ValueError(
+            f"loss_fn has reduction={reduction!r}, but a loss here is the mean over its samples: use reduction='mean'. "
+            "For another weighting give weight_fn, or compute_loss returning (loss, weight)."
+        )
+
+
+def _divisor_of(loss_fn: Any) -> Callable[[Any], Weight] | None:
+    """Return what computes, from the targets, the number that this loss divides by; `None`: the number of samples."""
+    function, keywords = _unwrap_partial(loss_fn)
+    if function in (F.cross_entropy, F.nll_loss):
+        weight, ignore_index = keywords.get("weight"), keywords.get("ignore_index", -100)
+    elif getattr(type(function), "forward", None) in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
+        weight, ignore_index = function.weight, function.ignore_index
+    else:
+        return None
+    return functools.partial(_class_divisor, weight=weight, ignore_index=ignore_index, loss_fn=function)
+
+
+def _class_divisor(targets: Any, weight: Tensor | None, ignore_index: int, loss_fn: Any) -> Weight:
+    """Return the sum of the class weights over the targets that are not ignored, on the device.
+
+    With probabilities as targets, `(batch, classes, ...)`, torch divides by the number of distributions.
+    """
+    if targets.is_floating_point():
+        return int(targets.numel() // targets.shape[1])
+    kept = targets != ignore_index
+    if weight is None:
+        count: Tensor = kept.sum()
+        return count
+    weight = getattr(loss_fn, "weight", weight)  # a module's weight moves to the device with it
+    total: Tensor = weight.to(targets.device)[targets.where(kept, 0)].where(kept, 0).sum()
+    return total
+
+
+# --- means over an epoch ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A train loss that is not finite: its value, the number of its batch in the run, and its process."""
+
+    value: float
+    batch: int
+    process: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The means of an epoch, equal on every process, and the first loss in it that is not finite."""
+
+    loss: float
+    metrics: dict[str, float]
+    fault: Fault | None
+
+
+class Ledger:
+    """Collect loss and weight of every micro-batch on the device; exchange and average them once, on the host.
+
+    The sums are taken in double precision and in the order of the batches, so every process gets the same numbers and
+    the layout changes no more than the rounding of the single losses.
+
+    Args:
+        process: Index of this process.
+        metrics: Names of the metrics whose totals will be added.
+    """
+
+    _BLOCK = 512  # rows joined into one tensor at a time: a scalar tensor alone costs half a kilobyte
+
+    def __init__(self, process: int, metrics: Sequence[str] = ()) -> None:
+        self._process, self._metrics = process, tuple(metrics)
+        self._places: list[tuple[int, int]] = []
+        self._open: list[tuple[Any, ...]] = []  # loss, weight, count, then a total per metric
+        self._blocks: list[Tensor] = []
+        self._rows: list[numpy.ndarray[Any, Any]] = []  # on the host
+        self._num_read = self._num_reported = 0
+
+    def add(self, batch: int, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
+        """Take in a micro-batch; a stand-in leaves no trace.
+
+        Args:
+            batch: Number of its batch.
+            micro_batch: Which of the batch it is.
+            forward: Its loss and weight.
+            totals: Sum of each metric over its samples, in the order of the names.
+        """
+        if micro_batch.piece.counts:
+            self._places.append((batch, micro_batch.piece.index))
+            self._open.append((forward.loss.detach(), forward.weight, micro_batch.num_samples, *totals))
+            if len(self._open) == self._BLOCK:
+                self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            device = self._open[0][0].device
+            # Not every device knows double precision; the values themselves are single there anyway.
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            columns = [_column(column, device, dtype) for column in zip(*self._open, strict=True)]
+            self._blocks.append(torch.stack(columns, dim=1))
+            self._open = []
+
+    def _read(self) -> None:
+        """Bring to the host what has come since the last read: one read-back."""
+        self._close()
+        if self._blocks:
+            read = torch.cat(self._blocks).cpu().numpy().astype(numpy.float64, copy=False)
+            places = numpy.array(self._places[self._num_read :], dtype=numpy.float64)
+            process = numpy.full((len(read), 1), self._process, dtype=numpy.float64)
+            self._rows.append(numpy.hstack([places, process, read]))
+            self._blocks, self._num_read = [], len(self._places)
+
+    def report(self) -> tuple[float, Fault | None]:
+        """Return the mean loss since the last report, and the first loss in it that is not finite.
+
+        Every process calls it after the same step. Costs one read-back, and one small exchange.
+        """
+        self._read()
+        new = self._rows[self._num_reported :]
+        self._num_reported = len(self._rows)
+        rows = numpy.vstack([_NO_ROWS, *new])
+        everyone = gather_object([(*_sums(rows), _first_fault(rows))])
+        total, weight = sum(part[0] for part in everyone), sum(part[1] for part in everyone)
+        faults = [part[2] for part in everyone if part[2] is not None]
+        return (total / weight if weight else math.nan), min(faults, key=lambda fault: fault.batch, default=None)
+
+    def exchange(self) -> Totals:
+        """Return the means over all micro-batches of all processes; waits for the device."""
+        self._read()
+        rows = numpy.vstack([part for part in gather_object(self._rows) if len(part)] or [_NO_ROWS])
+        rows = rows[numpy.lexsort((rows[:, _INDEX], rows[:, _BATCH]))]
+        loss, weight = _sums(rows)
+        count = float(rows[:, _COUNT].sum())
+        metrics = {
+            name: math.fsum(rows[:, place]) / count if count else math.nan
+            for place, name in enumerate(self._metrics, start=_COUNT + 1)
+        }
+        return Totals(loss / weight if weight else math.nan, metrics, _first_fault(rows))
+
+
+# The columns of the exchanged rows; a total per metric follows.
+_BATCH, _INDEX, _PROCESS, _LOSS, _WEIGHT, _COUNT = range(6)
+_NO_ROWS = numpy.zeros((0, 6))
+
+
+def _column(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if any(isinstance(number, Tensor) for number in numbers):
+        tensors = [torch.as_tensor(number, device=device).reshape(()) for number in numbers]
+        return torch.stack(tensors).to(dtype)
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def _sums(rows: numpy.ndarray[Any, Any]) -> tuple[float, float]:
+    """Return the sums of loss x weight and of weight, in the order of the rows; what weighs nothing may be nan."""
+    counted = rows[rows[:, _WEIGHT] != 0]
+    if not len(counted):
+        return 0.0, 0.0
+    products = counted[:, _LOSS] * counted[:, _WEIGHT]
+    # cumsum adds one after the other, as a loop would; sum would pair them up.
+    return float(products.cumsum()[-1]), float(counted[:, _WEIGHT].cumsum()[-1])
+
+
+def _first_fault(rows: numpy.ndarray[Any, Any]) -> Fault | None:
+    bad = rows[(rows[:, _WEIGHT] != 0) & ~numpy.isfinite(rows[:, _LOSS])]
+    return Fault(float(bad[0, _LOSS]), int(bad[0, _BATCH]), int(bad[0, _PROCESS])) if len(bad) else None
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """The user's metrics over one evaluation.
+
+    Args:
+        metrics: Name -> `(outputs, targets) -> per-sample values or their mean`, or a torchmetrics object.
+
+    Raises:
+        TypeError: A metric that is neither.
+        ValueError: A name that is taken.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any] | None) -> None:
+        self._functions: dict[str, Callable[[Any, Any], Any]] = {}
+        self._objects: dict[str, Any] = {}
+        for name, metric in (metrics or {}).items():
+            if name in ("loss", "train_loss", "test_loss"):
+                raise ValueError(f"The name {name!r} of a metric is taken by the trainer's own numbers.")
+            if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+                self._objects[name] = metric
+            elif callable(metric):
+                self._functions[name] = metric
+            else:
+                raise TypeError(f"The metric {name!r} must be callable or a torchmetrics object, got {metric!r}.")
+        self.names = tuple(metrics or ())
+
+    @property
+    def totalled(self) -> tuple[str, ...]:
+        """Names of those whose totals go through the ledger."""
+        return tuple(self._functions)
+
+    def reset(self, device: torch.device) -> None:
+        """Begin an evaluation."""
+        for name, metric in self._objects.items():
+            metric.reset()
+            self._objects[name] = metric.to(device) if hasattr(metric, "to") else metric
+
+    def totals(self, forward: Forward, num_samples: int) -> list[float | Tensor]:
+        """Return the sum of each metric over the samples of a micro-batch, and update the objects."""
+        for metric in self._objects.values():
+            metric.update(forward.outputs, forward.targets)
+        return [
+            _total(name, function(forward.outputs, forward.targets), num_samples)
+            for name, function in self._functions.items()
+        ]
+
+    def merge(self, num_processes: int) -> dict[str, float]:
+        """Return the value of each object over all processes."""
+        values = {}
+        for name, metric in self._objects.items():
+            merged = metric if num_processes == 1 else _merged(name, metric)
+            synchronise = getattr(merged, "sync_on_compute", None)
+            merged.sync_on_compute = False  # already merged
+            values[name] = float(merged.compute())
+            merged.sync_on_compute = synchronise
+        return values
+
+
+def _total(name: str, result: Any, num_samples: int) -> float | Tensor:
+    if isinstance(result, (int, float)):
+        return result * num_samples
+    value: Tensor = torch.as_tensor(result).detach()
+    if value.ndim == 0:
+        return value * num_samples
+    if value.numel() != num_samples:
+        raise ValueError(
+            f"The metric {name!r} must return one value per sample or their mean: for {num_samples} samples it "
+            f"returned shape {tuple(value.shape)}."
+        )
+    return value.sum()  # whole numbers and booleans are counted exactly
+
+
+def _merged(name: str, metric: Any) -> Any:
+    if not hasattr(metric, "merge_state"):
+        raise TypeError(f"The metric {name!r} cannot be merged over processes: torchmetrics 1.5 or newer can.")
+    # Only processes that have seen samples: merging an empty state fails for some metrics.
+    parts = gather_object([copy.deepcopy(metric).cpu() if metric.update_count else None])
+    first, *others = [part for part in parts if part is not None] or [metric]
+    for other in others:
+        first.merge_state(other)
+    return first

@@ -1,0 +1,114 @@
+"""Seeds as pure functions of where a run stands, and the generators that they set."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any
+
+import numpy
+import torch
+
+__all__ = [
+    "DATA",
+    "EVALUATION",
+    "FETCH",
+    "ORDER",
+    "TRAINING",
+    "derive_seed",
+    "preserved",
+    "seed_all",
+    "torch_generators",
+]
+
+# What a seed is for; the second number of every path, so that no two uses share a stream.
+ORDER, DATA, FETCH, TRAINING, EVALUATION = range(5)
+
+
+def derive_seed(*path: int) -> int:
+    """Return a seed from 0 to 2**63 - 1 that depends on every number of the path, the same on every machine.
+
+    Costs about one microsecond.
+
+    Args:
+        *path: The user's seed, what it is for, then numbers such as epoch and position; each below 2**63.
+    """
+    digest = blake2b(struct.pack(f"<{len(path)}q", *path), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Set the generators that a dataset may draw from: Python's, NumPy's and torch's on the CPU (8 microseconds)."""
+    random.seed(seed)
+    numpy.random.seed(seed & 0xFFFFFFFF)  # the legacy generator takes 32 bits
+    torch.default_generator.manual_seed(seed)
+
+
+def torch_generators(device: torch.device) -> list[torch.Generator]:
+    """Return the generators that dropout and friends draw from on this device.
+
+    `torch.manual_seed` would reach every device of the machine and costs 200 times as much as these.
+    """
+    generators = [torch.default_generator]
+    if device.type in ("cuda", "xpu"):
+        module = torch.get_device_module(device)
+        index = device.index if device.index is not None else module.current_device()
+        module.init()  # fills default_generators
+        generators.append(module.default_generators[index])
+    elif device.type == "mps":
+        generators.append(torch.mps._get_default_mps_generator())
+    return generators
+
+
+def _snapshot(generators: list[torch.Generator]) -> tuple[Any, ...]:
+    return random.getstate(), numpy.random.get_state(), [generator.get_state() for generator in generators]
+
+
+def _put_back(generators: list[torch.Generator], states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
+    for generator, state in zip(generators, states[2], strict=True):
+        generator.set_state(state)
+
+
+@contextmanager
+def preserved(*generators: torch.Generator) -> Iterator[None]:
+    """Put Python's, NumPy's and torch's generators back as they were before the block.
+
+    Args:
+        *generators: The torch generators to guard; none means the CPU's default one.
+    """
+    guarded = list(generators) or [torch.default_generator]
+    states = _snapshot(guarded)
+    try:
+        yield
+    finally:
+        _put_back(guarded, states)
+
+
+class SeededIterator(Iterator[Any]):
+    """Iterate over something that may draw at random as if it were alone with freshly seeded generators.
+
+    Its draws depend on the seed only, not on what others draw between two of its items, and leave no trace in the
+    generators of others. Costs about 50 microseconds an item.
+    """
+
+    def __init__(self, iterable: Any, seed: int) -> None:
+        own = getattr(iterable, "generator", None)
+        self._generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
+        with preserved(*self._generators):
+            seed_all(seed)
+            for generator in self._generators[1:]:
+                generator.manual_seed(seed)
+            self._iterator = iter(iterable)
+            self._states = _snapshot(self._generators)
+
+    def __next__(self) -> Any:
+        with preserved(*self._generators):
+            _put_back(self._generators, self._states)
+            item = next(self._iterator)
+            self._states = _snapshot(self._generators)
+            return item

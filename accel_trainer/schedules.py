@@ -1,0 +1,95 @@
+"""When a learning-rate scheduler steps: once per real update or once per epoch, whatever the number of processes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+__all__ = ["Schedule"]
+
+
+class Schedule:
+    """The user's scheduler and the moments at which it steps.
+
+    It never goes through `Accelerator.prepare`, which would step it once per process
+    (huggingface/accelerate issues 2926, 2142 and 1398).
+
+    Args:
+        scheduler: A torch scheduler of this optimizer, or a factory `(optimizer, num_steps) -> scheduler`, or `None`.
+        optimizer: The user's optimizer.
+        every: Whether it steps once per `step` or once per `epoch`; `ReduceLROnPlateau` steps per epoch.
+        num_steps: Optimizer steps of the whole run, `None` where a loader cannot say.
+        num_epochs: Epochs of the run; what a factory is given instead of steps with `every="epoch"`.
+
+    Raises:
+        ValueError: A factory needs the number of steps and nothing says it, or the scheduler is another optimizer's.
+        TypeError: Neither a scheduler nor a factory.
+    """
+
+    def __init__(
+        self,
+        scheduler: LRScheduler | Callable[[Optimizer, int], LRScheduler] | None,
+        optimizer: Optimizer,
+        every: Literal["step", "epoch"] = "step",
+        num_steps: int | None = None,
+        num_epochs: int = 1,
+    ) -> None:
+        if scheduler is not None and not hasattr(scheduler, "step"):
+            total = num_steps if every == "step" else num_epochs
+            if total is None:
+                raise ValueError(
+                    "The scheduler is made for a number of steps, and the train loader has no length: "
+                    "set max_steps, or steps_per_epoch."
+                )
+            scheduler = scheduler(optimizer, total)
+        check_scheduler(scheduler, optimizer)
+        self.scheduler: Any = scheduler
+        self._optimizer = optimizer
+        self._on_plateau = isinstance(scheduler, ReduceLROnPlateau)
+        self._per_step = scheduler is not None and every == "step" and not self._on_plateau
+        self._per_epoch = scheduler is not None and every == "epoch" and not self._on_plateau
+        self.learning_rate = self._current()
+
+    def _current(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def after_step(self) -> None:
+        """Follow one update that really happened."""
+        self.learning_rate = self._current()  # of the update just made
+        if self._per_step:
+            self._step()
+
+    def after_epoch(self, value: float) -> None:
+        """Follow one epoch with its monitored value."""
+        if self._on_plateau:
+            self.scheduler.step(value)
+        elif self._per_epoch:
+            self._step()
+
+    def _step(self) -> None:
+        try:
+            self.scheduler.step()
+        except ValueError as error:  # OneCycleLR refuses to go beyond its own number of steps
+            warnings.warn(f"The schedule has ended; the learning rate stays as it is. ({error})", stacklevel=2)
+            self._per_step = self._per_epoch = False
+
+
+def check_scheduler(scheduler: object, optimizer: Optimizer) -> None:
+    """Refuse a scheduler that would not move this optimizer's learning rate.
+
+    Raises:
+        TypeError: Not a torch scheduler.
+        ValueError: It belongs to another optimizer.
+    """
+    if scheduler is None or (callable(scheduler) and not hasattr(scheduler, "step")):
+        return
+    if not hasattr(scheduler, "step"):
+        raise TypeError(
+            f"scheduler must be a torch scheduler or a function (optimizer, num_steps), got {type(scheduler).__name__}."
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError("The scheduler was made for another optimizer than the one given to the trainer.")

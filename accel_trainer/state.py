@@ -1,0 +1,46 @@
+"""Where a run stands: plain data that can be printed, saved and compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["RunState"]
+
+
+@dataclass
+class RunState:
+    """The position of a run and what it has decided so far.
+
+    Attributes:
+        epoch: The epoch under way or just finished, 1-based; 0 before the first.
+        step: Optimizer updates that really happened.
+        num_batches: Batches trained on, those included whose update was skipped for fp16 overflow.
+        best_epoch: The epoch of the best monitored value, 1-based; `None` while no value was finite.
+        best_value: That value.
+        num_bad_epochs: Epochs in a row without improvement.
+        recent_loss: Mean train loss over the steps since the last report, for display.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    num_batches: int = 0
+    best_epoch: int | None = None
+    best_value: float | None = None
+    num_bad_epochs: int = 0
+    recent_loss: float = math.nan
+
+    def judge(self, value: float, mode: str, min_delta: float) -> bool:
+        """Take in the monitored value of this epoch and return whether it is the best so far.
+
+        A value that is not a number never improves.
+        """
+        best = self.best_value
+        if best is None:
+            best = math.inf if mode == "min" else -math.inf
+        improved = value < best - min_delta if mode == "min" else value > best + min_delta
+        if improved:
+            self.best_epoch, self.best_value, self.num_bad_epochs = self.epoch, value, 0
+        else:
+            self.num_bad_epochs += 1
+        return improved

@@ -1,0 +1,358 @@
+"""What the user holds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
+
+from . import loop
+from .batches import Feed, check_loader, describe_batch, is_stream, num_batches
+from .callbacks import Callback, Callbacks, ProgressBar, say, wants_bar
+from .checkpoints import BestWeights, RunFolder, describe_environment
+from .config import TrainConfig
+from .errors import NonFiniteError
+from .hardware import Hardware, Prepared
+from .history import History
+from .losses import Metrics, Objective
+from .randomness import preserved
+from .schedules import Schedule, check_scheduler
+from .state import RunState
+from .stopping import Stopping, shared_failure
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Train a model on whatever hardware the script was launched on.
+
+    Making one touches no device, no seed and no process group; that happens inside `fit`, `evaluate` and `predict`.
+
+    Args:
+        model: Any `nn.Module`; it stays the same object and comes back plain.
+        optimizer: An optimizer over the model's parameters; `None` to evaluate and predict only.
+        loss_fn: `(outputs, targets) -> scalar` mean over the samples; `None` with `compute_loss`.
+        scheduler: A torch scheduler, or a function `(optimizer, num_steps) -> scheduler` that is given the exact
+            number of steps of the run (of epochs, with `schedule_every="epoch"`).
+        metrics: Name -> `(outputs, targets) -> per-sample values, shape (batch,), or their mean`, or a torchmetrics
+            object; computed on the test set.
+        callbacks: Observers of the run.
+        config: The user's other choices.
+        compute_loss: `(model, batch) -> loss` or `(loss, weight)`, for batches that are not (inputs, targets).
+        weight_fn: `(batch) -> weight` of a micro-batch, where it is not its number of samples; tokens, for example.
+        accelerator: A function that builds the `Accelerator`, for plugins and handlers of one's own.
+
+    Attributes:
+        history: What the last `fit` measured.
+        state: Where it stands.
+
+    Raises:
+        TypeError: An argument of the wrong kind.
+        ValueError: An argument that cannot be trained with.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> loader = DataLoader(TensorDataset(torch.ones(8, 2), torch.ones(8, 1)), batch_size=4)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> config = TrainConfig(num_epochs=3, verbose=False)
+        >>> history = Trainer(model, optimizer, torch.nn.MSELoss(), config=config).fit(loader, loader)
+        >>> history.best_epoch
+        3
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        scheduler: LRScheduler | Callable[[Optimizer, int], LRScheduler] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        callbacks: Iterable[Callback] = (),
+        config: TrainConfig | None = None,
+        compute_loss: Callable[[nn.Module, Any], Any] | None = None,
+        weight_fn: Callable[[Any], Any] | None = None,
+        accelerator: Callable[[], Accelerator] | None = None,
+    ) -> None:
+        self.config = TrainConfig() if config is None else config
+        if not isinstance(self.config, TrainConfig):
+            raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}.")
+        loop.check_model(model)
+        if optimizer is not None:
+            loop.check_optimizer(optimizer, model)
+            check_scheduler(scheduler, optimizer)
+        if accelerator is not None and (isinstance(accelerator, Accelerator) or not callable(accelerator)):
+            raise TypeError("accelerator must be a function that builds the Accelerator: lambda: Accelerator(...).")
+        if metrics and compute_loss is not None:
+            raise ValueError("metrics need the model's outputs, which compute_loss keeps to itself: use loss_fn.")
+        self.model, self.optimizer = model, optimizer
+        self._objective = Objective(loss_fn, compute_loss, weight_fn)
+        self._metrics = Metrics(metrics)
+        self._callbacks = list(callbacks)
+        Callbacks(self._callbacks)
+        self._scheduler = scheduler
+        self._make_accelerator = accelerator
+        self.history = History()
+        self.state = RunState()
+        self.is_main_process = True
+
+    # --- fit ----------------------------------------------------------------------------------------------------------
+
+    def fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None = None) -> History:
+        """Train, and return the history; the model then holds the weights of the best epoch.
+
+        Each call is a new run from the present weights. The train loader's `batch_size` is what one update sees, on
+        any number of processes.
+
+        Args:
+            train_loader: What to train on.
+            test_loader: What chooses the best epoch; without it the train loss does.
+
+        Raises:
+            ValueError: Something that cannot be trained; nothing has been then.
+            FileExistsError: `run_dir` holds a run already.
+            HardwareError: The launch asks for something impossible.
+            NonFiniteError: A train loss became nan or infinite.
+            ProcessFailedError: Another process of the run failed.
+        """
+        if self.optimizer is None:
+            raise ValueError("fit needs an optimizer; this Trainer was made without one.")
+        monitor = self._check_fit(train_loader, test_loader)
+        self.history, self.state = History(), RunState()
+        with self._session() as (hardware, board):
+            stopping = Stopping(board, self.config.time_limit_seconds)
+            with preserved(*hardware.generators), loop.training_mode(self.model), stopping.on_interrupt():
+                run = self._prepare_run(hardware, stopping, monitor, self.optimizer, train_loader, test_loader)
+                with run.training.prepared.attached():
+                    self._run(run)
+                run.training.prepared.forget()
+        return self.history
+
+    def _check_fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> str:
+        """Refuse what cannot be trained, and return the name of what is monitored."""
+        check_loader(train_loader, "train_loader")
+        if test_loader is not None:
+            check_loader(test_loader, "test_loader")
+        monitor = self.config.monitor
+        known = ["test_loss", "train_loss", *(self._metrics.names if test_loader is not None else ())]
+        if monitor not in known:
+            hint = " (metrics are computed on the test loader)" if test_loader is None else ""
+            raise ValueError(f"monitor must be one of {', '.join(known)}{hint}, got {monitor!r}.")
+        return "train_loss" if test_loader is None else monitor
+
+    def _prepare_run(
+        self,
+        hardware: Hardware,
+        stopping: Stopping,
+        monitor: str,
+        optimizer: Optimizer,
+        train_loader: DataLoader[Any],
+        test_loader: DataLoader[Any] | None,
+    ) -> loop.Run:
+        config = self.config
+        layout = hardware.layout(config.num_micro_batches)
+        num_steps = _num_steps(config, train_loader)
+        schedule = Schedule(
+            self._scheduler,
+            optimizer,
+            config.schedule_every,
+            num_steps,
+            config.num_epochs,
+        )
+        folder = self._open_folder(hardware)
+        lines = [hardware.describe()]
+        if train_loader.batch_size is not None:
+            source = "argument" if config.num_micro_batches else "one per process"
+            lines.append(f"{describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})")
+        if folder is not None:
+            resolved = {
+                "device": str(hardware.device),
+                "num_processes": hardware.num_processes,
+                "mixed_precision": hardware.precision,
+                "batch_size": train_loader.batch_size,
+                "num_micro_batches": layout.num_micro_batches,
+                "num_batches": num_batches(train_loader),
+                "num_steps": num_steps,
+                "monitor": monitor,
+                "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            }
+            folder.write_json("config.json", {"asked": asdict(config), "resolved": resolved})
+            folder.write_json("environment.json", describe_environment(lines[0]))
+        announce = say if hardware.is_main and config.verbose else _silent
+        announce("; ".join(lines))
+
+        prepared = Prepared(hardware, self.model, optimizer)
+        training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, layout)
+        bar = (
+            [ProgressBar(config.steps_per_epoch or num_batches(train_loader))]
+            if announce is say and wants_bar()
+            else []
+        )
+        callbacks = Callbacks([*self._callbacks, *bar])
+        training.call = lambda hook: self._call(callbacks, stopping, hook)
+        return loop.Run(
+            training=training,
+            train_feed=self._feed(train_loader, hardware),
+            test_feed=None if test_loader is None else self._feed(test_loader, hardware),
+            metrics=self._metrics,
+            history=self.history,
+            best=BestWeights(folder, hardware.is_main),
+            folder=folder,
+            monitor=monitor,
+            announce=announce,
+        )
+
+    def _run(self, run: loop.Run) -> None:
+        history, hardware = self.history, run.training.hardware
+        started = time.perf_counter()
+        try:
+            run.training.call("on_fit_start")
+            history.stop_reason = loop.fit(run)
+        except NonFiniteError as error:
+            history.stop_reason = str(error)
+            _record_fault(run, time.perf_counter() - started)
+            raise
+        if self.config.restore_best and self.state.best_epoch not in (None, history.num_epochs):
+            run.best.restore(self.model, hardware.num_processes)
+        finish(run)
+        run.training.call("on_fit_end")
+
+    def _open_folder(self, hardware: Hardware) -> RunFolder | None:
+        """Return the run folder, on the main process; an error there is raised on all."""
+        run_dir = self.config.run_dir
+        if run_dir is None:
+            return None
+        opened: list[RunFolder] = []
+        hardware.from_main(lambda: opened.append(RunFolder(run_dir)))
+        return opened[0] if opened else None
+
+    def _call(self, callbacks: Callbacks, stopping: Stopping, hook: str) -> None:
+        reason = callbacks.call(hook, self)
+        if reason is not None:
+            stopping.request(reason)
+
+    # --- evaluate and predict -----------------------------------------------------------------------------------------
+
+    def evaluate(self, loader: DataLoader[Any]) -> dict[str, float]:
+        """Return `{"loss": ..., **metrics}` over all samples of a loader, the same numbers on every process.
+
+        Args:
+            loader: Its batches are divided over the processes; each sample counts once. An empty one gives nan.
+
+        Raises:
+            TypeError: Not a plain `DataLoader`.
+        """
+        check_loader(loader, "loader", may_be_empty=True)
+        with self._evaluating() as prepared:
+            return loop.evaluate(prepared, self._objective, self._feed(loader, prepared.hardware), self._metrics)
+
+    def predict(self, loader: DataLoader[Any]) -> Any:
+        """Return the model's outputs for every sample once, in dataset order, in host memory.
+
+        The order and repetitions of a shuffling sampler are put aside: a loader over the whole dataset gives its
+        samples from first to last, one over a subset gives that subset in dataset order. The model is called with
+        what a batch holds: a tensor, the first of a pair, or a dictionary of arguments.
+
+        Args:
+            loader: Whose dataset to predict; its batches are divided over the processes.
+
+        Returns:
+            Tensors of shape `(samples, ...)` in the structure of the model's outputs, on the main process; `None` on
+            the others.
+        """
+        check_loader(loader, "loader", may_be_empty=True)
+        with self._evaluating() as prepared:
+            return loop.predict(prepared, self._feed(_in_dataset_order(loader), prepared.hardware))
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _session(self) -> Iterator[tuple[Hardware, Any]]:
+        hardware = Hardware(self.config.mixed_precision, self._make_accelerator)
+        self.is_main_process = hardware.is_main
+        with shared_failure(hardware.process, hardware.num_processes) as board:
+            yield hardware, board
+            hardware.accelerator.wait_for_everyone()  # who leaves first may take the store with it
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[Prepared]:
+        with self._session() as (hardware, _), preserved(*hardware.generators):
+            prepared = Prepared(hardware, self.model)
+            with prepared.attached():
+                yield prepared
+            prepared.forget()
+
+    def _feed(self, loader: DataLoader[Any], hardware: Hardware) -> Feed:
+        layout = hardware.layout(self.config.num_micro_batches)
+        return Feed(loader, layout, self.config.seed, pin_memory=hardware.device.type == "cuda")
+
+
+def finish(run: loop.Run) -> None:
+    """Say how the run ended and draw it."""
+    history, state = run.history, run.training.state
+    if run.folder is not None:
+        summary = {"stop_reason": history.stop_reason, "best_epoch": state.best_epoch, "best_value": state.best_value}
+        run.folder.append_history(summary)
+        if history.num_epochs:
+            run.folder.draw(history)
+    run.announce(f"Stopped: {history.stop_reason}.")
+    if state.best_epoch is None:
+        run.announce("No epoch has a finite monitored value: the model keeps its last weights.")
+    else:
+        kept = "the model holds its weights" if run.training.config.restore_best else "the model holds the last weights"
+        run.announce(f"Best epoch {state.best_epoch}: {run.monitor} {state.best_value:.4f}; {kept}.")
+    warning = history.overfitting()
+    if warning is not None:
+        run.announce(warning)
+
+
+def _record_fault(run: loop.Run, seconds: float) -> None:
+    """Show the epoch whose loss was not finite in the history, as such."""
+    scores = None if run.test_feed is None else {"loss": math.nan, **dict.fromkeys(run.metrics.names, math.nan)}
+    loop.record(run, None, scores, seconds)
+    loop.report_epoch(run)
+    finish(run)
+
+
+def _num_steps(config: TrainConfig, train_loader: DataLoader[Any]) -> int | None:
+    """Return the optimizer steps of the whole run; `None` where the loader cannot say."""
+    per_epoch = config.steps_per_epoch or num_batches(train_loader)
+    totals = [None if per_epoch is None else per_epoch * config.num_epochs, config.max_steps]
+    return min((total for total in totals if total is not None), default=None)
+
+
+def _in_dataset_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader like this one that yields each of its samples once, in dataset order."""
+    if is_stream(loader):
+        return loader
+    sampler = loader.sampler
+    dataset = loader.dataset
+    if isinstance(sampler, SubsetRandomSampler):
+        dataset = Subset(dataset, sorted(sampler.indices))
+    batch_size = loader.batch_size or getattr(loader.batch_sampler or sampler, "batch_size", None) or 1
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=loader.collate_fn if loader.batch_sampler is not None else None,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
