@@ -157,7 +157,7 @@ class _Drawing:
 def _own_order(sampler: object, seed: int) -> torch.Tensor | None:
     """Return the order of torch's two common samplers as one tensor, `None` for any other sampler."""
     if type(sampler) is SequentialSampler:
-        return torch.arange(len(sampler.data_source))  # type: ignore[arg-type]
+        return torch.arange(len(sampler.data_source))
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
         return torch.randperm(sampler.num_samples, generator=torch.Generator().manual_seed(seed))
     return None

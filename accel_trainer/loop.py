@@ -411,8 +411,10 @@ class _Session:
             prepared = old.prepared if old and keep else Prepared(self.hardware, model, optimizer)
             state = old.state if old else RunState()
             schedule, stopping = Schedule(None, optimizer), Stopping(None)
-            self.training = assemble(self.config, prepared, Objective(loss_fn), schedule, stopping, state, self.layout)
-        return self.training
+            new = assemble(self.config, prepared, Objective(loss_fn), schedule, stopping, state, self.layout)
+            self.training = new
+            return new
+        return old
 
     def evaluating(self, model: nn.Module) -> Prepared:
         """Return what evaluates this model."""
@@ -428,7 +430,7 @@ def _session_of(model: nn.Module) -> _Session:
     if session is None:
         check_model(model)
         session = model.__dict__["_accel_trainer_session"] = _Session(model)
-    return session  # type: ignore[no-any-return]
+    return session
 
 
 def assemble(

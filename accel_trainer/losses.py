@@ -263,9 +263,7 @@ class Ledger:
     def _close(self) -> None:
         if self._open:
             device = self._open[0][0].device
-            # Not every device knows double precision; the values themselves are single there anyway.
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            columns = [_column(column, device, dtype) for column in zip(*self._open, strict=True)]
+            columns = [_column(column, device) for column in zip(*self._open, strict=True)]
             self._blocks.append(torch.stack(columns, dim=1))
             self._open = []
 
@@ -312,7 +310,13 @@ _BATCH, _INDEX, _PROCESS, _LOSS, _WEIGHT, _COUNT = range(6)
 _NO_ROWS = numpy.zeros((0, 6))
 
 
-def _column(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the precision in which a device hands over numbers: not every one knows double precision."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _column(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    dtype = widest_float(device)
     if any(isinstance(number, Tensor) for number in numbers):
         tensors = [torch.as_tensor(number, device=device).reshape(()) for number in numbers]
         return torch.stack(tensors).to(dtype)
@@ -384,14 +388,10 @@ class Metrics:
 
     def merge(self, num_processes: int) -> dict[str, float]:
         """Return the value of each object over all processes."""
-        values = {}
-        for name, metric in self._objects.items():
-            merged = metric if num_processes == 1 else _merged(name, metric)
-            synchronise = getattr(merged, "sync_on_compute", None)
-            merged.sync_on_compute = False  # already merged
-            values[name] = float(merged.compute())
-            merged.sync_on_compute = synchronise
-        return values
+        return {
+            name: float((metric if num_processes == 1 else _merged(name, metric)).compute())
+            for name, metric in self._objects.items()
+        }
 
 
 def _total(name: str, result: Any, num_samples: int) -> float | Tensor:
@@ -411,9 +411,14 @@ def _total(name: str, result: Any, num_samples: int) -> float | Tensor:
 def _merged(name: str, metric: Any) -> Any:
     if not hasattr(metric, "merge_state"):
         raise TypeError(f"The metric {name!r} cannot be merged over processes: torchmetrics 1.5 or newer can.")
-    # Only processes that have seen samples: merging an empty state fails for some metrics.
+    # Only from processes that have seen samples: merging an empty state fails for some metrics.
     parts = gather_object([copy.deepcopy(metric).cpu() if metric.update_count else None])
-    first, *others = [part for part in parts if part is not None] or [metric]
+    first, *others = [part for part in parts if part is not None] or [copy.deepcopy(metric)]
     for other in others:
         first.merge_state(other)
+    first.distributed_available_fn = _nowhere  # compute() would add the processes once more
     return first
+
+
+def _nowhere() -> bool:
+    return False

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -202,12 +201,14 @@ def main() -> None:
         run = CONTENDERS[options.memory_of](options.workload)
         for _ in range(3):
             run()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # ru_maxrss would start from the parent's peak.
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+        print(int(peak.split()[1]) / 1024, flush=True)
         os._exit(0)
 
     results: dict[str, Any] = {}
     for workload in [options.workload] if options.workload else ["tiny", "digits"]:
-        seconds = measure(workload, options.rounds, epochs=1 if workload == "tiny" else 3)
+        seconds = measure(workload, options.rounds, epochs=1 if workload == "tiny" else 5)
         memory = peak_memory(workload)
         results[workload] = {"seconds_per_epoch": seconds, "peak_memory_mib": memory, "ratios": {}}
         print(f"\n{workload}: ratio to the {HAND}, median of {options.rounds} rounds [95 % interval] (range)")

@@ -1,0 +1,33 @@
+"""What every test shares: a clean Accelerate state, and few threads."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import torch._dynamo  # forked processes would each import it, at the first optimizer
+from accelerate.state import AcceleratorState, GradientState
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.accelerator.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Let no test see the Accelerator of another: its state is one per process, and forks inherit it."""
+    environment = dict(os.environ)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    os.environ.clear()
+    os.environ.update(environment)

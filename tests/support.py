@@ -1,0 +1,155 @@
+"""Tiny models, fixed data, and processes to run them on."""
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from accel_trainer import TrainConfig, Trainer
+
+ROOT = Path(__file__).parent.parent
+
+
+def _call_and_keep(function, folder, *args):
+    result = function(*args)
+    rank = torch.distributed.get_rank()  # debug_launcher sets no RANK
+    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
+
+
+def on_processes(num_processes, function, *args):
+    """Fork processes that all call the function; return what each returned."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    with tempfile.TemporaryDirectory() as folder:
+        if num_processes == 1:
+            return [function(*args)]
+        debug_launcher(_call_and_keep, (function, folder, *args), num_processes)
+        return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(num_processes)]
+
+
+def launch(script, num_processes=2, launcher="torchrun", timeout=90, env=None, args=()):
+    """Start a real launcher on a script given as text; return the finished process with its output."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "script.py")
+        path.write_text(script)
+        commands = {
+            "python": [sys.executable],
+            "torchrun": [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                f"--nproc_per_node={num_processes}",
+            ],
+            "accelerate": [
+                *(sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"),
+                *("--dynamo_backend=no", f"--num_processes={num_processes}", "--main_process_port=0"),
+                *(["--multi_gpu"] if num_processes > 1 else []),
+            ],
+        }
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": folder, **(env or {})}
+        return subprocess.run(
+            [*commands[launcher], str(path), *args],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            cwd=folder,
+        )
+
+
+def make_data(num_samples, dtype=torch.float32, num_classes=3, num_features=5):
+    generator = torch.Generator().manual_seed(num_samples)
+    inputs = torch.randn(num_samples, num_features, generator=generator, dtype=torch.float64)
+    targets = (inputs[:, 0] * 2 + inputs[:, 1] > 0).long() + (inputs[:, 2] > 0.5).long()
+    return TensorDataset(inputs.to(dtype), targets % num_classes)
+
+
+def make_model(dtype=torch.float32, kind="plain"):
+    torch.manual_seed(1)
+    middle = {
+        "plain": [nn.Tanh()],
+        "dropout": [nn.Dropout(0.4), nn.Tanh()],
+        "batchnorm": [nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2)],
+    }[kind]
+    return nn.Sequential(nn.Linear(5, 8), *middle, nn.Linear(8, 3)).to(dtype)
+
+
+def correct(outputs, targets):
+    return outputs.argmax(dim=1) == targets
+
+
+def quiet(**choices):
+    return TrainConfig(**{"num_epochs": 2, "verbose": False, **choices})
+
+
+def loader_of(dataset, batch_size=16, shuffle=True, **kwargs):
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, **kwargs)
+
+
+def summary(history, model):
+    """Return all that must be equal under every layout."""
+    return {
+        "train_losses": history.train_losses,
+        "test_losses": history.test_losses,
+        "learning_rates": history.learning_rates,
+        "grad_norms": history.grad_norms,
+        "metrics": history.metrics,
+        "best_epoch": history.best_epoch,
+        "weights": {name: tensor.double() for name, tensor in model.state_dict().items()},
+    }
+
+
+def train(num_samples=37, batch_size=7, dtype=torch.float32, kind="plain", drop_last=False, optimizer="sgd", lr=0.1, **choices):
+    """Train a tiny model and return its summary."""
+    model = make_model(dtype, kind)
+    optimizers = {
+        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+        "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    }
+    loss_fn = choices.pop("loss_fn", None) or nn.CrossEntropyLoss()
+    trainer = Trainer(
+        model,
+        optimizers[optimizer](model.parameters()),
+        loss_fn,
+        scheduler=lambda optimizer, num_steps: torch.optim.lr_scheduler.LinearLR(
+            optimizer, 1.0, 0.1, total_iters=num_steps
+        ),
+        metrics={"accuracy": correct},
+        weight_fn=choices.pop("weight_fn", None),
+        config=quiet(restore_best=False, **choices),
+    )
+    data = make_data(num_samples, dtype)
+    test = make_data(29, dtype)
+    history = trainer.fit(loader_of(data, batch_size, drop_last=drop_last), loader_of(test, 8, shuffle=False))
+    return summary(history, model)
+
+
+TOLERANCE = {torch.float32: (1e-5, 1e-3), torch.float64: (1e-10, 1e-9)}
+
+
+def assert_same(one, other, dtype=torch.float32):
+    """Compare two summaries within what DESIGN promises of different layouts."""
+    relative, of_weights = TOLERANCE[dtype]
+    for name in ("train_losses", "test_losses", "learning_rates", "grad_norms"):
+        torch.testing.assert_close(
+            torch.tensor(one[name], dtype=torch.float64),
+            torch.tensor(other[name], dtype=torch.float64),
+            rtol=relative,
+            atol=relative * 1e-2,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    assert one["metrics"].keys() == other["metrics"].keys()
+    for name, values in one["metrics"].items():
+        assert values == other["metrics"][name], name
+    for name, tensor in one["weights"].items():
+        distance = (tensor - other["weights"][name]).norm() / tensor.norm().clamp_min(1e-12)
+        assert distance <= of_weights, f"{name}: {distance:.3e}"
+    if dtype == torch.float64:
+        assert one["best_epoch"] == other["best_epoch"]

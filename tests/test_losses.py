@@ -1,0 +1,431 @@
+"""Losses, weights and metrics: one number, one meaning, under every layout."""
+
+import functools
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from accel_trainer import Callback, Trainer
+from accel_trainer.losses import Ledger, Metrics, Objective
+from support import assert_same, correct, loader_of, make_data, on_processes, quiet, summary
+
+
+def token_data(num_samples=23, length=4, dtype=torch.float64):
+    """Classes per position, of which many are to be ignored; some samples have none that counts."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(num_samples, length, 5, generator=generator, dtype=dtype)
+    targets = torch.randint(0, 3, (num_samples, length), generator=generator)
+    targets[torch.rand(num_samples, length, generator=generator) < 0.4] = -100
+    targets[::4] = -100
+    return TensorDataset(inputs, targets)
+
+
+class PerToken(nn.Module):
+    """Map (batch, length, 5) to (batch, 3 classes, length)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, inputs):
+        return self.layer(inputs).transpose(1, 2)
+
+
+def log_probabilities(inputs):
+    return F.log_softmax(inputs, dim=1)
+
+
+class LogPerToken(PerToken):
+    def forward(self, inputs):
+        return log_probabilities(super().forward(inputs))
+
+
+WEIGHT = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+
+
+def count_tokens(batch):
+    return (batch[1] != -100).sum()
+
+
+def mean_over_tokens(model, batch):
+    inputs, targets = batch
+    kept = targets != -100
+    losses = F.cross_entropy(model(inputs), targets, reduction="none")
+    return losses.sum() / kept.sum().clamp_min(1), kept.sum()
+
+
+def summed_squares(outputs, targets):
+    """A mean over the samples' tokens that the trainer knows nothing of; its weight is given beside it."""
+    kept = (targets != -100).unsqueeze(1)
+    return (outputs.square() * kept).sum() / kept.sum().clamp_min(1)
+
+
+LOSSES = {
+    "class weights": dict(loss_fn=nn.CrossEntropyLoss(weight=WEIGHT)),
+    "ignore_index": dict(loss_fn=nn.CrossEntropyLoss()),
+    "another ignore_index": dict(loss_fn=nn.CrossEntropyLoss(ignore_index=1), shift=True),
+    "label smoothing": dict(loss_fn=nn.CrossEntropyLoss(label_smoothing=0.1)),
+    "smoothing and class weights": dict(loss_fn=nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1)),
+    "nll": dict(loss_fn=nn.NLLLoss(weight=WEIGHT), model=LogPerToken),
+    "function": dict(loss_fn=F.cross_entropy),
+    "partial": dict(loss_fn=functools.partial(F.cross_entropy, weight=WEIGHT, label_smoothing=0.2)),
+    "weight_fn": dict(loss_fn=summed_squares, weight_fn=count_tokens),
+    "compute_loss": dict(compute_loss=mean_over_tokens),
+}
+
+
+def train_weighted(name, num_micro_batches=None):
+    case = dict(LOSSES[name])
+    model = case.pop("model", PerToken)().double()
+    data = token_data()
+    if case.pop("shift", False):
+        data = TensorDataset(data.tensors[0], data.tensors[1].clamp_min(0))
+    gradients = []
+
+    class Watch(torch.optim.SGD):
+        def step(self, closure=None):
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+            return super().step(closure)
+
+    config = quiet(num_micro_batches=num_micro_batches, restore_best=False)
+    trainer = Trainer(model, Watch(model.parameters(), lr=0.1), config=config, **case)
+    history = trainer.fit(loader_of(data, 6), loader_of(data, 5))
+    return summary(history, model), gradients
+
+
+@functools.cache
+def reference(name):
+    return train_weighted(name)
+
+
+def all_weighted(num_micro_batches):
+    return {name: train_weighted(name, num_micro_batches) for name in LOSSES}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_micro_batches", [None, 3, 8])
+def test_weighted_losses_have_the_same_gradients_and_reports_under_every_layout(num_processes, num_micro_batches):
+    for results in on_processes(num_processes, all_weighted, num_micro_batches):
+        for name, (one, gradients) in results.items():
+            expected, expected_gradients = reference(name)
+            assert_same(expected, one, torch.float64)
+            torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "loss_fn" in LOSSES[name] and "weight_fn" not in LOSSES[name]])
+def test_a_weighted_test_loss_is_the_loss_of_the_whole_set(name):
+    case = dict(LOSSES[name])
+    data = token_data()
+    if case.pop("shift", False):
+        data = TensorDataset(data.tensors[0], data.tensors[1].clamp_min(0))
+    model = case.pop("model", PerToken)().double()
+    whole = case["loss_fn"](model(data.tensors[0]), data.tensors[1]).item()
+    scores = Trainer(model, None, case["loss_fn"], config=quiet()).evaluate(loader_of(data, 5))
+    assert scores["loss"] == pytest.approx(whole, rel=1e-12)
+
+
+def test_soft_targets_divide_by_the_number_of_samples():
+    inputs, targets = torch.randn(10, 5), torch.rand(10, 3).softmax(1)
+    model, loss_fn = nn.Linear(5, 3), nn.CrossEntropyLoss()
+    scores = Trainer(model, None, loss_fn, config=quiet()).evaluate(loader_of(TensorDataset(inputs, targets), 4))
+    assert scores["loss"] == pytest.approx(loss_fn(model(inputs), targets).item(), rel=1e-6)
+
+
+def sample_values(num_samples, num_micro_batches=None):
+    """Return train and test loss where the loss of a sample is its number."""
+
+    def compute_loss(model, batch):
+        return (batch[0] + 0 * model(batch[0])).mean()
+
+    data = TensorDataset(torch.arange(float(num_samples)).reshape(-1, 1))
+    model = nn.Linear(1, 1)
+    config = quiet(num_epochs=1, num_micro_batches=num_micro_batches)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.0), compute_loss=compute_loss, config=config)
+    history = trainer.fit(DataLoader(data, batch_size=4, shuffle=True), DataLoader(data, batch_size=4))
+    return history.train_losses[0], history.test_losses[0], trainer.evaluate(DataLoader(data, batch_size=4))["loss"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize("num_samples", [1, 3, 9, 10, 11])
+def test_each_sample_counts_once_in_every_loss(num_processes, num_samples):
+    for num_micro_batches in (None, 3):
+        for losses in on_processes(num_processes, sample_values, num_samples, num_micro_batches):
+            assert losses == ((num_samples - 1) / 2,) * 3
+
+
+def constant_loss(num_micro_batches):
+    def compute_loss(model, batch):
+        return (1.0 + 0 * model(batch[0])).mean()
+
+    model, data = nn.Linear(5, 1), make_data(10)
+    config = quiet(num_epochs=1, num_micro_batches=num_micro_batches)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), compute_loss=compute_loss, config=config)
+    history = trainer.fit(loader_of(data, 4), loader_of(data, 4))
+    return history.train_losses + history.test_losses
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_micro_batches", [None, 4])
+def test_accumulation_does_not_scale_a_reported_loss(num_micro_batches):
+    assert constant_loss(num_micro_batches) == [1.0, 1.0]
+    assert on_processes(2, constant_loss, num_micro_batches) == [[1.0, 1.0]] * 2
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def mean_correct(outputs, targets):
+    return correct(outputs, targets).double().mean()
+
+
+def python_number(outputs, targets):
+    return correct(outputs, targets).double().mean().item()
+
+
+class Counted(torchmetrics.SumMetric):
+    """Counts samples; would show one that is counted twice."""
+
+    def update(self, outputs, targets):
+        super().update(len(targets))
+
+
+def evaluate_metrics(num_samples, num_micro_batches=None):
+    torch.manual_seed(0)
+    # Probabilities: torchmetrics guesses from the values of each update whether they are logits.
+    model = nn.Sequential(nn.Linear(5, 3), nn.Softmax(dim=1)).double()
+    metrics = {
+        "per_sample": correct,
+        "mean": mean_correct,
+        "number": python_number,
+        "object": torchmetrics.Accuracy(task="multiclass", num_classes=3, average="micro"),
+        "listing": torchmetrics.AUROC(task="multiclass", num_classes=3),
+        "sum": Counted(),
+    }
+    config = quiet(num_micro_batches=num_micro_batches)
+    trainer = Trainer(model, None, nn.CrossEntropyLoss(), metrics=metrics, config=config)
+    scores = trainer.evaluate(loader_of(make_data(num_samples, torch.float64), 4))
+    assert trainer.evaluate(loader_of(make_data(num_samples, torch.float64), 4)) == scores  # starts afresh
+    return scores
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_metrics_are_those_of_the_whole_set_on_every_process(num_processes):
+    torch.manual_seed(0)
+    model, (inputs, targets) = nn.Linear(5, 3).double(), make_data(33, torch.float64).tensors
+    exact = correct(model(inputs), targets).double().mean().item()
+    one = evaluate_metrics(33)
+    for scores in on_processes(num_processes, evaluate_metrics, 33):
+        assert list(scores) == ["loss", "per_sample", "mean", "number", "object", "listing", "sum"]
+        assert scores["sum"] == 33
+        for name in ("per_sample", "mean", "number", "object"):
+            assert scores[name] == pytest.approx(exact, rel=1e-6)
+        assert scores["listing"] == pytest.approx(one["listing"], rel=1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore::UserWarning:torchmetrics")
+def test_metrics_of_fewer_samples_than_processes():
+    one = evaluate_metrics(1)
+    for scores in on_processes(3, evaluate_metrics, 1):
+        assert scores == pytest.approx(one)
+
+
+def test_a_metric_of_another_shape_is_refused_with_the_shapes():
+    trainer = Trainer(nn.Linear(5, 3), None, nn.CrossEntropyLoss(), metrics={"odd": lambda outputs, targets: outputs})
+    with pytest.raises(ValueError, match=r"'odd' must return one value per sample.*for 4 samples.*\(4, 3\)"):
+        trainer.evaluate(loader_of(make_data(8), 4))
+
+
+def test_metrics_of_the_wrong_kind_are_refused():
+    with pytest.raises(TypeError, match="metric 'x' must be callable"):
+        Metrics({"x": 3})
+    with pytest.raises(ValueError, match="'loss' of a metric is taken"):
+        Metrics({"loss": correct})
+
+
+# --- what a loss must be ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        nn.MSELoss(reduction="sum"),
+        nn.CrossEntropyLoss(reduction="none"),
+        functools.partial(F.mse_loss, reduction="sum"),
+    ],
+)
+def test_a_loss_that_is_no_mean_is_refused(loss_fn):
+    with pytest.raises(ValueError, match=r"has reduction='(sum|none)'.*use reduction='mean'"):
+        Objective(loss_fn)
+
+
+@pytest.mark.parametrize("arguments", [(None, None), (nn.MSELoss(), lambda model, batch: None)])
+def test_exactly_one_of_loss_fn_and_compute_loss(arguments):
+    with pytest.raises(ValueError, match="Give either loss_fn or compute_loss"):
+        Objective(*arguments)
+
+
+def test_a_loss_class_instead_of_an_instance_is_refused():
+    with pytest.raises(TypeError, match=r"loss_fn is the class MSELoss; give an instance: MSELoss\(\)"):
+        Objective(nn.MSELoss)
+
+
+@pytest.mark.parametrize(
+    "compute_loss, message",
+    [
+        (lambda model, batch: model(batch[0]).mean(0), r"must be a scalar .*got shape \(3,\)"),
+        (lambda model, batch: model(batch[0]).mean().detach(), "does not require grad"),
+        (lambda model, batch: (model(batch[0]).mean(), -1), "weight of a micro-batch must be a number of at least 0"),
+        (lambda model, batch: (model(batch[0]).mean(), torch.ones(2)), r"must be one number, got shape \(2,\)"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_is_refused_before_the_first_update(compute_loss, message):
+    model = nn.Linear(5, 3)
+    before = model.weight.detach().clone()
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), compute_loss=compute_loss, config=quiet())
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(loader_of(make_data(8), 4))
+    assert torch.equal(model.weight, before)
+
+
+def test_a_loss_that_is_no_tensor_is_refused():
+    model = nn.Linear(5, 3)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda o, t: 1.0, config=quiet())
+    with pytest.raises(TypeError, match="loss must be a tensor, got float"):
+        trainer.fit(loader_of(make_data(8), 4))
+
+
+class Dictionaries(Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return {"x": torch.full((5,), float(index)), "label": index % 3, "note": "kept"}
+
+
+def test_batches_that_loss_fn_cannot_take_are_named_by_their_keys():
+    trainer = Trainer(nn.Linear(5, 3), None, nn.CrossEntropyLoss(), config=quiet())
+    with pytest.raises(TypeError, match=r"the keys \['x', 'label', 'note'\].*Give compute_loss"):
+        trainer.evaluate(DataLoader(Dictionaries(), batch_size=4))
+
+
+def test_compute_loss_sees_every_key_and_dictionaries_of_two_need_none():
+    seen = []
+
+    def compute_loss(model, batch):
+        seen.append(batch["note"])
+        return F.cross_entropy(model(batch["x"]), batch["label"])
+
+    model = nn.Linear(5, 3)
+    Trainer(model, None, compute_loss=compute_loss, config=quiet()).evaluate(DataLoader(Dictionaries(), batch_size=5))
+    assert seen == [["kept"] * 5] * 2
+
+    pairs = [{"label": index % 3, "x": torch.full((5,), float(index))} for index in range(10)]  # targets first
+    scores = Trainer(model, None, nn.CrossEntropyLoss(), config=quiet()).evaluate(DataLoader(pairs, batch_size=5))
+    whole = F.cross_entropy(model(torch.stack([pair["x"] for pair in pairs])), torch.tensor([i % 3 for i in range(10)]))
+    assert scores["loss"] == pytest.approx(whole.item(), rel=1e-6)
+
+
+# --- nothing is kept, nothing is read ---------------------------------------------------------------------------------
+
+
+def test_neither_losses_nor_outputs_outlive_their_step():
+    alive = weakref.WeakSet()
+    most = 0
+
+    def loss_fn(outputs, targets):
+        nonlocal most
+        loss = F.cross_entropy(outputs, targets)
+        most = max(most, len(alive))
+        alive.add(outputs)
+        alive.add(loss)
+        return loss
+
+    model = nn.Linear(5, 3)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, config=quiet())
+    history = trainer.fit(loader_of(make_data(64), 4), loader_of(make_data(64), 4))
+    assert most <= 2 and not alive
+    assert all(type(loss) is float for loss in history.train_losses + history.test_losses)
+
+
+def test_memory_does_not_grow_with_the_steps():
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    levels = []
+
+    class Watch(Callback):
+        def on_epoch_end(self, trainer):
+            levels.append(resident())
+
+    model = nn.Linear(5, 3)
+    config = quiet(num_epochs=6, report_every=10**6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Watch()], config=config)
+    trainer.fit(loader_of(make_data(2000), 2))
+    assert levels[-1] - levels[1] < 4 * 2**20  # 4,000 steps later
+
+
+class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Count the moments at which a tensor's value comes to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            self.reads.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), nn.MultiMarginLoss()])
+@pytest.mark.parametrize("num_micro_batches", [None, 3])
+def test_an_ordinary_step_reads_nothing_back(loss_fn, num_micro_batches):
+    mode = CountReads()
+    per_step = []
+
+    class Watch(Callback):
+        def on_step_end(self, trainer):
+            per_step.append(len(mode.reads))
+
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    config = quiet(num_epochs=1, num_micro_batches=num_micro_batches, max_grad_norm=1.0)
+    with mode:
+        Trainer(model, optimizer, loss_fn, callbacks=[Watch()], config=config).fit(loader_of(make_data(240), 12))
+    assert len(per_step) == 20
+    assert len(set(per_step)) == 1
+
+
+def test_the_sums_are_exact_over_many_blocks_and_reports():
+    class Piece:
+        counts, index = True, 0
+
+    class MicroBatch:
+        piece, num_samples = Piece, 3
+
+    class Forward:
+        def __init__(self, value):
+            self.loss, self.weight = torch.tensor(value, dtype=torch.float64), 3
+
+    ledger = Ledger(0)
+    for number in range(1300):
+        ledger.add(number, MicroBatch, Forward(float(number)))
+        if number == 700:
+            assert ledger.report() == (350.0, None)
+    totals = ledger.exchange()
+    assert totals.loss == 1299 / 2 and totals.fault is None
+    ledger.add(1300, MicroBatch, Forward(math.nan))
+    assert ledger.exchange().fault.batch == 1300
