@@ -42,7 +42,7 @@ class Callback:
         """After each optimizer update; `trainer.state.step` counts them."""
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """After an epoch was evaluated and recorded in `trainer.history`."""
+        """After an epoch was evaluated and recorded in `trainer.history`; the model is in evaluation mode."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """At the end of the run, however it ended, except by an error; the weights are the promised ones."""
@@ -130,8 +130,15 @@ class ProgressBar(Callback):
             self._shown = trainer.state.recent_loss
             self._bar.set_postfix(loss=f"{self._shown:.4f}", refresh=False)
 
-    def close(self) -> None:
+    def on_epoch_end(self, trainer: Trainer) -> None:
         """Take the bar away."""
+        self._close()
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Take the bar of an epoch cut short away."""
+        self._close()
+
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

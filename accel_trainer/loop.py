@@ -88,7 +88,8 @@ def fit(run: Run) -> str:
             run.best.keep(training.prepared.plain, {"epoch": state.epoch, run.monitor: value})
         training.schedule.after_epoch(value)
         report_epoch(run)
-        training.call("on_epoch_end")
+        with evaluation_mode(training.prepared.plain):  # a callback may look at the model, and change its modes
+            training.call("on_epoch_end")
 
         if training.stopping.agree():
             return f"{training.stopping.reason} after epoch {state.epoch}"

@@ -192,7 +192,7 @@ class _Board:
     def _leave(self, process: int, message: str) -> None:
         """End this process if its main thread does not do so by itself: it may wait for a process that is gone."""
         if not self._closed.wait(_GRACE_SECONDS):
-            print(f"accel_trainer: process {self.process} ends: {_told(process, message)}", file=sys.stderr, flush=True)
+            print(f"accel_trainer: process {self.process} ends. {_told(process, message)}", file=sys.stderr, flush=True)
             os._exit(1)
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class _Board:
 
 
 def _told(process: int, message: str) -> str:
-    return f"process {process} failed with {message}"
+    return f"Process {process} failed with {message}"
 
 
 @contextmanager
@@ -240,7 +240,8 @@ def _settle(board: _Board, error: BaseException) -> ProcessFailedError | None:
         with suppress(RuntimeError):
             failure = board.failure()
             if failure is not None:
-                return None if failure[0] == board.process else ProcessFailedError(_told(*failure).capitalize())
+                # An error that all raise alike is each one's own.
+                return None if failure[1] == message else ProcessFailedError(_told(*failure))
         if time.monotonic() >= deadline:
             break
         time.sleep(0.02)

@@ -194,13 +194,11 @@ class Trainer:
 
         prepared = Prepared(hardware, self.model, optimizer)
         training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, layout)
-        bar = (
-            [ProgressBar(config.steps_per_epoch or num_batches(train_loader))]
-            if announce is say and wants_bar()
-            else []
-        )
-        callbacks = Callbacks([*self._callbacks, *bar])
-        training.call = lambda hook: self._call(callbacks, stopping, hook)
+        callbacks = list(self._callbacks)
+        if announce is say and wants_bar():
+            callbacks.append(ProgressBar(config.steps_per_epoch or num_batches(train_loader)))
+        listeners = Callbacks(callbacks)
+        training.call = lambda hook: self._call(listeners, stopping, hook)
         return loop.Run(
             training=training,
             train_feed=self._feed(train_loader, hardware),
@@ -223,7 +221,9 @@ class Trainer:
             history.stop_reason = str(error)
             _record_fault(run, time.perf_counter() - started)
             raise
-        if self.config.restore_best and self.state.best_epoch not in (None, history.num_epochs):
+        # Right after the best epoch the model holds its weights already.
+        moved_on = not self.state.best_epoch == self.state.epoch == history.num_epochs
+        if self.config.restore_best and self.state.best_epoch is not None and moved_on:
             run.best.restore(self.model, hardware.num_processes)
         finish(run)
         run.training.call("on_fit_end")
