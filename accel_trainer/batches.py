@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
-from accelerate.utils import broadcast_object_list, find_batch_size
+from accelerate.utils import broadcast_object_list, find_batch_size, gather_object
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -319,6 +320,32 @@ class Feed:
             prefetch_factor=user.prefetch_factor if num_workers else None,
             persistent_workers=user.persistent_workers and num_workers > 0,
         )
+
+    def check_same_everywhere(self, name: str) -> None:
+        """Refuse data that differs between the processes, as a split without a seed makes it.
+
+        Compares lengths, the rows of a `Subset` and the first batch's indices; the samples themselves are not read.
+
+        Args:
+            name: How the user calls the loader, for the message.
+
+        Raises:
+            ValueError: The processes do not have the same data.
+        """
+        if self.layout.num_processes == 1 or is_stream(self.loader):
+            return
+        dataset = self.loader.dataset
+        length = len(dataset) if hasattr(dataset, "__len__") else None
+        rows = list(dataset.indices) if isinstance(dataset, Subset) else None
+        first = next(iter(index_batches(self.loader, self.seed, 1)), None)
+        first = first.tolist() if isinstance(first, torch.Tensor) else first
+        lengths = gather_object([length])
+        if len(set(lengths)) > 1:
+            raise ValueError(f"{name} has datasets of different lengths on the processes: {lengths}.")
+        if len(set(gather_object([crc32(repr((rows, first)).encode())]))) > 1:
+            raise ValueError(
+                f"{name} has other samples on each process. Split and shuffle with a fixed seed, so that all agree."
+            )
 
     def micro_batches(self, epoch: int) -> Generator[MicroBatch]:
         """Yield the micro-batches of this process for one pass over the data.

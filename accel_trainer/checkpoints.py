@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,14 @@ class RunFolder:
                 f"run_dir {self.path} cannot be written: {reason}. Give a run_dir in a folder that can."
             ) from error
         self.best_path = self.path / "best" / "model.safetensors"
+
+    def discard(self) -> None:
+        """Remove the files of a run that has measured nothing, and the folder unless it holds others."""
+        with suppress(OSError):
+            for path in [self.path / name for name in ("config.json", "environment.json", "history.jsonl")]:
+                path.unlink(missing_ok=True)
+            (self.path / "best").rmdir()
+            self.path.rmdir()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the folder."""

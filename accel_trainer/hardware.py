@@ -266,9 +266,3 @@ class Prepared:
             return True
         self._accelerated.step()
         return not self._accelerated.step_was_skipped
-
-    def forget(self) -> None:
-        """Let go of the model: Accelerate keeps a list of what it has prepared."""
-        accelerator = self.hardware.accelerator
-        accelerator._models = [model for model in accelerator._models if model is not self.model]
-        accelerator._optimizers = [kept for kept in accelerator._optimizers if kept is not self._accelerated]

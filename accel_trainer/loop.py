@@ -400,7 +400,9 @@ class _Session:
         """Return the micro-batches of a loader; the same object at every call."""
         if loader not in self.feeds:
             check_loader(loader, name)
-            self.feeds[loader] = Feed(loader, self.layout, self.config.seed, self.hardware.device.type != "cpu")
+            feed = Feed(loader, self.layout, self.config.seed, pin_memory=self.hardware.device.type == "cuda")
+            feed.check_same_everywhere(name)
+            self.feeds[loader] = feed
         return self.feeds[loader]
 
     def train(self, model: nn.Module, loss_fn: Any, optimizer: Optimizer) -> Training:
@@ -485,8 +487,9 @@ def train_model(
         True
     """
     session = _session_of(model)
-    hardware, feed = session.hardware, session.feed(train_loader, "train_loader")
+    hardware = session.hardware
     with shared_failure(hardware.process, hardware.num_processes), preserved(*hardware.generators):
+        feed = session.feed(train_loader, "train_loader")
         training = session.train(model, loss_fn, optimizer)
         session.epochs[train_loader] = session.epochs.get(train_loader, 0) + 1
         with training_mode(model), training.prepared.attached():
@@ -513,8 +516,9 @@ def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Call
         0.0
     """
     session = _session_of(model)
-    hardware, feed = session.hardware, session.feed(test_loader, "test_loader")
+    hardware = session.hardware
     with shared_failure(hardware.process, hardware.num_processes), preserved(*hardware.generators):
+        feed = session.feed(test_loader, "test_loader")
         prepared = session.evaluating(model)
         with prepared.attached():
             return evaluate(prepared, Objective(loss_fn), feed, Metrics(None))["loss"]

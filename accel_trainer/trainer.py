@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from . import loop
-from .batches import Feed, check_loader, describe_batch, is_stream, num_batches
+from .batches import Feed, Layout, check_loader, describe_batch, is_stream, num_batches
 from .callbacks import Callback, Callbacks, ProgressBar, say, wants_bar
 from .checkpoints import BestWeights, RunFolder, describe_environment
 from .config import TrainConfig
@@ -136,7 +136,6 @@ class Trainer:
                 run = self._prepare_run(hardware, stopping, monitor, self.optimizer, train_loader, test_loader)
                 with run.training.prepared.attached():
                     self._run(run)
-                run.training.prepared.forget()
         return self.history
 
     def _check_fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> str:
@@ -160,49 +159,31 @@ class Trainer:
         train_loader: DataLoader[Any],
         test_loader: DataLoader[Any] | None,
     ) -> loop.Run:
-        config = self.config
-        layout = hardware.layout(config.num_micro_batches)
+        config, layout = self.config, hardware.layout(self.config.num_micro_batches)
         num_steps = _num_steps(config, train_loader)
-        schedule = Schedule(
-            self._scheduler,
-            optimizer,
-            config.schedule_every,
-            num_steps,
-            config.num_epochs,
-        )
-        folder = self._open_folder(hardware)
-        lines = [hardware.describe()]
-        if train_loader.batch_size is not None:
-            source = "argument" if config.num_micro_batches else "one per process"
-            lines.append(f"{describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})")
-        if folder is not None:
-            resolved = {
-                "device": str(hardware.device),
-                "num_processes": hardware.num_processes,
-                "mixed_precision": hardware.precision,
-                "batch_size": train_loader.batch_size,
-                "num_micro_batches": layout.num_micro_batches,
-                "num_batches": num_batches(train_loader),
-                "num_steps": num_steps,
-                "monitor": monitor,
-                "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            }
-            folder.write_json("config.json", {"asked": asdict(config), "resolved": resolved})
-            folder.write_json("environment.json", describe_environment(lines[0]))
-        announce = say if hardware.is_main and config.verbose else _silent
-        announce("; ".join(lines))
-
+        schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
+        train_feed = self._feed(train_loader, hardware, "train_loader")
+        test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader")
         prepared = Prepared(hardware, self.model, optimizer)
         training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, layout)
+
+        announce = say if hardware.is_main and config.verbose else _silent
+        announce(_start_line(hardware, train_loader, layout, config))
         callbacks = list(self._callbacks)
         if announce is say and wants_bar():
             callbacks.append(ProgressBar(config.steps_per_epoch or num_batches(train_loader)))
         listeners = Callbacks(callbacks)
         training.call = lambda hook: self._call(listeners, stopping, hook)
+
+        folder = self._open_folder(hardware)
+        if folder is not None:
+            facts = _facts(training, train_loader) | {"num_steps": num_steps, "monitor": monitor}
+            folder.write_json("config.json", {"asked": asdict(config), "resolved": facts})
+            folder.write_json("environment.json", describe_environment(hardware.describe()))
         return loop.Run(
             training=training,
-            train_feed=self._feed(train_loader, hardware),
-            test_feed=None if test_loader is None else self._feed(test_loader, hardware),
+            train_feed=train_feed,
+            test_feed=test_feed,
             metrics=self._metrics,
             history=self.history,
             best=BestWeights(folder, hardware.is_main),
@@ -212,7 +193,7 @@ class Trainer:
         )
 
     def _run(self, run: loop.Run) -> None:
-        history, hardware = self.history, run.training.hardware
+        history, state = self.history, self.state
         started = time.perf_counter()
         try:
             run.training.call("on_fit_start")
@@ -221,10 +202,14 @@ class Trainer:
             history.stop_reason = str(error)
             _record_fault(run, time.perf_counter() - started)
             raise
+        except BaseException:
+            if run.folder is not None and not history.num_epochs:
+                run.folder.discard()  # nothing was measured: the next try may have the name
+            raise
         # Right after the best epoch the model holds its weights already.
-        moved_on = not self.state.best_epoch == self.state.epoch == history.num_epochs
-        if self.config.restore_best and self.state.best_epoch is not None and moved_on:
-            run.best.restore(self.model, hardware.num_processes)
+        moved_on = not state.best_epoch == state.epoch == history.num_epochs
+        if self.config.restore_best and state.best_epoch is not None and moved_on:
+            run.best.restore(self.model, run.training.hardware.num_processes)
         finish(run)
         run.training.call("on_fit_end")
 
@@ -255,7 +240,8 @@ class Trainer:
         """
         check_loader(loader, "loader", may_be_empty=True)
         with self._evaluating() as prepared:
-            return loop.evaluate(prepared, self._objective, self._feed(loader, prepared.hardware), self._metrics)
+            feed = self._feed(loader, prepared.hardware, "loader")
+            return loop.evaluate(prepared, self._objective, feed, self._metrics)
 
     def predict(self, loader: DataLoader[Any]) -> Any:
         """Return the model's outputs for every sample once, in dataset order, in host memory.
@@ -273,7 +259,7 @@ class Trainer:
         """
         check_loader(loader, "loader", may_be_empty=True)
         with self._evaluating() as prepared:
-            return loop.predict(prepared, self._feed(_in_dataset_order(loader), prepared.hardware))
+            return loop.predict(prepared, self._feed(_in_dataset_order(loader), prepared.hardware, "loader"))
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -291,11 +277,32 @@ class Trainer:
             prepared = Prepared(hardware, self.model)
             with prepared.attached():
                 yield prepared
-            prepared.forget()
 
-    def _feed(self, loader: DataLoader[Any], hardware: Hardware) -> Feed:
+    def _feed(self, loader: DataLoader[Any], hardware: Hardware, name: str) -> Feed:
         layout = hardware.layout(self.config.num_micro_batches)
-        return Feed(loader, layout, self.config.seed, pin_memory=hardware.device.type == "cuda")
+        feed = Feed(loader, layout, self.config.seed, pin_memory=hardware.device.type == "cuda")
+        feed.check_same_everywhere(name)
+        return feed
+
+
+def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layout, config: TrainConfig) -> str:
+    if train_loader.batch_size is None:
+        return hardware.describe()
+    source = "argument" if config.num_micro_batches else "one per process"
+    return f"{hardware.describe()}; {describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})"
+
+
+def _facts(training: loop.Training, train_loader: DataLoader[Any]) -> dict[str, Any]:
+    """Return what the config was resolved to."""
+    return {
+        "device": str(training.hardware.device),
+        "num_processes": training.layout.num_processes,
+        "num_micro_batches": training.layout.num_micro_batches,
+        "mixed_precision": training.hardware.precision,
+        "batch_size": train_loader.batch_size,
+        "num_batches": num_batches(train_loader),
+        "num_parameters": sum(parameter.numel() for parameter in training.prepared.plain.parameters()),
+    }
 
 
 def finish(run: loop.Run) -> None:

@@ -1,7 +1,7 @@
 """Train a small network on scikit-learn's handwritten digits: a template to copy.
 
-    accelerate launch scripts/train.py --num_epochs 20 --patience 3
-    accelerate launch scripts/train.py --config run.yaml
+accelerate launch scripts/train.py --num_epochs 20 --patience 3
+accelerate launch scripts/train.py --config run.yaml
 """
 
 from dataclasses import fields

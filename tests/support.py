@@ -106,7 +106,9 @@ def summary(history, model):
     }
 
 
-def train(num_samples=37, batch_size=7, dtype=torch.float32, kind="plain", drop_last=False, optimizer="sgd", lr=0.1, **choices):
+def train(
+    num_samples=37, batch_size=7, dtype=torch.float32, kind="plain", drop_last=False, optimizer="sgd", lr=0.1, **choices
+):
     """Train a tiny model and return its summary."""
     model = make_model(dtype, kind)
     optimizers = {

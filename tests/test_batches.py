@@ -441,6 +441,27 @@ def test_single_indices_without_batches_are_refused():
         next(Feed(loader, ALONE, 0).micro_batches(1))
 
 
+def data_by_rank(kind):
+    rank = torch.distributed.get_rank()
+    data = make_data(20 + rank if kind == "length" else 20)
+    if kind == "rows":
+        data = random_split(data, [10, 10], generator=torch.Generator().manual_seed(rank))[0]
+    model = nn.Linear(5, 3)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=quiet())
+    try:
+        trainer.fit(loader_of(data, 4))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "kind, message", [("length", r"different lengths on the processes: [20, 21]"), ("rows", "other samples on each")]
+)
+def test_data_that_differs_between_the_processes_is_refused(kind, message):
+    assert all(message in told for told in on_processes(2, data_by_rank, kind))
+
+
 def test_an_empty_stream_is_an_error_and_no_endless_loop():
     class Empty(IterableDataset):
         def __iter__(self):
@@ -463,7 +484,8 @@ from accel_trainer import TrainConfig, Trainer
 data = TensorDataset(torch.ones(1, 2), torch.ones(1, 1))
 model = torch.nn.Linear(2, 1)
 torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
-trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.MSELoss(), config=TrainConfig(num_epochs=2))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+trainer = Trainer(model, optimizer, torch.nn.MSELoss(), config=TrainConfig(num_epochs=2))
 print(trainer.fit(DataLoader(data, batch_size=4), DataLoader(data, batch_size=4)).train_losses)
 """
     done = launch(script, num_processes=2)

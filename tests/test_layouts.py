@@ -129,7 +129,9 @@ def test_cross_entropy_is_a_plain_loop_bit_for_bit():
     loader = loader_of(make_data(101), 16)
     ours, theirs = make_model(), make_model()
     expected = plain_loop(theirs, torch.optim.Adam(theirs.parameters()), nn.CrossEntropyLoss(), loader, 2)
-    trainer = Trainer(ours, torch.optim.Adam(ours.parameters()), nn.CrossEntropyLoss(), config=quiet(restore_best=False))
+    trainer = Trainer(
+        ours, torch.optim.Adam(ours.parameters()), nn.CrossEntropyLoss(), config=quiet(restore_best=False)
+    )
     assert trainer.fit(loader).train_losses == expected
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name

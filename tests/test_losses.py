@@ -120,7 +120,9 @@ def test_weighted_losses_have_the_same_gradients_and_reports_under_every_layout(
             torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if "loss_fn" in LOSSES[name] and "weight_fn" not in LOSSES[name]])
+@pytest.mark.parametrize(
+    "name", [name for name in LOSSES if "loss_fn" in LOSSES[name] and "weight_fn" not in LOSSES[name]]
+)
 def test_a_weighted_test_loss_is_the_loss_of_the_whole_set(name):
     case = dict(LOSSES[name])
     data = token_data()

@@ -1,0 +1,126 @@
+"""The house: arrows point downward, the loop fits a screen, scripts and README say what is true."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from support import ROOT
+
+PACKAGE = ROOT / "accel_trainer"
+
+# Each file may import only from files further down.
+STOREYS = [
+    ["__init__"],
+    ["trainer"],
+    ["loop"],
+    ["checkpoints", "callbacks", "hardware", "stopping", "schedules"],
+    ["gradients"],
+    ["losses"],
+    ["batches"],
+    ["randomness", "history", "state", "config"],
+    ["report", "errors"],
+]
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+
+
+def outside_type_checking(path):
+    tree = ast.parse(path.read_text())
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    ]
+    return {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for name in ([node.module] if node.module else [alias.name for alias in node.names])
+    }
+
+
+def test_every_import_points_downward():
+    floor = {name: number for number, names in enumerate(STOREYS) for name in names}
+    assert set(floor) == {path.stem for path in PACKAGE.glob("*.py")}
+    for path in PACKAGE.glob("*.py"):
+        for imported in outside_type_checking(path):
+            assert floor[imported] > floor[path.stem], f"{path.stem} imports {imported}"
+
+
+def functions():
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                yield f"{path.stem}.{node.name}", (body[-1].end_lineno - body[0].lineno + 1 if body else 0)
+
+
+def test_the_loop_fits_one_screen():
+    lengths = dict(functions())
+    assert lengths["loop.fit"] <= 40 and lengths["loop.train_epoch"] <= 40
+    assert max(lengths.values()) <= 45
+
+
+def test_nothing_is_unpickled_or_evaluated():
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                assert "pickle" not in names, path
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("eval", "exec", "torch.load", "torch.save"), path
+            assert not isinstance(node, ast.Assert), path
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), path
+
+
+def test_the_template_is_short():
+    assert len((ROOT / "scripts" / "train.py").read_text().splitlines()) <= 80
+
+
+def run_template(*arguments, launcher=()):
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+
+
+def test_the_demo_reaches_its_target_and_leaves_its_files(tmp_path):
+    run_dir = tmp_path / "run"
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
+    done = run_template(
+        "--run_dir", str(run_dir), launcher=(*launcher, "--mixed_precision", "no", "--dynamo_backend", "no")
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^Epoch 1/40 - Train Loss: \d+\.\d{4}, Test Loss: \d+\.\d{4}$", done.stdout, re.MULTILINE)
+    assert "no improvement of test_loss for 5 epochs" in done.stdout
+    accuracy = float(re.search(r"Final evaluation: loss [\d.]+, accuracy ([\d.]+)", done.stdout).group(1))
+    assert accuracy >= 0.97
+    assert (run_dir / "best" / "model.safetensors").is_file() and (run_dir / "losses.png").is_file()
+
+
+def test_the_template_takes_its_options_from_the_config(tmp_path):
+    printed = run_template("--print_config", "--patience", "3")
+    assert printed.returncode == 0 and "patience: 3" in printed.stdout
+    (tmp_path / "run.yaml").write_text(f"num_epochs: 1\nrun_dir: {tmp_path / 'run'}\n")
+    done = run_template("--config", str(tmp_path / "run.yaml"), "--batch_size", "128")
+    assert done.returncode == 0 and "all 1 epochs done" in done.stdout
+    helped = run_template("--help").stdout
+    assert "Epochs in a row without improvement" in helped
+    for arguments, message in (
+        (["--patiance", "3"], "patiance"),
+        (["--patience", "0"], "patience must be at least 1, got 0"),
+    ):
+        wrong = run_template(*arguments)
+        assert wrong.returncode == 2 and message in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_the_readme_tells_every_file():
+    readme = (ROOT / "README.md").read_text()
+    for path in [*PACKAGE.glob("*.py"), *(ROOT / "scripts").iterdir(), *(ROOT / "benchmarks").glob("*.py")]:
+        if path.name not in ("__init__.py", "__pycache__"):
+            assert f"{path.name} " in readme, path.name
+    for claimed in re.findall(r"benchmarks/results/[\w.]+", readme):
+        assert (ROOT / claimed).is_file(), claimed
+    assert not (Path(ROOT) / "docs").exists()
