@@ -77,13 +77,13 @@ def fit(run: Run) -> str:
         started = time.perf_counter()
         training.call("on_epoch_start")
         train = train_epoch(training, micro_batches)
-        if training.stopping.reason is not None:
+        if train is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"  # an epoch cut short is not recorded
 
         training.buffers.share()
         check_weights(training)
         test = evaluate_epoch(run)
-        value = record(run, train, test, time.perf_counter() - started)
+        value = record(run, train.loss, test, time.perf_counter() - started)
         if state.judge(value, config.mode, config.min_delta):
             run.best.keep(training.prepared.plain, {"epoch": state.epoch, run.monitor: value})
         training.schedule.after_epoch(value)
@@ -153,8 +153,9 @@ def take_step(training: Training, batch_size: int, ledger: Ledger) -> None:
 def evaluate(prepared: Prepared, objective: Objective, feed: Feed, metrics: Metrics) -> dict[str, float]:
     """Return the loss and metrics over all samples of a loader, the same numbers on every process."""
     hardware = prepared.hardware
-    ledger = Ledger(hardware.process, metrics.totalled)
+    objective.to(hardware.device)
     metrics.reset(hardware.device)
+    ledger = Ledger(hardware.process, metrics.totalled)
     with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
         for micro_batch in micro_batches:
             if not micro_batch.piece.counts:
@@ -305,10 +306,9 @@ def evaluate_epoch(run: Run) -> dict[str, float] | None:
     return evaluate(run.training.prepared, run.training.objective, run.test_feed, run.metrics)
 
 
-def record(run: Run, train: Totals | None, test: dict[str, float] | None, seconds: float) -> float:
+def record(run: Run, train_loss: float, test: dict[str, float] | None, seconds: float) -> float:
     """Write the epoch to the history and return its monitored value."""
     training, history = run.training, run.history
-    train_loss = math.nan if train is None else train.loss
     norms = training.norms
     scores = dict(test) if test is not None else {}
     history.record(
@@ -447,6 +447,7 @@ def assemble(
 ) -> Training:
     """Put together what makes optimizer steps."""
     accelerator, model = prepared.hardware.accelerator, prepared.plain
+    objective.to(prepared.hardware.device)
     weighs_samples, find_unused = objective.weighs_samples, config.find_unused_parameters
     gradients = Gradients(model, prepared.model, accelerator, layout, weighs_samples, find_unused)
     buffers = Buffers(model, layout)

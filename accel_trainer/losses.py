@@ -106,6 +106,12 @@ class Objective:
         # Whether all processes know the weights beforehand, from the number of samples alone.
         self.weighs_samples = compute_loss is None and weight_fn is None and self._divisor is None
 
+    def to(self, device: torch.device) -> None:
+        """Move a loss that is a module, with its class weights, to where the model is."""
+        function, _ = _unwrap_partial(self.loss_fn)
+        if isinstance(function, nn.Module):
+            function.to(device)
+
     def __call__(self, model: nn.Module, micro_batch: MicroBatch) -> Forward:
         """Run the model on a micro-batch and return its loss and weight (0 for a stand-in)."""
         batch = micro_batch.data

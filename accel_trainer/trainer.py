@@ -327,7 +327,7 @@ def finish(run: loop.Run) -> None:
 def _record_fault(run: loop.Run, seconds: float) -> None:
     """Show the epoch whose loss was not finite in the history, as such."""
     scores = None if run.test_feed is None else {"loss": math.nan, **dict.fromkeys(run.metrics.names, math.nan)}
-    loop.record(run, None, scores, seconds)
+    loop.record(run, math.nan, scores, seconds)
     loop.report_epoch(run)
     finish(run)
 

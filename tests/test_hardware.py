@@ -201,6 +201,18 @@ def test_a_gpu_follows_the_cpu(precision):
 
 
 @pytest.mark.gpu
+def test_class_weights_move_with_the_model():
+    model = make_model()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0])),
+        config=quiet(num_micro_batches=3),
+    )
+    assert len(trainer.fit(loader_of(make_data(64), 16), loader_of(make_data(29), 8)).test_losses) == 2
+
+
+@pytest.mark.gpu
 def test_dropout_on_a_gpu_repeats_and_does_not_depend_on_what_ran_before():
     def losses():
         torch.cuda.manual_seed(torch.randint(100, ()).item())

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import accel_trainer
 from accel_trainer import Callback, History, NonFiniteError, StopTraining, TrainConfig, Trainer
+from accel_trainer.callbacks import Callbacks
 from support import ROOT, correct, launch, loader_of, make_data, make_model, on_processes, quiet, summary, train
 
 
@@ -96,9 +97,22 @@ class StopAt(Callback):
 def test_a_callback_and_an_interrupt_leave_the_best_weights_too(hook):
     before = signal.getsignal(signal.SIGINT)
     history, weight, _ = ramp([StopAt(hook, 3)])
-    assert weight == history.best_epoch == 2
+    assert weight == history.best_epoch == 2 and history.num_epochs == 3
     assert history.stop_reason.startswith("interrupted (Ctrl-C)" if hook == "interrupt" else "enough")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("hook", ["step", "interrupt"])
+def test_an_epoch_cut_short_is_not_recorded_and_leaves_the_best_weights(hook, tmp_path):
+    model = make_model()
+    config = quiet(num_epochs=9, run_dir=tmp_path / "run")
+    trainer = Trainer(model, sgd(model), nn.CrossEntropyLoss(), callbacks=[StopAt(hook, 3)], config=config)
+    history = trainer.fit(loader_of(make_data(37), 8))
+    assert history.num_epochs == history.best_epoch == 2 and trainer.state.step == 11
+    assert history.stop_reason.endswith("in epoch 3")
+    best = accel_trainer.load_best(make_model(), tmp_path / "run")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, best.state_dict()[name])
 
 
 def test_a_second_interrupt_leaves_at_once():
@@ -719,6 +733,18 @@ def test_a_bar_in_a_terminal_does_not_break_the_lines():
     shown = [line.split("\r")[-1] for line in lines]
     assert sum(line.startswith("Epoch 1/2 - Train Loss: ") for line in shown) == 1
     assert sum(line.startswith("Stopped: all 2 epochs done.") for line in shown) == 1
+
+
+def test_a_hook_that_nobody_overrides_is_not_called():
+    class Loud(Callback):
+        def on_epoch_end(self, trainer):
+            calls.append("epoch")
+
+    calls = []
+    callbacks = Callbacks([Loud(), Callback()])
+    assert [len(listeners) for listeners in callbacks._listeners.values()] == [0, 0, 0, 1, 0]
+    callbacks.call("on_step_end", None), callbacks.call("on_epoch_end", None)
+    assert calls == ["epoch"]
 
 
 def test_history_to_dict_is_plain_data():
