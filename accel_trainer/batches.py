@@ -25,6 +25,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     TensorDataset,
+    WeightedRandomSampler,
     default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
@@ -143,6 +144,16 @@ def index_batches(loader: DataLoader[Any], seed: int, epoch: int) -> Iterator[to
         end = len(order) - len(order) % size if sampler.drop_last else len(order)
         for start in range(0, end, size):
             yield order[start : start + size]
+
+
+def dataset_order(loader: DataLoader[Any]) -> Any:
+    """Return a sampler of the samples that a loader reaches, each once, in the order of the dataset."""
+    sampler = _sampler(loader)
+    inner = getattr(sampler, "sampler", sampler)
+    if type(inner) in (SequentialSampler, RandomSampler, WeightedRandomSampler):
+        return SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    drawn = list(SeededIterator(inner, 0))
+    return sorted({index for item in drawn for index in (item if isinstance(item, (list, tuple)) else [item])})
 
 
 class _Drawing:

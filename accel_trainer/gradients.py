@@ -54,7 +54,6 @@ class Gradients:
         self._probed = find_unused
         self._overlaps = False  # whether DistributedDataParallel adds the gradients
         self._weight: Any = 0
-        self._has_no_gradient: list[str] = []
 
     def context(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         """Return what forward and backward of a micro-batch run under: gradients are sent after the last one only."""
@@ -89,10 +88,10 @@ class Gradients:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_div_(gradients, total)
-        self._weight = 0
 
     def clear(self) -> None:
         """Drop the gradients, those of parameters outside the optimizer too."""
+        self._weight = 0
         for parameter in self.parameters:
             parameter.grad = None
 

@@ -105,6 +105,7 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
     hardware, model, state = training.hardware, training.prepared.model, training.state
     gradients, buffers = training.gradients, training.buffers
     ledger = Ledger(hardware.process)
+    gradients.clear()  # of whatever came before
     with closing(micro_batches):
         for micro_batch in micro_batches:
             if micro_batch.piece.is_first:

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from . import loop
-from .batches import Feed, Layout, check_loader, describe_batch, is_stream, num_batches
+from .batches import Feed, Layout, check_loader, dataset_order, describe_batch, is_stream, num_batches
 from .callbacks import Callback, Callbacks, ProgressBar, say, wants_bar
 from .checkpoints import BestWeights, RunFolder, describe_environment
 from .config import TrainConfig
@@ -343,15 +343,14 @@ def _in_dataset_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader like this one that yields each of its samples once, in dataset order."""
     if is_stream(loader):
         return loader
-    sampler = loader.sampler
-    dataset = loader.dataset
-    if isinstance(sampler, SubsetRandomSampler):
-        dataset = Subset(dataset, sorted(sampler.indices))
-    batch_size = loader.batch_size or getattr(loader.batch_sampler or sampler, "batch_size", None) or 1
+    outer: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    size = getattr(outer, "batch_size", None) or 1
+    batches = BatchSampler(dataset_order(loader), size, drop_last=False)
+    by_lists = loader.batch_sampler is None  # batch_size=None: the dataset answers lists of indices
     return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        collate_fn=loader.collate_fn if loader.batch_sampler is not None else None,
+        loader.dataset,
+        **({"batch_size": None, "sampler": batches} if by_lists else {"batch_sampler": batches}),
+        collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,

@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset
 
 import accel_trainer
 from accel_trainer import Callback, History, NonFiniteError, StopTraining, TrainConfig, Trainer
@@ -408,7 +408,13 @@ def _predict(num_samples, kwargs):
 
 
 def test_predict_of_a_subset_sampler_gives_that_subset_in_dataset_order():
-    assert predict_all(10, batch_size=2, sampler=SubsetRandomSampler([7, 2, 9]))["pair"][1].tolist() == [2.0, 7.0, 9.0]
+    subset = SubsetRandomSampler([7, 2, 9])
+    for kwargs in (
+        dict(batch_size=2, sampler=subset, drop_last=True),
+        dict(batch_sampler=[[7, 2], [9]]),
+        dict(batch_size=None, sampler=BatchSampler(subset, 2, False)),
+    ):
+        assert predict_all(10, **kwargs)["pair"][1].tolist() == [2.0, 7.0, 9.0]
 
 
 def test_predictions_that_do_not_fit_together_are_refused_with_their_shapes():
