@@ -88,12 +88,23 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         for name in ("max_grad_norm", "time_limit_seconds"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be greater than 0 (or None), got {value}.")
-        if not (self.min_delta >= 0 and math.isfinite(self.min_delta)):
-            raise ValueError(f"min_delta must be at least 0 and finite, got {self.min_delta}.")
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ValueError(f"{name} must be a number greater than 0 (or None), got {value!r}.")
+        if not (_is_number(self.min_delta) and self.min_delta >= 0 and math.isfinite(self.min_delta)):
+            raise ValueError(f"min_delta must be a number of at least 0 and finite, got {self.min_delta!r}.")
+        for name in ("restore_best", "find_unused_parameters", "verbose"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if not isinstance(self.monitor, str):
+            raise ValueError(f"monitor must be a name, got {self.monitor!r}.")
+        if self.run_dir is not None and not isinstance(self.run_dir, (str, os.PathLike)):
+            raise ValueError(f"run_dir must be a path or None, got {self.run_dir!r}.")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_count(name: str, value: object, optional: bool) -> None:

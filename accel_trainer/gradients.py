@@ -45,8 +45,8 @@ class Gradients:
         weighs_samples: bool,
         find_unused: bool = False,
     ) -> None:
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._model = model
+        self._names, self.parameters = _trainable(model)
         self._prepared, self._accelerator, self._layout = prepared, accelerator, layout
         self._weighs_samples = weighs_samples
         self._alone = layout.num_processes == 1
@@ -54,6 +54,16 @@ class Gradients:
         self._probed = find_unused
         self._overlaps = False  # whether DistributedDataParallel adds the gradients
         self._weight: Any = 0
+
+    def begin(self) -> None:
+        """Begin an epoch: drop old gradients, and take in what was frozen or unfrozen since the last."""
+        names, self.parameters = _trainable(self._model)
+        if names != self._names:
+            # DistributedDataParallel waits for the gradients of those it was made with.
+            self._names, self._probed, self._overlaps = names, True, False
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        self.clear()
 
     def context(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         """Return what forward and backward of a micro-batch run under: gradients are sent after the last one only."""
@@ -79,9 +89,10 @@ class Gradients:
         """
         if self._plain:
             return
-        total: float | Tensor = batch_size if self._weighs_samples else self._total_weight()
         if self._overlaps:
             self._check_all_present()
+        total: float | Tensor = batch_size if self._weighs_samples else self._total_weight()
+        if self._overlaps:
             total = total / self._layout.num_processes  # DistributedDataParallel has taken the mean over the processes
         elif not self._alone:
             self._add_over_processes()
@@ -90,15 +101,16 @@ class Gradients:
             torch._foreach_div_(gradients, total)
 
     def clear(self) -> None:
-        """Drop the gradients, those of parameters outside the optimizer too."""
+        """Drop the gradients of a step, those of parameters outside the optimizer too."""
         self._weight = 0
         for parameter in self.parameters:
             parameter.grad = None
 
     def _total_weight(self) -> Tensor:
         device = self._accelerator.device
-        dtype = self.parameters[0].dtype if self.parameters[0].dtype == torch.float64 else torch.float32
-        total = torch.as_tensor(self._weight, device=device).to(dtype).reshape(())
+        is_double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
+        dtype = torch.float64 if is_double else torch.float32
+        total = torch.as_tensor(self._weight, dtype=dtype, device=device).reshape(())
         if not self._alone:
             torch.distributed.all_reduce(total)
         return torch.where(total == 0, 1, total)  # a batch that weighs nothing has a gradient of zeros
@@ -127,6 +139,11 @@ class Gradients:
         add_over_processes([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
 
+def _trainable(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [name for name, _ in named], [parameter for _, parameter in named]
+
+
 def _weighted(loss: Tensor, weight: Any) -> Tensor:
     """Return weight x loss; a loss that weighs nothing may be nan without harm."""
     if isinstance(weight, Tensor):
@@ -141,7 +158,10 @@ def add_over_processes(tensors: Sequence[Tensor]) -> None:
     """Sum each tensor over the processes, in place, many in one message."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        if tensor.layout != torch.strided:  # embeddings with sparse=True
+            torch.distributed.all_reduce(tensor)
+        else:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for group in by_dtype.values():
         for bucket in _buckets(group):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
@@ -188,12 +208,12 @@ class Buffers:
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._layout = layout
         owners = {id(buffer): (module, name) for module in model.modules() for name, buffer in module._buffers.items()}
-        self._owners = [owner for owner in owners.values() if owner[0]._buffers[owner[1]] is not None]
+        self._owners = [owner for owner in owners.values() if _is_plain(owner[0]._buffers[owner[1]])]
         # One micro-batch on one process moves the buffers as a plain loop does.
         self._idle = not self._owners or (layout.num_processes == 1 and layout.num_micro_batches == 1)
         self._start: list[Tensor] = []
-        self._moved: list[Tensor] = []
-        self._num_counted = 0
+        self._moved: dict[int, Tensor] = {}  # place of a float buffer -> sum of its changes
+        self._whole: dict[int, Tensor] = {}  # place of a whole-number buffer -> what the first micro-batch made of it
 
     def _now(self) -> list[Tensor]:
         return [module._buffers[name] for module, name in self._owners]  # type: ignore[misc]
@@ -203,22 +223,28 @@ class Buffers:
         """Begin a micro-batch."""
         if self._idle:
             return
-        now = self._now()
         if micro_batch.piece.is_first:
-            self._start = [buffer.clone() for buffer in now]
-            self._moved = [torch.zeros_like(buffer) for buffer in self._start if _averages(buffer)]
+            self._start = [buffer.clone() for buffer in self._now()]
+            self._moved = {
+                place: torch.zeros_like(start) for place, start in enumerate(self._start) if _averages(start)
+            }
         else:
-            for buffer, start in zip(now, self._start, strict=True):
-                buffer.copy_(start)
+            for now, start in zip(self._now(), self._start, strict=True):
+                if now.shape == start.shape:  # a cache that has grown stays
+                    now.copy_(start)
 
     @torch.no_grad()
     def after(self, micro_batch: MicroBatch) -> None:
         """Take in what a micro-batch has made of the buffers."""
-        if self._idle or not micro_batch.piece.counts:
+        if self._idle:
             return
-        floats = [(now, start) for now, start in zip(self._now(), self._start, strict=True) if _averages(start)]
-        for moved, (now, start) in zip(self._moved, floats, strict=True):
-            moved += torch.where(now == start, 0, now - start)  # infinities that stay must not become nan
+        now = self._now()
+        if micro_batch.piece.is_first:
+            self._whole = {place: now[place].clone() for place in range(len(now)) if place not in self._moved}
+        if micro_batch.piece.counts:
+            for place, moved in self._moved.items():
+                if now[place].shape == moved.shape:
+                    moved += now[place] - _finite(self._start[place])
 
     @torch.no_grad()
     def finish(self, num_micro_batches: int) -> None:
@@ -230,10 +256,14 @@ class Buffers:
         if self._idle:
             return
         if self._layout.num_processes > 1:
-            add_over_processes(self._moved)
-        floats = [(now, start) for now, start in zip(self._now(), self._start, strict=True) if _averages(start)]
-        for moved, (now, start) in zip(self._moved, floats, strict=True):
-            torch.add(start, moved / num_micro_batches, out=now)
+            add_over_processes(list(self._moved.values()))
+        now = self._now()
+        for place, moved in self._moved.items():
+            if now[place].shape == moved.shape:
+                torch.add(_finite(self._start[place]), moved / num_micro_batches, out=now[place])
+        for place, whole in self._whole.items():
+            if now[place].shape == whole.shape:
+                now[place].copy_(whole)
 
     def share(self) -> None:
         """Make the buffers those of the main process, before an evaluation and a save."""
@@ -241,5 +271,17 @@ class Buffers:
             share_from_main(self._now())
 
 
+def _is_plain(buffer: Tensor | None) -> bool:
+    """Return whether a buffer has memory of its own to write to: not a view that repeats elements, not sparse."""
+    if buffer is None or buffer.layout != torch.strided:
+        return False
+    return all(stride != 0 or size <= 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+
+
 def _averages(buffer: Tensor) -> bool:
     return buffer.is_floating_point() or buffer.is_complex()
+
+
+def _finite(start: Tensor) -> Tensor:
+    """Return what changes are counted from: infinities, which a difference would turn into nan, count from zero."""
+    return torch.where(start.isfinite(), start, 0)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed
-from accelerate.utils import gather_object
+from accelerate.utils import concatenate, gather_object, send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -25,9 +24,9 @@ from .checkpoints import BestWeights, RunFolder
 from .config import TrainConfig
 from .errors import NonFiniteError
 from .gradients import Buffers, Gradients
-from .hardware import Hardware, Prepared
+from .hardware import Hardware, Prepared, check_model, check_optimizer
 from .history import History
-from .losses import Fault, Ledger, Metrics, Objective, Totals, check_loss, inputs_of
+from .losses import Fault, Ledger, Metrics, Objective, Totals, check_loss, inputs_of, widest_float
 from .randomness import EVALUATION, TRAINING, derive_seed, preserved
 from .schedules import Schedule
 from .state import RunState
@@ -51,7 +50,8 @@ class Training:
     stopping: Stopping
     state: RunState
     call: Callable[[str], None] = lambda hook: None
-    norms: list[Tensor] = field(default_factory=list)
+    norm_sum: Any = 0.0
+    num_norms: int = 0
 
 
 @dataclass
@@ -105,7 +105,7 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
     hardware, model, state = training.hardware, training.prepared.model, training.state
     gradients, buffers = training.gradients, training.buffers
     ledger = Ledger(hardware.process)
-    gradients.clear()  # of whatever came before
+    gradients.begin()
     with closing(micro_batches):
         for micro_batch in micro_batches:
             if micro_batch.piece.is_first:
@@ -138,7 +138,9 @@ def take_step(training: Training, batch_size: int, ledger: Ledger) -> None:
     training.gradients.finish(batch_size)
     training.buffers.finish(min(batch_size, training.layout.num_micro_batches))
     if config.max_grad_norm is not None:
-        training.norms.append(prepared.clip(training.gradients.parameters, config.max_grad_norm))
+        norm = prepared.clip(training.gradients.parameters, config.max_grad_norm)
+        training.norm_sum = training.norm_sum + norm.to(widest_float(norm.device))
+        training.num_norms += 1
     updated = prepared.step()
     training.gradients.clear()
     if not updated:
@@ -182,7 +184,7 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
                 hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
                 inputs = inputs_of(hardware.place(micro_batch.data))
                 outputs = prepared.model(**inputs) if isinstance(inputs, dict) else prepared.model(inputs)
-                waiting.append((micro_batch.place, to_host(outputs)))
+                waiting.append((micro_batch.place, send_to_device(outputs, "cpu")))
             # All processes have as many batches, so they meet here at the same moments.
             if micro_batch.piece.is_last and (micro_batch.batch_number + 1) % _BATCHES_PER_GATHER == 0:
                 parts += collect(waiting, hardware)
@@ -203,19 +205,6 @@ def collect(waiting: list[Any], hardware: Hardware) -> list[Any]:
     return [outputs for _, outputs in sorted(waiting, key=lambda part: part[0])]
 
 
-def to_host(outputs: Any) -> Any:
-    """Return tensors, also inside lists, tuples and dictionaries, in host memory."""
-    if isinstance(outputs, Tensor):
-        return outputs.detach().cpu()
-    if isinstance(outputs, dict):
-        return {key: to_host(item) for key, item in outputs.items()}
-    if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
-        return type(outputs)(*map(to_host, outputs))
-    if isinstance(outputs, (list, tuple)):
-        return type(outputs)(map(to_host, outputs))
-    return outputs
-
-
 def join(parts: list[Any]) -> Any:
     """Join the outputs of micro-batches along their first dimension.
 
@@ -224,22 +213,10 @@ def join(parts: list[Any]) -> Any:
     """
     if not parts:
         return None
-    first = parts[0]
-    if isinstance(first, Tensor):
-        if first.ndim == 0 or len({part.shape[1:] for part in parts}) > 1:
-            shapes = sorted({tuple(part.shape) for part in parts})
-            raise ValueError(f"Outputs of these shapes cannot be joined along the samples: {shapes}.")
-        return torch.cat(parts)
-    if isinstance(first, dict):
-        return {key: join([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple):
-        joined = [join(list(column)) for column in zip(*parts, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
-    if isinstance(first, list):
-        if first and isinstance(first[0], Tensor):
-            return [join(list(column)) for column in zip(*parts, strict=True)]
-        return [item for part in parts for item in part]
-    raise ValueError(f"Outputs of type {type(first).__name__} cannot be joined along the samples.")
+    try:
+        return concatenate(parts)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"The outputs of the micro-batches cannot be joined along the samples: {error}") from error
 
 
 # --- the parts of an epoch --------------------------------------------------------------------------------------------
@@ -310,17 +287,16 @@ def evaluate_epoch(run: Run) -> dict[str, float] | None:
 def record(run: Run, train_loss: float, test: dict[str, float] | None, seconds: float) -> float:
     """Write the epoch to the history and return its monitored value."""
     training, history = run.training, run.history
-    norms = training.norms
     scores = dict(test) if test is not None else {}
     history.record(
         train_loss=train_loss,
         test_loss=scores.pop("loss", None),
         learning_rate=training.schedule.learning_rate,
-        grad_norm=float(torch.stack(norms).double().mean()) if norms else None,
+        grad_norm=float(training.norm_sum) / training.num_norms if training.num_norms else None,
         epoch_seconds=seconds,
         metrics=scores,
     )
-    norms.clear()
+    training.norm_sum, training.num_norms = 0.0, 0
     if run.monitor == "train_loss":
         return train_loss
     return history.test_losses[-1] if run.monitor == "test_loss" else scores[run.monitor]
@@ -364,14 +340,16 @@ def check_weights(training: Training) -> None:
         if len(set(values)) > 1:
             raise RuntimeError(
                 f"The weights differ between the processes, first in {name}. Call the model that compute_loss is "
-                "given, not one it has from elsewhere, and let nothing in it depend on the process."
+                "given, not one it has from elsewhere, let nothing in it depend on the process, and set "
+                "find_unused_parameters=True if a step can leave parameters without a gradient."
             )
 
 
 def _bits(parameter: Tensor) -> Tensor:
     """Return the sum of a tensor's bits read as whole numbers."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return parameter.detach().contiguous().view(whole).sum(dtype=torch.int64)
+    values = torch.view_as_real(parameter) if parameter.is_complex() else parameter
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.detach().contiguous().view(whole).sum(dtype=torch.int64)
 
 
 # --- the two functions of the tutorials -------------------------------------------------------------------------------
@@ -524,48 +502,3 @@ def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Call
         prepared = session.evaluating(model)
         with prepared.attached():
             return evaluate(prepared, Objective(loss_fn), feed, Metrics(None))["loss"]
-
-
-# --- what the user gave -----------------------------------------------------------------------------------------------
-
-
-def check_model(model: object) -> None:
-    """Refuse what is not a plain model.
-
-    Raises:
-        TypeError: Not a module, or one that is wrapped for several processes already.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise TypeError(f"model is wrapped in {type(model).__name__}. Give the plain model: the trainer wraps it.")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise ValueError(
-            "SyncBatchNorm normalises over processes, so the run would depend on their number. Use BatchNorm with a "
-            "fixed num_micro_batches, or a layer that does not look at the batch (GroupNorm, LayerNorm)."
-        )
-
-
-def check_optimizer(optimizer: object, model: nn.Module) -> None:
-    """Refuse an optimizer that would not train this model.
-
-    Raises:
-        TypeError: Not a torch optimizer, or one that calls the loss by itself.
-        ValueError: A model without trainable parameters, or an optimizer that holds others.
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates the loss several times in a step, which this loop does not do. Use another.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("The model has no trainable parameters: each has requires_grad=False, or there is none.")
-    own = {id(parameter) for parameter in model.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    foreign = [tuple(parameter.shape) for parameter in held if id(parameter) not in own]
-    if foreign:
-        raise ValueError(
-            f"The optimizer holds {len(foreign)} of {len(held)} parameters that are not the model's (the first has "
-            f"shape {foreign[0]}). Build it from this model: Optimizer(model.parameters(), ...); a loss with "
-            "parameters belongs inside the model."
-        )

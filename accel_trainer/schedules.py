@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 __all__ = ["Schedule"]
 
@@ -45,7 +45,10 @@ class Schedule:
                     "The scheduler is made for a number of steps, and the train loader has no length: "
                     "set max_steps, or steps_per_epoch."
                 )
-            scheduler = scheduler(optimizer, total)
+            made = scheduler(optimizer, total)
+            if not hasattr(made, "step"):
+                raise TypeError(f"The function given as scheduler must return a torch scheduler, got {made!r}.")
+            scheduler = made
         check_scheduler(scheduler, optimizer)
         self.scheduler: Any = scheduler
         self._optimizer = optimizer
@@ -71,9 +74,12 @@ class Schedule:
             self._step()
 
     def _step(self) -> None:
+        if not isinstance(self.scheduler, OneCycleLR):
+            self.scheduler.step()
+            return
         try:
             self.scheduler.step()
-        except ValueError as error:  # OneCycleLR refuses to go beyond its own number of steps
+        except ValueError as error:  # it refuses to go beyond its own number of steps
             warnings.warn(f"The schedule has ended; the learning rate stays as it is. ({error})", stacklevel=2)
             self._per_step = self._per_epoch = False
 
@@ -85,6 +91,11 @@ def check_scheduler(scheduler: object, optimizer: Optimizer) -> None:
         TypeError: Not a torch scheduler.
         ValueError: It belongs to another optimizer.
     """
+    if isinstance(scheduler, type):
+        name = scheduler.__name__
+        raise TypeError(
+            f"scheduler is the class {name}; give {name}(optimizer, ...) or a function (optimizer, num_steps)."
+        )
     if scheduler is None or (callable(scheduler) and not hasattr(scheduler, "step")):
         return
     if not hasattr(scheduler, "step"):

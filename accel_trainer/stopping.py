@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 
 from accelerate.utils import gather_object
@@ -69,9 +69,10 @@ class Stopping:
 
     def agree(self) -> bool:
         """Return whether the run ends here; every process calls it at the same place (one small exchange)."""
-        if self._board is not None and self._board.reason is None:
-            reasons = [reason for reason in gather_object([self._reason]) if reason is not None]
-            self._board.reason = next(iter(reasons), None)
+        if self._board is not None:
+            # One process may know already what another will only hear here: all must take part.
+            reasons = gather_object([self._board.reason or self._reason])
+            self._board.reason = next((reason for reason in reasons if reason is not None), None)
         return self.reason is not None
 
     @property
@@ -98,8 +99,8 @@ class Stopping:
                 self.request("interrupted (Ctrl-C)")
                 os.write(2, b"\nStopping after this step. Ctrl-C again leaves at once.\n")
 
-        if before is None:
-            yield  # set by foreign code: it could not be put back
+        if before in (None, signal.SIG_IGN):
+            yield  # set by foreign code, which could not be put back, or not wanted at all
             return
         signal.signal(signal.SIGINT, interrupt)
         try:
@@ -160,12 +161,10 @@ class _Board:
 
     def publish_failure(self, message: str) -> bool:
         """Publish this process's error; return whether it is the first of the run."""
-        with suppress(RuntimeError):  # the store may be gone with the process that held it
-            first = int(self._store.add("failures", 1)) == 1
-            if first:
-                self._store.set("failure", json.dumps([self.process, message]))
-            return first
-        return False
+        first = int(self._store.add("failures", 1)) == 1
+        if first:
+            self._store.set("failure", json.dumps([self.process, message]))
+        return first
 
     def failure(self) -> tuple[int, str] | None:
         """Return the process that failed first and its error, if one did."""
@@ -235,21 +234,30 @@ def shared_failure(process: int, num_processes: int) -> Iterator[_Board | None]:
 def _settle(board: _Board, error: BaseException) -> ProcessFailedError | None:
     """Publish this process's error, or return the earlier one of another process that explains it."""
     message = f"{type(error).__name__}: {error}"
-    deadline = time.monotonic() + (1.0 if _looks_like_lost_peer(error) else 0.0)
+    lost_peer = _looks_like_lost_peer(error)
+    try:
+        failure = _earlier_failure(board, patience_seconds=1.0 if lost_peer else 0.0)
+        if failure is None and not lost_peer and board.publish_failure(message):
+            where = f"process {board.process} of {board.num_processes}"
+            print(f"accel_trainer: {where} failed with {message}", file=sys.stderr, flush=True)
+            return None
+        failure = failure or _earlier_failure(board, patience_seconds=1.0)
+    except RuntimeError:  # the store is gone with the process that held it
+        failure = None
+    if failure is None and lost_peer:
+        return ProcessFailedError(f"Another process is gone without a word: {message}")
+    if failure is None or failure[1] == message:
+        return None  # an error that all raise alike is each one's own
+    return ProcessFailedError(_told(*failure))
+
+
+def _earlier_failure(board: _Board, patience_seconds: float) -> tuple[int, str] | None:
+    deadline = time.monotonic() + patience_seconds
     while True:
-        with suppress(RuntimeError):
-            failure = board.failure()
-            if failure is not None:
-                # An error that all raise alike is each one's own.
-                return None if failure[1] == message else ProcessFailedError(_told(*failure))
-        if time.monotonic() >= deadline:
-            break
+        failure = board.failure()
+        if failure is not None or time.monotonic() >= deadline:
+            return failure
         time.sleep(0.02)
-    if board.publish_failure(message):
-        where = f"process {board.process} of {board.num_processes}"
-        print(f"accel_trainer: {where} failed with {message}", file=sys.stderr, flush=True)
-        return None
-    return _settle(board, error) if board.failure() else None
 
 
 def _looks_like_lost_peer(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from .callbacks import Callback, Callbacks, ProgressBar, say, wants_bar
 from .checkpoints import BestWeights, RunFolder, describe_environment
 from .config import TrainConfig
 from .errors import NonFiniteError
-from .hardware import Hardware, Prepared
+from .hardware import Hardware, Prepared, check_model, check_optimizer
 from .history import History
 from .losses import Metrics, Objective
 from .randomness import preserved
@@ -88,9 +88,9 @@ class Trainer:
         self.config = TrainConfig() if config is None else config
         if not isinstance(self.config, TrainConfig):
             raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}.")
-        loop.check_model(model)
+        check_model(model)
         if optimizer is not None:
-            loop.check_optimizer(optimizer, model)
+            check_optimizer(optimizer, model)
             check_scheduler(scheduler, optimizer)
         if accelerator is not None and (isinstance(accelerator, Accelerator) or not callable(accelerator)):
             raise TypeError("accelerator must be a function that builds the Accelerator: lambda: Accelerator(...).")
