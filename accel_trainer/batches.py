@@ -6,16 +6,18 @@ indices, cuts each the same way, and fetches only its own pieces.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 from zlib import crc32
 
+import numpy
 import torch
-from accelerate.utils import broadcast_object_list, find_batch_size, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -190,6 +192,11 @@ class _TensorFetch:
         return [tensor.index_select(0, indices) for tensor in self._tensors]
 
 
+def _not_negative(indices: Iterable[Any], length: int) -> list[int]:
+    """Return indices counted from the front; a negative one counts from the end, as in a list."""
+    return [int(index) + length if index < 0 else int(index) for index in indices]
+
+
 class _TableFetch:
     """Fetch rows of a `datasets.Dataset` as a dictionary of column tensors."""
 
@@ -211,7 +218,8 @@ class _SubsetFetch:
 
     def __init__(self, subset: Subset[Any], inner: WholeFetch) -> None:
         self.in_memory: bool = inner.in_memory
-        self._inner, self._rows = inner, torch.as_tensor(subset.indices)
+        length = len(subset.dataset)  # type: ignore[arg-type]
+        self._inner, self._rows = inner, torch.as_tensor(_not_negative(subset.indices, length))
 
     def __call__(self, indices: torch.Tensor) -> Any:
         return self._inner(self._rows[indices])
@@ -229,7 +237,7 @@ def whole_fetch(dataset: Dataset[Any]) -> WholeFetch | None:
     if type(dataset) is TensorDataset:
         return _TensorFetch(dataset)
     if type(dataset) is Subset:
-        inner = whole_fetch(dataset.dataset)
+        inner = whole_fetch(dataset.dataset) if isinstance(dataset.indices, (Sequence, numpy.ndarray)) else None
         return None if inner is None else _SubsetFetch(dataset, inner)
     return _TableFetch(dataset) if _is_table(dataset) else None
 
@@ -335,7 +343,7 @@ class Feed:
     def check_same_everywhere(self, name: str) -> None:
         """Refuse data that differs between the processes, as a split without a seed makes it.
 
-        Compares lengths, the rows of a `Subset` and the first batch's indices; the samples themselves are not read.
+        Compares lengths and the rows of a `Subset`; neither samples nor a sampler of the user's are touched.
 
         Args:
             name: How the user calls the loader, for the message.
@@ -348,12 +356,10 @@ class Feed:
         dataset = self.loader.dataset
         length = len(dataset) if hasattr(dataset, "__len__") else None
         rows = list(dataset.indices) if isinstance(dataset, Subset) else None
-        first = next(iter(index_batches(self.loader, self.seed, 1)), None)
-        first = first.tolist() if isinstance(first, torch.Tensor) else first
         lengths = gather_object([length])
         if len(set(lengths)) > 1:
             raise ValueError(f"{name} has datasets of different lengths on the processes: {lengths}.")
-        if len(set(gather_object([crc32(repr((rows, first)).encode())]))) > 1:
+        if len(set(gather_object([crc32(repr(rows).encode())]))) > 1:
             raise ValueError(
                 f"{name} has other samples on each process. Split and shuffle with a fixed seed, so that all agree."
             )
@@ -387,6 +393,10 @@ class Feed:
                     f"With batch_size=None the sampler must yield lists of indices, got {type(indices).__name__}. "
                     "Give the DataLoader a batch_size, or a BatchSampler as its sampler."
                 )
+            if not len(indices):
+                continue
+            if self._fetch_whole is not None and not isinstance(indices, torch.Tensor):
+                indices = torch.as_tensor(_not_negative(indices, len(self.loader.dataset)))  # type: ignore[arg-type]
             for piece in cut(len(indices), self.layout):
                 yield MicroBatch(indices[piece.start : piece.stop], piece, len(indices), number)
             position += len(indices)
@@ -404,7 +414,7 @@ class Feed:
 
     def _fetch(self, epoch: int, micro_batch: MicroBatch) -> Any:
         if self._fetch_whole is not None:
-            return self._fetch_whole(torch.as_tensor(micro_batch.data))
+            return self._fetch_whole(micro_batch.data)
         return self._dataset[self._request(epoch, micro_batch)]
 
     def _streamed(self, epoch: int) -> Iterator[MicroBatch]:
@@ -419,11 +429,12 @@ class Feed:
                 batch = broadcast_object_list([batch])[0]
             if isinstance(batch, _End):
                 return
-            num_samples = find_batch_size(batch)
+            num_samples = count_samples(batch)
             if num_samples is None:
                 raise TypeError("A batch of a stream must hold a tensor whose first dimension counts the samples.")
             for piece in cut(num_samples, self.layout):
-                data = take(batch, piece.start, piece.stop, num_samples)
+                is_whole = piece.stop - piece.start == num_samples
+                data = batch if is_whole else take(batch, piece.start, piece.stop, num_samples)
                 yield MicroBatch(data, piece, num_samples, number)
 
 
@@ -434,24 +445,60 @@ class _End:
 _END = _End()
 
 
+def _is_array(item: Any) -> bool:
+    return isinstance(item, (torch.Tensor, numpy.ndarray)) and item.ndim > 0
+
+
+def count_samples(batch: Any) -> int | None:
+    """Return the samples of a collated batch: the length of the first tensor or array in it, `None` without any."""
+    if _is_array(batch):
+        return len(batch)
+    if isinstance(batch, (Mapping, list, tuple)):
+        counts = map(count_samples, batch.values() if isinstance(batch, Mapping) else batch)
+        return next((count for count in counts if count is not None), None)
+    return None
+
+
+def _is_column(item: Any, num_samples: int) -> bool:
+    """Return whether this part of a batch has an entry per sample itself, rather than being one."""
+    if isinstance(item, Mapping):
+        return True
+    return (_is_array(item) or isinstance(item, (list, tuple))) and len(item) == num_samples
+
+
 def take(batch: Any, start: int, stop: int, num_samples: int) -> Any:
-    """Return the samples `start:stop` of a collated batch: tensors and lists with an entry per sample are sliced.
+    """Return the samples `start:stop` of a collated batch.
+
+    Tensors and arrays must have an entry per sample, and so may lists; single numbers and texts stay what they are.
 
     Args:
-        batch: Tensors, and lists, tuples and dictionaries of them.
+        batch: Tensors, arrays and lists, in lists, tuples and dictionaries.
         start: First sample.
         stop: Behind the last sample.
         num_samples: Samples of the batch.
+
+    Raises:
+        TypeError: Something that cannot be cut by samples.
     """
-    if isinstance(batch, torch.Tensor) or hasattr(batch, "__array__"):
-        return batch[start:stop] if batch.ndim > 0 else batch
-    if isinstance(batch, dict):
-        return type(batch)({key: take(item, start, stop, num_samples) for key, item in batch.items()})
+    if _is_array(batch):
+        if len(batch) != num_samples:
+            raise TypeError(
+                f"A batch of {num_samples} samples holds a tensor of shape {tuple(batch.shape)}: it cannot be cut into "
+                "micro-batches. Give every tensor one entry per sample."
+            )
+        return batch[start:stop]
+    if isinstance(batch, Mapping):
+        parts = {key: take(item, start, stop, num_samples) for key, item in batch.items()}
+        if type(batch) is dict:
+            return parts
+        copied = copy.copy(batch)
+        copied.update(parts)  # type: ignore[attr-defined]
+        return copied
     if isinstance(batch, (list, tuple)):
-        if len(batch) == num_samples and not any(isinstance(item, (torch.Tensor, dict, list, tuple)) for item in batch):
+        if len(batch) == num_samples and not all(_is_column(item, num_samples) for item in batch):
             return batch[start:stop]
-        parts = [take(item, start, stop, num_samples) for item in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        taken = [take(item, start, stop, num_samples) for item in batch]
+        return type(batch)(*taken) if hasattr(batch, "_fields") else type(batch)(taken)
     return batch
 
 

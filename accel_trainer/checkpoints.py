@@ -5,6 +5,7 @@ Everything here runs on the main process; only `BestWeights.restore` speaks to t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -127,23 +128,28 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: The folder holds no best weights.
-        ValueError: The weights do not fit the model; the message names each difference.
+        ValueError: The file is damaged, or does not fit the model; the message names each difference.
 
     Example:
         >>> import tempfile, torch
         >>> from accel_trainer.checkpoints import RunFolder
         >>> with tempfile.TemporaryDirectory() as run_dir:
-        ...     RunFolder(run_dir).save_best(torch.nn.Linear(2, 1), {"epoch": 3, "value": 0.1})
+        ...     saved = RunFolder(run_dir).save_best(torch.nn.Linear(2, 1), {"epoch": 3, "value": 0.1})
         ...     load_best(torch.nn.Linear(2, 1), run_dir)
         Linear(in_features=2, out_features=1, bias=True)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_best takes a model and then a run_dir, got {type(model).__name__} first.")
     path = Path(run_dir) / "best" / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"No best weights in {Path(run_dir)}: {path} does not exist.")
     inner = model
-    while isinstance(getattr(inner, "module", None), nn.Module) and hasattr(inner, "no_sync"):
-        inner = inner.module  # type: ignore[assignment]
-    state = read_weights(path)
+    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner = inner.module
+    try:
+        state = read_weights(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
     _match(state, inner, str(path))
     _copy_into(inner, state)
     return model
@@ -174,10 +180,16 @@ class BestWeights:
             self._copy = {name: tensor.detach().cpu().clone() for name, tensor in plain_state(model).items()}
 
     def restore(self, model: nn.Module, num_processes: int) -> None:
-        """Give the model the weights kept last, on every process."""
+        """Give the model the weights kept last, on every process.
+
+        Where the file is gone the model keeps the weights it has, and a warning says so.
+        """
         if self._is_main:
-            kept = self._copy
-            _copy_into(model, kept if kept is not None else self._folder.read_best())  # type: ignore[union-attr]
+            try:
+                kept = self._copy
+                _copy_into(model, kept if kept is not None else self._folder.read_best())  # type: ignore[union-attr]
+            except (OSError, SafetensorError) as error:
+                warnings.warn(f"The best weights are gone, the model keeps the last ones: {error}", stacklevel=2)
         if num_processes > 1:
             share_from_main(model.state_dict().values())
 
@@ -229,8 +241,15 @@ class RunFolder:
         """Append a line to `history.jsonl`."""
 
         def append() -> None:
-            with open(self.path / "history.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(encode(row)) + "\n")
+            line = json.dumps(encode(row)) + "\n"
+            with open(self.path / "history.jsonl", "ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    if file.write(line.encode()) < len(line.encode()):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(size)  # no half line: the next one would be glued to it
+                    raise
 
         self._attempt("history.jsonl", append)
 

@@ -110,20 +110,29 @@ class History:
     def load(cls, run_dir: str | os.PathLike[str]) -> History:
         """Read the history of a run folder.
 
+        A last line that was broken off while it was written is left out.
+
         Raises:
             FileNotFoundError: The folder holds no `history.jsonl`.
+            ValueError: A line that is no part of a history; the message names it.
         """
         path = Path(run_dir) / "history.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"No history.jsonl in {Path(run_dir)}: is this a run_dir of a started run?")
         history = cls()
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = decode(json.loads(line))
-            if "epoch" in row:
-                history.record(metrics=row["metrics"], **{name: row.get(name) for name in _PER_EPOCH})
-            for name in ("best_epoch", "best_value", "stop_reason"):
-                setattr(history, name, row.get(name))
+        *lines, _broken_off = path.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                history._take_in(decode(json.loads(line)))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{path}, line {number} is no line of a history: {error!r}.") from error
         return history
+
+    def _take_in(self, row: dict[str, Any]) -> None:
+        if "epoch" in row:
+            self.record(metrics=row["metrics"], **{name: row.get(name) for name in _PER_EPOCH})
+        for name in ("best_epoch", "best_value", "stop_reason"):
+            setattr(self, name, row.get(name))
 
 
 def encode(value: Any) -> Any:

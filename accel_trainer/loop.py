@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed
-from accelerate.utils import concatenate, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -183,8 +183,9 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
             if micro_batch.piece.counts:
                 hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
                 inputs = inputs_of(hardware.place(micro_batch.data))
-                outputs = prepared.model(**inputs) if isinstance(inputs, dict) else prepared.model(inputs)
-                waiting.append((micro_batch.place, send_to_device(outputs, "cpu")))
+                outputs = prepared.model(**inputs) if isinstance(inputs, Mapping) else prepared.model(inputs)
+                outputs = check_outputs(send_to_device(outputs, "cpu"), micro_batch.num_samples)
+                waiting.append((micro_batch.place, outputs))
             # All processes have as many batches, so they meet here at the same moments.
             if micro_batch.piece.is_last and (micro_batch.batch_number + 1) % _BATCHES_PER_GATHER == 0:
                 parts += collect(waiting, hardware)
@@ -205,17 +206,46 @@ def collect(waiting: list[Any], hardware: Hardware) -> list[Any]:
     return [outputs for _, outputs in sorted(waiting, key=lambda part: part[0])]
 
 
+def check_outputs(outputs: Any, num_samples: int) -> Any:
+    """Refuse outputs that are not one entry per sample, and so cannot be put in the order of the dataset.
+
+    Raises:
+        ValueError: With the shape.
+    """
+    if isinstance(outputs, Tensor):
+        if outputs.ndim == 0 or len(outputs) != num_samples:
+            raise ValueError(
+                f"predict joins outputs along the samples, their first dimension: for {num_samples} samples the model "
+                f"returned shape {tuple(outputs.shape)}."
+            )
+    elif isinstance(outputs, Mapping):
+        for item in outputs.values():
+            check_outputs(item, num_samples)
+    elif isinstance(outputs, (list, tuple)):
+        for item in outputs:
+            check_outputs(item, num_samples)
+    elif outputs is not None:
+        raise ValueError(f"predict joins tensors along the samples; the model returned a {type(outputs).__name__}.")
+    return outputs
+
+
 def join(parts: list[Any]) -> Any:
     """Join the outputs of micro-batches along their first dimension.
 
     Raises:
-        ValueError: Outputs whose shapes do not fit, or that have no dimension of samples.
+        ValueError: Outputs whose other dimensions differ.
     """
-    if not parts:
+    if not parts or parts[0] is None:
         return None
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {key: join([part[key] for part in parts]) for key in first}
+    if isinstance(first, (list, tuple)):
+        joined = [join(list(column)) for column in zip(*parts, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
     try:
-        return concatenate(parts)
-    except (RuntimeError, TypeError) as error:
+        return torch.cat(parts)
+    except RuntimeError as error:
         raise ValueError(f"The outputs of the micro-batches cannot be joined along the samples: {error}") from error
 
 
@@ -238,7 +268,7 @@ def _not_empty(micro_batches: Generator[MicroBatch]) -> Generator[MicroBatch]:
     for micro_batch in micro_batches:
         yield micro_batch
     if micro_batch is None:
-        raise ValueError("train_loader yields no batch.")
+        raise ValueError("train_loader yields no batch (a stream that can be read once only is used up after a pass).")
 
 
 def _first_batches(micro_batches: Iterable[MicroBatch], num_batches: int) -> Generator[MicroBatch]:
@@ -365,7 +395,6 @@ class _Session:
         self.hardware = Hardware()
         self.layout = self.hardware.layout(None)
         self.config = TrainConfig(on_nonfinite="ignore")
-        self.feeds: WeakKeyDictionary[DataLoader[Any], Feed] = WeakKeyDictionary()
         self.epochs: WeakKeyDictionary[DataLoader[Any], int] = WeakKeyDictionary()
         self.training: Training | None = None
         self._evaluating: Prepared | None = None
@@ -376,13 +405,13 @@ class _Session:
         return type(None), ()
 
     def feed(self, loader: DataLoader[Any], name: str) -> Feed:
-        """Return the micro-batches of a loader; the same object at every call."""
-        if loader not in self.feeds:
-            check_loader(loader, name)
-            feed = Feed(loader, self.layout, self.config.seed, pin_memory=self.hardware.device.type == "cuda")
+        """Return the micro-batches of a loader."""
+        check_loader(loader, name)
+        feed = Feed(loader, self.layout, self.config.seed, pin_memory=self.hardware.device.type == "cuda")
+        if loader not in self.epochs:
             feed.check_same_everywhere(name)
-            self.feeds[loader] = feed
-        return self.feeds[loader]
+            self.epochs[loader] = 0
+        return feed
 
     def train(self, model: nn.Module, loss_fn: Any, optimizer: Optimizer) -> Training:
         """Return what trains this model with this loss and optimizer."""
@@ -471,7 +500,7 @@ def train_model(
     with shared_failure(hardware.process, hardware.num_processes), preserved(*hardware.generators):
         feed = session.feed(train_loader, "train_loader")
         training = session.train(model, loss_fn, optimizer)
-        session.epochs[train_loader] = session.epochs.get(train_loader, 0) + 1
+        session.epochs[train_loader] += 1
         with training_mode(model), training.prepared.attached():
             totals = train_epoch(training, feed.micro_batches(session.epochs[train_loader]))
         training.buffers.share()

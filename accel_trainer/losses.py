@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy
@@ -67,11 +70,13 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 def inputs_of(batch: Any) -> Any:
     """Return what the model is called with: the first of a pair or single, the unlabelled entry, or the batch."""
-    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+    if isinstance(batch, (tuple, list)):
+        if len(batch) not in (1, 2):
+            raise TypeError(f"predict calls the model with the first of a pair or single; a batch has {len(batch)}.")
         return batch[0]
     if isinstance(batch, Mapping) and not (len(batch) == 2 and any(name in batch for name in TARGET_NAMES)):
         return batch
-    return split_batch(batch)[0] if isinstance(batch, (tuple, list, Mapping)) else batch
+    return split_batch(batch)[0] if isinstance(batch, Mapping) else batch
 
 
 class Objective:
@@ -114,24 +119,29 @@ class Objective:
 
     def __call__(self, model: nn.Module, micro_batch: MicroBatch) -> Forward:
         """Run the model on a micro-batch and return its loss and weight (0 for a stand-in)."""
+        if self.compute_loss is None and self.weight_fn is None:
+            forward = self._forward(model, micro_batch)
+        else:
+            with _watch_outputs(model) as outputs:
+                forward = self._forward(model, micro_batch)
+            forward.weight = _checked_weight(forward.weight)
+            _mute(forward, outputs)
+        if not micro_batch.piece.counts:
+            forward.weight = 0
+        return forward
+
+    def _forward(self, model: nn.Module, micro_batch: MicroBatch) -> Forward:
         batch = micro_batch.data
         weight: Weight = micro_batch.num_samples if self.weight_fn is None else self.weight_fn(batch)
         if self.compute_loss is not None:
             result = self.compute_loss(model, batch)
-            loss, weight = result if isinstance(result, tuple) else (result, weight)
-            forward = Forward(loss, weight)
-        else:
-            inputs, targets = split_batch(batch)
-            outputs = model(inputs)
-            loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
-            if self._divisor is not None:
-                weight = self._divisor(targets)
-            forward = Forward(loss, weight, outputs, targets)
-        if not micro_batch.piece.counts:
-            forward.weight = 0
-        elif self.compute_loss is not None or self.weight_fn is not None:
-            _check_weight(forward.weight)
-        return forward
+            return Forward(*result) if isinstance(result, tuple) else Forward(result, weight)
+        inputs, targets = split_batch(batch)
+        outputs = model(inputs)
+        loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
+        if self._divisor is not None:
+            weight = self._divisor(targets)
+        return Forward(loss, weight, outputs, targets)
 
 
 def check_loss(loss: object, needs_grad: bool) -> None:
@@ -152,12 +162,54 @@ def check_loss(loss: object, needs_grad: bool) -> None:
         )
 
 
-def _check_weight(weight: object) -> None:
+def _checked_weight(weight: Any) -> Weight:
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(f"The weight of a micro-batch must be one number, got shape {tuple(weight.shape)}.")
-    elif not isinstance(weight, (int, float)) or not weight >= 0:
+        return weight.detach().reshape(())
+    if not isinstance(weight, Real) or not float(weight) >= 0:
         raise ValueError(f"The weight of a micro-batch must be a number of at least 0, got {weight!r}.")
+    return float(weight)
+
+
+# A mean over no tokens is 0/0, and so is its gradient. Where the user gives the weights, both are made zero, on the
+# device; torch's own losses have a gradient of zeros there by themselves.
+
+
+@contextmanager
+def _watch_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list that fills with the tensors that the model returns."""
+    seen: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, inputs, outputs: seen.extend(_tensors(outputs)))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (Mapping, list, tuple)):
+        for item in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors(item)
+
+
+def _zero_where(is_empty: Tensor, gradient: Tensor) -> Tensor:
+    return torch.where(is_empty, 0, gradient)
+
+
+def _mute(forward: Forward, outputs: list[Tensor]) -> None:
+    """Let a micro-batch that weighs nothing have a loss and a gradient of zero, whatever it divides by."""
+    if not isinstance(forward.loss, Tensor) or forward.loss.ndim != 0:
+        return  # refused a moment later
+    if not isinstance(forward.weight, Tensor) and forward.weight > 0:
+        return
+    is_empty = torch.as_tensor(forward.weight, device=forward.loss.device) == 0
+    forward.loss = torch.where(is_empty, 0, forward.loss)
+    for output in outputs:
+        if output.requires_grad:
+            output.register_hook(functools.partial(_zero_where, is_empty))  # type: ignore[no-untyped-call]
 
 
 # --- what torch's own losses divide by --------------------------------------------------------------------------------
@@ -165,10 +217,18 @@ def _check_weight(weight: object) -> None:
 
 def _unwrap_partial(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
     keywords: dict[str, Any] = {}
-    while isinstance(loss_fn, functools.partial):
-        keywords = loss_fn.keywords | keywords
-        loss_fn = loss_fn.func
-    return loss_fn, keywords
+    while True:
+        if isinstance(loss_fn, functools.partial):
+            keywords = loss_fn.keywords | keywords
+            loss_fn = loss_fn.func
+        elif isinstance(getattr(loss_fn, "__self__", None), nn.Module):  # loss.forward in place of loss
+            loss_fn = loss_fn.__self__
+        elif hasattr(loss_fn, "_orig_mod"):  # torch.compile of a module ...
+            loss_fn = loss_fn._orig_mod
+        elif hasattr(loss_fn, "_torchdynamo_orig_callable"):  # ... and of a function
+            loss_fn = inspect.unwrap(loss_fn)
+        else:
+            return loss_fn, keywords
 
 
 def _check_reduction(loss_fn: Any) -> None:
@@ -186,7 +246,7 @@ def _divisor_of(loss_fn: Any) -> Callable[[Any], Weight] | None:
     function, keywords = _unwrap_partial(loss_fn)
     if function in (F.cross_entropy, F.nll_loss):
         weight, ignore_index = keywords.get("weight"), keywords.get("ignore_index", -100)
-    elif getattr(type(function), "forward", None) in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
+    elif isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
         weight, ignore_index = function.weight, function.ignore_index
     else:
         return None
@@ -205,7 +265,7 @@ def _class_divisor(targets: Any, weight: Tensor | None, ignore_index: int, loss_
         count: Tensor = kept.sum()
         return count
     weight = getattr(loss_fn, "weight", weight)  # a module's weight moves to the device with it
-    total: Tensor = weight.to(targets.device)[targets.where(kept, 0)].where(kept, 0).sum()
+    total: Tensor = weight.to(targets.device)[targets.where(kept, 0).long()].where(kept, 0).sum()
     return total
 
 
@@ -359,11 +419,15 @@ class Metrics:
     """
 
     def __init__(self, metrics: Mapping[str, Any] | None) -> None:
+        if metrics is not None and (not isinstance(metrics, Mapping) or hasattr(metrics, "compute")):
+            raise TypeError(f"metrics must be a dictionary of names and metrics, got {type(metrics).__name__}.")
         self._functions: dict[str, Callable[[Any, Any], Any]] = {}
         self._objects: dict[str, Any] = {}
         for name, metric in (metrics or {}).items():
             if name in ("loss", "train_loss", "test_loss"):
                 raise ValueError(f"The name {name!r} of a metric is taken by the trainer's own numbers.")
+            if hasattr(metric, "items"):
+                raise TypeError(f"The metric {name!r} is a collection: give each of its metrics a name of its own.")
             if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
                 self._objects[name] = metric
             elif callable(metric):
@@ -376,6 +440,25 @@ class Metrics:
     def totalled(self) -> tuple[str, ...]:
         """Names of those whose totals go through the ledger."""
         return tuple(self._functions)
+
+    def check_merging(self) -> None:
+        """Refuse, before anything is trained, objects whose states cannot be merged over processes.
+
+        Raises:
+            TypeError: With the name of the metric.
+        """
+        for name, metric in self._objects.items():
+            try:
+                one, other = copy.deepcopy(metric), copy.deepcopy(metric)
+                one.merge_state(other)
+                mergeable = all(callable(reduce) for reduce in getattr(one, "_reductions", {}).values())
+            except (AttributeError, RuntimeError):
+                mergeable = False
+            if not mergeable:
+                raise TypeError(
+                    f"The metric {name!r} cannot be merged over processes ({type(metric).__name__} of torchmetrics; "
+                    "1.5 or newer can merge most). Give a function of (outputs, targets), or use one process."
+                )
 
     def reset(self, device: torch.device) -> None:
         """Begin an evaluation."""
@@ -395,7 +478,7 @@ class Metrics:
     def merge(self, num_processes: int) -> dict[str, float]:
         """Return the value of each object over all processes."""
         return {
-            name: float((metric if num_processes == 1 else _merged(name, metric)).compute())
+            name: float((metric if num_processes == 1 else _merged(metric)).compute())
             for name, metric in self._objects.items()
         }
 
@@ -414,9 +497,7 @@ def _total(name: str, result: Any, num_samples: int) -> float | Tensor:
     return value.sum()  # whole numbers and booleans are counted exactly
 
 
-def _merged(name: str, metric: Any) -> Any:
-    if not hasattr(metric, "merge_state"):
-        raise TypeError(f"The metric {name!r} cannot be merged over processes: torchmetrics 1.5 or newer can.")
+def _merged(metric: Any) -> Any:
     # Only from processes that have seen samples: merging an empty state fails for some metrics.
     parts = gather_object([copy.deepcopy(metric).cpu() if metric.update_count else None])
     first, *others = [part for part in parts if part is not None] or [copy.deepcopy(metric)]

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from . import loop
 from .batches import Feed, Layout, check_loader, dataset_order, describe_batch, is_stream, num_batches
 from .callbacks import Callback, Callbacks, ProgressBar, say, wants_bar
-from .checkpoints import BestWeights, RunFolder, describe_environment
+from .checkpoints import BestWeights, RunFolder, describe_environment, plain_state
 from .config import TrainConfig
 from .errors import NonFiniteError
 from .hardware import Hardware, Prepared, check_model, check_optimizer
@@ -99,10 +99,14 @@ class Trainer:
         self.model, self.optimizer = model, optimizer
         self._objective = Objective(loss_fn, compute_loss, weight_fn)
         self._metrics = Metrics(metrics)
+        if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+            raise TypeError(f"callbacks must be a list of Callback objects, got {callbacks!r}.")
         self._callbacks = list(callbacks)
         Callbacks(self._callbacks)
         self._scheduler = scheduler
         self._make_accelerator = accelerator
+        self._settings_before: list[dict[str, Any]] = []
+        self._settings_after: list[dict[str, Any]] | None = None
         self.history = History()
         self.state = RunState()
         self.is_main_process = True
@@ -128,14 +132,17 @@ class Trainer:
         """
         if self.optimizer is None:
             raise ValueError("fit needs an optimizer; this Trainer was made without one.")
-        monitor = self._check_fit(train_loader, test_loader)
         self.history, self.state = History(), RunState()
         with self._session() as (hardware, board):
+            monitor = self._check_fit(train_loader, test_loader)
+            if hardware.num_processes > 1:
+                self._metrics.check_merging()
             stopping = Stopping(board, self.config.time_limit_seconds)
             with preserved(*hardware.generators), loop.training_mode(self.model), stopping.on_interrupt():
                 run = self._prepare_run(hardware, stopping, monitor, self.optimizer, train_loader, test_loader)
                 with run.training.prepared.attached():
                     self._run(run)
+                self._settings_after = _settings(self.optimizer)
         return self.history
 
     def _check_fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> str:
@@ -161,9 +168,11 @@ class Trainer:
     ) -> loop.Run:
         config, layout = self.config, hardware.layout(self.config.num_micro_batches)
         num_steps = _num_steps(config, train_loader)
+        self._rewind(optimizer)
         schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
         train_feed = self._feed(train_loader, hardware, "train_loader")
         test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader")
+        plain_state(self.model)  # refuses what could not be saved
         prepared = Prepared(hardware, self.model, optimizer)
         training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, layout)
 
@@ -202,16 +211,36 @@ class Trainer:
             history.stop_reason = str(error)
             _record_fault(run, time.perf_counter() - started)
             raise
-        except BaseException:
+        except BaseException as error:
             if run.folder is not None and not history.num_epochs:
                 run.folder.discard()  # nothing was measured: the next try may have the name
+            if "Expected to have finished reduction" in str(error):
+                raise RuntimeError(
+                    "A step left some parameters without a gradient in its last micro-batch, though the first step "
+                    "gave every parameter one. Set find_unused_parameters=True in TrainConfig."
+                ) from error
             raise
         # Right after the best epoch the model holds its weights already.
         moved_on = not state.best_epoch == state.epoch == history.num_epochs
         if self.config.restore_best and state.best_epoch is not None and moved_on:
             run.best.restore(self.model, run.training.hardware.num_processes)
         finish(run)
+        if run.folder is not None and not history.num_epochs:
+            run.folder.discard()
         run.training.call("on_fit_end")
+
+    def _rewind(self, optimizer: Optimizer) -> None:
+        """Let a scheduler factory of a second run begin where that of the first did, not at its last learning rate.
+
+        What the user has set in between stands.
+        """
+        if self._scheduler is None or hasattr(self._scheduler, "step"):
+            return
+        if self._settings_after is not None and self._settings_after == _settings(optimizer):
+            for group, settings in zip(optimizer.param_groups, self._settings_before, strict=True):
+                group.pop("initial_lr", None)
+                group.update(settings)
+        self._settings_before = _settings(optimizer)
 
     def _open_folder(self, hardware: Hardware) -> RunFolder | None:
         """Return the run folder, on the main process; an error there is raised on all."""
@@ -232,19 +261,25 @@ class Trainer:
     def evaluate(self, loader: DataLoader[Any]) -> dict[str, float]:
         """Return `{"loss": ..., **metrics}` over all samples of a loader, the same numbers on every process.
 
+        Call it on every process: they share the work.
+
         Args:
             loader: Its batches are divided over the processes; each sample counts once. An empty one gives nan.
 
         Raises:
             TypeError: Not a plain `DataLoader`.
         """
-        check_loader(loader, "loader", may_be_empty=True)
         with self._evaluating() as prepared:
+            check_loader(loader, "loader", may_be_empty=True)
+            if prepared.hardware.num_processes > 1:
+                self._metrics.check_merging()
             feed = self._feed(loader, prepared.hardware, "loader")
             return loop.evaluate(prepared, self._objective, feed, self._metrics)
 
     def predict(self, loader: DataLoader[Any]) -> Any:
         """Return the model's outputs for every sample once, in dataset order, in host memory.
+
+        Call it on every process: they share the work.
 
         The order and repetitions of a shuffling sampler are put aside: a loader over the whole dataset gives its
         samples from first to last, one over a subset gives that subset in dataset order. The model is called with
@@ -257,8 +292,8 @@ class Trainer:
             Tensors of shape `(samples, ...)` in the structure of the model's outputs, on the main process; `None` on
             the others.
         """
-        check_loader(loader, "loader", may_be_empty=True)
         with self._evaluating() as prepared:
+            check_loader(loader, "loader", may_be_empty=True)
             return loop.predict(prepared, self._feed(_in_dataset_order(loader), prepared.hardware, "loader"))
 
     # --- parts --------------------------------------------------------------------------------------------------------
@@ -314,7 +349,9 @@ def finish(run: loop.Run) -> None:
         if history.num_epochs:
             run.folder.draw(history)
     run.announce(f"Stopped: {history.stop_reason}.")
-    if state.best_epoch is None:
+    if not history.num_epochs:
+        run.announce("No epoch was finished: nothing is recorded, and the model keeps its present weights.")
+    elif state.best_epoch is None:
         run.announce("No epoch has a finite monitored value: the model keeps its last weights.")
     else:
         kept = "the model holds its weights" if run.training.config.restore_best else "the model holds the last weights"
@@ -330,6 +367,11 @@ def _record_fault(run: loop.Run, seconds: float) -> None:
     loop.record(run, math.nan, scores, seconds)
     loop.report_epoch(run)
     finish(run)
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of an optimizer's parameter groups: learning rate, momentum and so on."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def _num_steps(config: TrainConfig, train_loader: DataLoader[Any]) -> int | None:

@@ -493,3 +493,77 @@ print(trainer.fit(DataLoader(data, batch_size=4), DataLoader(data, batch_size=4)
     losses = [line for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(losses) == 2 and losses[0] == losses[1] and losses[0].startswith("[1.0, 0.1")
     assert done.stdout.count("2 processes (launcher)") == 1
+
+
+def test_indices_of_every_kind_are_fetched_whole():
+    data = TensorDataset(torch.arange(8.0))
+    for indices in ([-1, -2, 0], numpy.arange(3).astype("int16"), torch.tensor([1, 2]), range(4)):
+        expected = [float(data[int(index)][0]) for index in indices]
+        fetched = [x for m in Feed(DataLoader(Subset(data, indices), 2), ALONE, 0).micro_batches(1) for x in m.data[0]]
+        assert fetched == expected
+    backwards = DataLoader(data, batch_sampler=[[-1, 0], [], [-8]])
+    assert [m.data[0].tolist() for m in Feed(backwards, ALONE, 0).micro_batches(1)] == [[7.0, 0.0], [0.0]]
+
+
+class Stateful(Sampler):
+    """Keeps a generator of its own, which the trainer cannot know."""
+
+    def __init__(self):
+        self.rng = numpy.random.default_rng(0)
+
+    def __iter__(self):
+        return iter(self.rng.permutation(20).tolist())
+
+
+def train_stateful():
+    model = nn.Linear(5, 3).double()
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    loader = DataLoader(make_data(20, torch.float64), 4, sampler=Stateful())
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=quiet())
+    return trainer.fit(loader).train_losses
+
+
+@pytest.mark.distributed
+def test_a_sampler_with_a_state_of_its_own_is_drawn_as_often_on_several_processes():
+    one = train_stateful()
+    for losses in on_processes(2, train_stateful):
+        assert losses == pytest.approx(one, rel=1e-10)
+
+
+class Boxes(dict):
+    """A dictionary of its own kind, as tokenizers return."""
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 4])
+def test_batches_of_a_stream_are_cut_by_samples_only(num_micro_batches):
+    class Detection(IterableDataset):
+        def __iter__(self):
+            return (
+                {"text": f"s{index}", "x": torch.ones(2) * index, "boxes": torch.ones(index, 4)} for index in range(8)
+            )
+
+    def collate(items):
+        columns = {key: [item[key] for item in items] for key in items[0]}
+        return Boxes(columns | {"x": torch.stack(columns["x"]), "n": 3})
+
+    feed = Feed(DataLoader(Detection(), batch_size=4, collate_fn=collate), Layout(0, 1, num_micro_batches), 0)
+    seen = []
+    for micro_batch in feed.micro_batches(1):
+        data = micro_batch.data
+        assert type(data) is Boxes and data["n"] == 3
+        assert len(data["text"]) == len(data["boxes"]) == len(data["x"]) == micro_batch.num_samples
+        assert [len(boxes) for boxes in data["boxes"]] == [int(x[0]) for x in data["x"]]
+        seen += data["text"]
+    assert seen == [f"s{index}" for index in range(8)]
+
+
+def test_a_tensor_of_a_stream_that_is_not_per_sample_is_refused():
+    class Side(IterableDataset):
+        def __iter__(self):
+            return iter([torch.ones(2)] * 4)
+
+    loader = DataLoader(Side(), batch_size=4, collate_fn=lambda items: (torch.stack(items), torch.ones(3)))
+    with pytest.raises(TypeError, match=r"4 samples holds a tensor of shape \(3,\): it cannot be cut"):
+        list(Feed(loader, Layout(0, 1, 2), 0).micro_batches(1))
+    assert len(list(Feed(loader, ALONE, 0).micro_batches(1))) == 1

@@ -302,3 +302,42 @@ def test_only_the_main_process_writes_and_prints(tmp_path, capfd):
     rows = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
     assert len(rows) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_broken_off_line_is_left_out_and_a_wrong_one_named(tmp_path):
+    history, _ = fit(tmp_path / "run", num_epochs=3)
+    path = tmp_path / "run" / "history.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[: whole.index('"epoch": 3') + 40])
+    assert History.load(tmp_path / "run").train_losses == history.train_losses[:2]
+    path.write_text(whole.replace('"epoch": 2', '"epoch" 2'))
+    with pytest.raises(ValueError, match=r"history.jsonl, line 2 is no line of a history"):
+        History.load(tmp_path / "run")
+
+
+def test_best_weights_that_are_gone_are_a_warning(tmp_path):
+    class Remove(Callback):
+        def on_epoch_end(self, trainer):
+            if trainer.state.epoch == 3:
+                (tmp_path / "run/best/model.safetensors").unlink()
+
+    model = make_model()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        callbacks=[Remove()],
+        config=quiet(num_epochs=3, run_dir=tmp_path / "run", mode="max"),
+    )
+    with pytest.warns(UserWarning, match="The best weights are gone, the model keeps the last ones"):
+        assert trainer.fit(loader_of(make_data(37), 8)).num_epochs == 3
+
+
+def test_damaged_weights_and_wrong_arguments_are_named(tmp_path):
+    fit(tmp_path / "run")
+    path = tmp_path / "run/best/model.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        load_best(make_model(), tmp_path / "run")
+    with pytest.raises(TypeError, match="load_best takes a model and then a run_dir, got str first"):
+        load_best("run", make_model())

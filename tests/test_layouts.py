@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from accel_trainer import Trainer
+from accel_trainer import Callback, Trainer
 from accel_trainer.batches import index_batches
 from support import assert_same, loader_of, make_data, make_model, on_processes, quiet, train
 
@@ -33,7 +33,9 @@ def test_sizes_that_divide_nothing(num_processes, dtype):
     cases = [
         dict(case, dtype=dtype, num_micro_batches=cut)
         for case in SIZES
-        for cut in (CUTS if case["batch_size"] > 1 or num_processes <= 2 else [None])
+        # A batch of one sample leaves all processes but one without: two cuts tell as much, and its steps are many.
+        for cut in (CUTS if case["batch_size"] > 1 else [None, 3])
+        if case["batch_size"] > 1 or case["num_samples"] < 101 or num_processes <= 2
     ]
     per_process = on_processes(num_processes, all_of, cases)
     for results in per_process:
@@ -234,3 +236,117 @@ def constant_gradient(num_micro_batches):
 def test_every_update_of_a_constant_gradient_is_whole_also_the_short_last_one(num_processes, num_micro_batches):
     for weights in on_processes(num_processes, constant_gradient, num_micro_batches):
         torch.testing.assert_close(weights, [-1.0, -2.0, -3.0])
+
+
+class Odd(nn.Module):
+    """Buffers of every kind that a model may keep."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(6)
+        self.layer = nn.Linear(5, 3).double()
+        self.register_buffer("lowest", torch.tensor(torch.inf, dtype=torch.float64))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf], dtype=torch.float64))
+        self.register_buffer("seen", torch.tensor(0))
+        self.register_buffer("expanded", torch.ones(1).expand(3))
+        self.register_buffer("cache", torch.zeros(1))
+
+    def forward(self, inputs):
+        if self.training:
+            self.lowest.copy_(torch.minimum(self.lowest, inputs.min()))
+            self.seen += 1
+            if len(self.cache) == 1:
+                self.cache = torch.zeros(4)
+        return self.layer(inputs)
+
+
+def train_odd(num_micro_batches):
+    model = Odd()
+    config = quiet(num_micro_batches=num_micro_batches, restore_best=False, num_epochs=1)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=config)
+    trainer.fit(loader_of(make_data(37, torch.float64), 7))
+    return {name: buffer.tolist() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.distributed
+def test_odd_buffers_do_not_depend_on_the_layout():
+    one = train_odd(2)
+    assert one["seen"] == 6 and one["mask"] == [0.0, -torch.inf] and -10 < one["lowest"] < 0
+    for buffers in on_processes(2, train_odd, 2):
+        assert buffers.pop("lowest") == pytest.approx(one["lowest"])
+        assert buffers == {name: one[name] for name in buffers}
+
+
+def train_unfreezing(num_micro_batches=None):
+    """Unfreeze a layer after the first epoch; begin with gradients left over from elsewhere."""
+    model = make_model(torch.float64)
+    model(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
+    model[0].requires_grad_(False)
+
+    class Unfreeze(Callback):
+        def on_epoch_end(self, trainer):
+            trainer.model.requires_grad_(True)
+
+    config = quiet(num_epochs=3, num_micro_batches=num_micro_batches)
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        callbacks=[Unfreeze()],
+        config=config,
+    )
+    return trainer.fit(loader_of(make_data(37, torch.float64), 7)).train_losses
+
+
+@pytest.mark.distributed
+def test_layers_may_be_unfrozen_between_epochs_and_old_gradients_do_not_count():
+    loader = loader_of(make_data(37, torch.float64), 7)
+    model = make_model(torch.float64)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = []
+    for epoch in (1, 2, 3):
+        total = 0.0
+        for indices in index_batches(loader, 0, epoch):
+            inputs, targets = loader.dataset[indices]
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(targets)
+        expected.append(total / 37)
+        model.requires_grad_(True)
+    assert train_unfreezing() == pytest.approx(expected, rel=1e-12)
+    assert train_unfreezing(3) == pytest.approx(expected, rel=1e-10)
+    for losses in on_processes(2, train_unfreezing):
+        assert losses == pytest.approx(expected, rel=1e-10)
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.EmbeddingBag(10, 4, sparse=True)
+        self.phase = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+
+    def forward(self, inputs):
+        return (self.embedding(inputs).to(torch.complex64) @ self.phase).abs()
+
+
+def train_sparse(num_micro_batches=None):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.utils.data.TensorDataset(
+        torch.randint(10, (20, 3), generator=generator), torch.randint(3, (20,), generator=generator)
+    )
+    model = Complex()
+    config = quiet(num_micro_batches=num_micro_batches)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=config)
+    return trainer.fit(loader_of(data, 6)).train_losses
+
+
+@pytest.mark.distributed
+def test_sparse_gradients_and_complex_parameters_are_added_too():
+    one = train_sparse()
+    assert train_sparse(3) == pytest.approx(one, rel=1e-5)
+    for losses in on_processes(2, train_sparse):
+        assert losses == pytest.approx(one, rel=1e-5)

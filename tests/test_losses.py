@@ -431,3 +431,125 @@ def test_the_sums_are_exact_over_many_blocks_and_reports():
     assert totals.loss == 1299 / 2 and totals.fault is None
     ledger.add(1300, MicroBatch, Forward(math.nan))
     assert ledger.exchange().fault.batch == 1300
+
+
+# --- what weighs nothing, and what hides its weight -------------------------------------------------------------------
+
+
+def train_masked(kind, num_micro_batches=None):
+    """The second half of each batch is padding: a micro-batch of it divides by zero."""
+    torch.manual_seed(5)
+    mask = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0] * 3, dtype=torch.float64)
+    data = TensorDataset(torch.randn(24, 5, dtype=torch.float64), mask)
+    model = nn.Linear(5, 1).double()
+
+    def squares(outputs, kept):
+        return (outputs.squeeze(1) ** 2 * kept).sum() / kept.sum()
+
+    arguments = {
+        "compute_loss": dict(compute_loss=lambda model, batch: (squares(model(batch[0]), batch[1]), batch[1].sum())),
+        "number": dict(compute_loss=lambda model, batch: (squares(model(batch[0]), batch[1]), batch[1].sum().item())),
+        "weight_fn": dict(loss_fn=squares, weight_fn=lambda batch: batch[1].sum()),
+        "nothing": dict(compute_loss=lambda model, batch: (squares(model(batch[0]), batch[1]), 0.0)),
+    }[kind]
+    config = quiet(num_micro_batches=num_micro_batches, restore_best=False, on_nonfinite="ignore")
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), config=config, **arguments)
+    history = trainer.fit(DataLoader(data, batch_size=8))
+    return history.train_losses, model.weight.detach()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["compute_loss", "number", "weight_fn", "nothing"])
+def test_a_micro_batch_that_weighs_nothing_adds_nothing_even_if_it_divides_by_zero(kind):
+    losses, weight = train_masked(kind)
+    assert weight.isfinite().all()
+    results = [train_masked(kind, 2), train_masked(kind, 4), *on_processes(2, train_masked, kind)]
+    for other_losses, other_weight in results:
+        assert other_losses == pytest.approx(losses, rel=1e-10, nan_ok=True)
+        torch.testing.assert_close(other_weight, weight, rtol=1e-10, atol=0)
+
+
+class Reshaping(nn.CrossEntropyLoss):
+    def forward(self, outputs, targets):
+        return super().forward(outputs.double(), targets)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own insides
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        nn.CrossEntropyLoss().forward,
+        Reshaping(),
+        torch.compile(nn.CrossEntropyLoss(), backend="eager"),
+        torch.compile(F.cross_entropy, backend="eager"),
+        nn.CrossEntropyLoss(weight=WEIGHT),
+    ],
+)
+def test_cross_entropy_in_disguise_is_weighed_by_what_it_divides_by(loss_fn):
+    model = PerToken().double()
+    data = token_data()
+    whole = loss_fn(model(data.tensors[0]), data.tensors[1]).item()
+    scores = Trainer(model, None, loss_fn, config=quiet(num_micro_batches=3)).evaluate(loader_of(data, 5))
+    assert scores["loss"] == pytest.approx(whole, rel=1e-10)
+
+
+def test_class_weights_take_targets_of_bytes():
+    targets = torch.tensor([0, 1, 2, 1, 0], dtype=torch.uint8)
+    objective = Objective(nn.NLLLoss(weight=WEIGHT))
+    assert objective._divisor(targets) == pytest.approx(WEIGHT[targets.long()].sum())
+
+
+def test_weights_may_be_numbers_of_numpy():
+    import numpy
+
+    model = nn.Linear(5, 3)
+    arguments = dict(weight_fn=lambda batch: numpy.float32(len(batch[0])), config=quiet())
+    data = loader_of(make_data(10), 4)
+    scores = Trainer(model, None, nn.MultiMarginLoss(), **arguments).evaluate(data)
+    assert scores == pytest.approx(Trainer(model, None, nn.MultiMarginLoss(), config=quiet()).evaluate(data))
+
+
+def drawing_model(num_micro_batches):
+    """Draws from every generator in the loss, as mixup does."""
+    import random
+
+    import numpy
+
+    def compute_loss(model, batch):
+        factor = numpy.random.beta(1, 1) + random.random() + torch.rand(())
+        return factor * F.cross_entropy(model(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    numpy.random.seed(None)
+    config = quiet(num_micro_batches=num_micro_batches)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), compute_loss=compute_loss, config=config)
+    return trainer.fit(loader_of(make_data(16, torch.float64), 8)).train_losses
+
+
+@pytest.mark.distributed
+def test_draws_in_the_model_do_not_depend_on_the_process_or_the_mood():
+    one = drawing_model(2)
+    for losses in [drawing_model(2), *on_processes(2, drawing_model, 2)]:
+        assert losses == pytest.approx(one, rel=1e-10)
+
+
+def unmergeable():
+    metrics = {"r": torchmetrics.PearsonCorrCoef()}
+    model = nn.Linear(5, 1)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss(), metrics=metrics, config=quiet())
+    data = TensorDataset(torch.randn(8, 5), torch.randn(8, 1))
+    try:
+        trainer.fit(loader_of(data, 4), loader_of(data, 4))
+    except TypeError as error:
+        return str(error), trainer.state.step
+
+
+@pytest.mark.distributed
+def test_a_metric_that_cannot_be_merged_is_refused_before_training():
+    for message, step in on_processes(2, unmergeable):
+        assert "The metric 'r' cannot be merged over processes" in message and step == 0
+    with pytest.raises(TypeError, match="'all' is a collection"):
+        Metrics({"all": torchmetrics.MetricCollection([torchmetrics.MeanSquaredError()])})
+    with pytest.raises(TypeError, match="metrics must be a dictionary of names and metrics, got list"):
+        Metrics([correct])

@@ -175,3 +175,45 @@ def test_an_update_skipped_for_overflow_is_no_step():
     assert watch.steps == [0.5**step for step in range(1, 7)]
     updates = sum(0.5**step for step in range(6))
     torch.testing.assert_close(model.weight, weights - updates / 3)
+
+
+def test_a_second_run_of_a_factory_begins_where_the_first_began():
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    trainer = Trainer(
+        model,
+        optimizer,
+        scheduler=lambda optimizer, num_steps: lr_scheduler.CosineAnnealingLR(optimizer, num_steps),
+        compute_loss=constant,
+        config=quiet(),
+    )
+    loader = loader_of(make_data(37), 6)
+    assert trainer.fit(loader).learning_rates == trainer.fit(loader).learning_rates
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] = 0.1  # the user's word stands
+    assert trainer.fit(loader).learning_rates[0] < 0.1
+
+
+def test_an_error_of_a_scheduler_is_an_error():
+    def explode(step):
+        if step > 3:
+            raise ValueError("math domain error")
+        return 1.0
+
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = lr_scheduler.LambdaLR(optimizer, explode)
+    trainer = Trainer(model, optimizer, scheduler=scheduler, compute_loss=constant, config=quiet())
+    with pytest.raises(ValueError, match="math domain error"):
+        trainer.fit(loader_of(make_data(37), 6))
+
+
+def test_what_is_no_scheduler_is_refused():
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(TypeError, match="scheduler is the class StepLR; give StepLR"):
+        Trainer(model, optimizer, scheduler=lr_scheduler.StepLR, compute_loss=constant)
+    trainer = Trainer(
+        model, optimizer, scheduler=lambda optimizer, num_steps: None, compute_loss=constant, config=quiet()
+    )
+    with pytest.raises(TypeError, match="must return a torch scheduler, got None"):
+        trainer.fit(loader_of(make_data(37), 6))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -332,7 +333,7 @@ finally:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["data", "loss", "metric", "callback", "main callback"])
+@pytest.mark.parametrize("kind", ["data", "main callback"])
 def test_an_error_on_one_process_ends_all_and_is_printed_first(kind):
     done = launch(FAILING, args=[kind], timeout=60)
     assert done.returncode != 0
@@ -343,6 +344,46 @@ def test_an_error_on_one_process_ends_all_and_is_printed_first(kind):
     first = next(line for line in own_lines if "rror" in line)
     assert first == f"accel_trainer: process {rank} of 2 failed with KeyError: 'no such sample'"
     assert f"Process {rank} failed with KeyError: 'no such sample'" in done.stderr  # what the other one says
+
+
+def fail(kind, started):
+    """The same, forked: return how long this process took to leave, and with what."""
+    rank = torch.distributed.get_rank()
+
+    class Here(Callback):
+        def on_step_end(self, trainer):
+            if kind == "callback" and rank == 1 and trainer.state.step == 5:
+                raise KeyError("no such sample")
+
+    def loss_fn(outputs, targets):
+        if kind == "loss" and rank == 1 and trainer.state.step == 5:
+            raise KeyError("no such sample")
+        return nn.functional.cross_entropy(outputs, targets)
+
+    def metric(outputs, targets):
+        if kind == "metric" and rank == 1:
+            raise KeyError("no such sample")
+        return correct(outputs, targets)
+
+    model = make_model()
+    trainer = Trainer(model, sgd(model), loss_fn, metrics={"m": metric}, callbacks=[Here()], config=quiet(num_epochs=9))
+    try:
+        trainer.fit(loader_of(make_data(37), 7), loader_of(make_data(37), 7))
+    except KeyError:
+        os._exit(3)  # as an uncaught error would, without the tidy end of a test process
+    except accel_trainer.ProcessFailedError as error:
+        sys.stderr.write(f"peer after {time.monotonic() - started:.1f}: {error}\n")
+        os._exit(4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["loss", "metric", "callback"])
+def test_an_error_in_the_users_code_on_one_process_ends_all(kind, capfd):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code"):
+        on_processes(2, fail, kind, time.monotonic())
+    lines = [line for line in capfd.readouterr().err.splitlines() if "failed with" in line]
+    assert lines[0] == "accel_trainer: process 1 of 2 failed with KeyError: 'no such sample'"
+    assert all("Process 1 failed with KeyError: 'no such sample'" in line for line in lines[1:])
 
 
 class HoldOn(Callback):
@@ -370,8 +411,6 @@ def hold_on():
 
 @pytest.mark.distributed
 def test_a_process_that_waits_for_one_that_failed_but_lives_ends_itself():
-    import time
-
     started = time.time()
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 1"):
         on_processes(2, hold_on)
@@ -764,3 +803,107 @@ def test_history_to_dict_is_plain_data():
     assert plain["test_losses"] == [5.0, 1.0, 2.0] and plain["best_epoch"] == 2
     assert set(plain) >= {"train_losses", "learning_rates", "metrics", "epoch_seconds", "best_value", "stop_reason"}
     assert train()["metrics"].keys() == {"accuracy"}
+
+
+# --- found by trying --------------------------------------------------------------------------------------------------
+
+
+def stop_at_the_end(kind):
+    """Full-batch training has one step an epoch: every stop falls on the last step of one."""
+
+    class Here(Callback):
+        def on_step_end(self, trainer):
+            if kind == "callback" and trainer.is_main_process and trainer.state.step == 5:
+                time.sleep(0.6)
+                raise StopTraining("enough")
+
+    model = make_model()
+    batch_size = 16 if kind == "time" else 3
+    config = quiet(num_epochs=10**6, time_limit_seconds=0.3 if kind == "time" else None)
+    trainer = Trainer(model, sgd(model), nn.CrossEntropyLoss(), callbacks=[Here()], config=config)
+    history = trainer.fit(loader_of(make_data(16), batch_size), loader_of(make_data(8), 8))
+    return trainer.state.step, history.num_epochs, history.stop_reason
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["time", "time", "callback"])
+def test_a_stop_on_the_last_step_of_an_epoch_is_the_same_for_all(kind):
+    one, two = on_processes(2, stop_at_the_end, kind)
+    assert one == two
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        history, _, _ = ramp([StopAt("interrupt", 3)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert history.num_epochs == 7
+
+
+def test_a_run_stopped_in_its_first_epoch_says_so_and_leaves_the_name_free(tmp_path, capsys):
+    model = make_model()
+    config = TrainConfig(run_dir=tmp_path / "run")
+    trainer = Trainer(model, sgd(model), nn.CrossEntropyLoss(), callbacks=[StopAt("step", 1)], config=config)
+    history = trainer.fit(loader_of(make_data(37), 8))
+    assert history.num_epochs == 0 and "No epoch was finished" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own insides
+def test_a_compiled_launch_leaves_nothing_on_the_model(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    model = make_model()
+    before = set(model.__dict__)
+    Trainer(model, sgd(model), nn.CrossEntropyLoss(), config=quiet()).fit(loader_of(make_data(8), 4))
+    assert set(model.__dict__) == before
+
+
+def test_a_state_that_cannot_be_saved_is_refused_before_the_first_step():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+    model = Extra(5, 3)
+    trainer = Trainer(model, sgd(model), nn.CrossEntropyLoss(), config=quiet())
+    with pytest.raises(TypeError, match="The model's state '_extra_state' is a dict"):
+        trainer.fit(loader_of(make_data(8), 4))
+    assert trainer.state.step == 0
+
+
+def test_outputs_that_are_not_one_per_sample_are_refused():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LSTM(1, 4, batch_first=True)
+
+        def forward(self, inputs):
+            return self.layer(inputs)
+
+    loader = DataLoader(TensorDataset(torch.zeros(16, 3, 1)), batch_size=8)
+    with pytest.raises(ValueError, match=r"for 8 samples the model returned shape \(1, 8, 4\)"):
+        Trainer(Recurrent(), None, nn.MSELoss(), config=quiet()).predict(loader)
+
+
+def data_on_one_process_only():
+    rank = torch.distributed.get_rank()
+    model = make_model()
+    trainer = Trainer(model, sgd(model), nn.CrossEntropyLoss(), config=quiet())
+    try:
+        trainer.fit(DataLoader(make_data(48 if rank == 0 else 0), 8))
+    except (ValueError, accel_trainer.ProcessFailedError) as error:
+        return str(error)
+
+
+@pytest.mark.distributed
+def test_an_empty_dataset_on_one_process_is_named_on_all():
+    one, two = on_processes(2, data_on_one_process_only)
+    assert "Process 1 failed with ValueError: train_loader yields no batch" in one
+    assert two.startswith("train_loader yields no batch")
+
+
+@pytest.mark.parametrize("callbacks", [Callback(), None])
+def test_callbacks_that_are_no_list_are_refused(callbacks):
+    with pytest.raises(TypeError, match="callbacks must be a list of Callback objects"):
+        Trainer(make_model(), None, nn.CrossEntropyLoss(), callbacks=callbacks)
