@@ -457,7 +457,7 @@ class Metrics:
             if not mergeable:
                 raise TypeError(
                     f"The metric {name!r} cannot be merged over processes ({type(metric).__name__} of torchmetrics; "
-                    "1.5 or newer can merge most). Give a function of (outputs, targets), or use one process."
+                    "1.6 or newer can merge most). Give a function of (outputs, targets), or use one process."
                 )
 
     def reset(self, device: torch.device) -> None:

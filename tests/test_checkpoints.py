@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_the_files_of_a_run(tmp_path):
     config = json.loads((tmp_path / "a/run/config.json").read_text())
     assert config["asked"]["num_epochs"] == 3 and config["resolved"]["num_steps"] == 15
     environment = json.loads((tmp_path / "a/run/environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__ and environment["command"]
+    assert environment["versions"]["torch"] == version("torch") and environment["command"]
     rows = [json.loads(line) for line in (tmp_path / "a/run/history.jsonl").read_text().splitlines()]
     assert [row.get("epoch") for row in rows] == [1, 2, 3, None]
     assert rows[1]["train_loss"] == history.train_losses[1] and rows[1]["step"] == 10
