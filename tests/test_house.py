@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -81,17 +82,12 @@ def test_the_template_is_short():
     assert len((ROOT / "scripts" / "train.py").read_text().splitlines()) <= 80
 
 
-def run_template(*arguments, launcher=()):
-    command = [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
-
-
 def test_the_demo_reaches_its_target_and_leaves_its_files(tmp_path):
     run_dir = tmp_path / "run"
-    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
-    done = run_template(
-        "--run_dir", str(run_dir), launcher=(*launcher, "--mixed_precision", "no", "--dynamo_backend", "no")
-    )
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+    template = [str(ROOT / "scripts" / "train.py"), "--run_dir", str(run_dir)]
+    command = [sys.executable, *launcher, "--dynamo_backend=no", *template]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^Epoch 1/40 - Train Loss: \d+\.\d{4}, Test Loss: \d+\.\d{4}$", done.stdout, re.MULTILINE)
     assert "no improvement of test_loss for 5 epochs" in done.stdout
@@ -100,20 +96,30 @@ def test_the_demo_reaches_its_target_and_leaves_its_files(tmp_path):
     assert (run_dir / "best" / "model.safetensors").is_file() and (run_dir / "losses.png").is_file()
 
 
-def test_the_template_takes_its_options_from_the_config(tmp_path):
-    printed = run_template("--print_config", "--patience", "3")
-    assert printed.returncode == 0 and "patience: 3" in printed.stdout
+def run_template(monkeypatch, capsys, *arguments):
+    """Run the template in this process; return its exit code and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    except SystemExit as exit:
+        code = exit.code or 0
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def test_the_template_takes_its_options_from_the_config(tmp_path, monkeypatch, capsys):
+    code, printed = run_template(monkeypatch, capsys, "--print_config", "--patience", "3")
+    assert code == 0 and "patience: 3" in printed
     (tmp_path / "run.yaml").write_text(f"num_epochs: 1\nrun_dir: {tmp_path / 'run'}\n")
-    done = run_template("--config", str(tmp_path / "run.yaml"), "--batch_size", "128")
-    assert done.returncode == 0 and "all 1 epochs done" in done.stdout
-    helped = run_template("--help").stdout
-    assert "Epochs in a row without improvement" in helped
-    for arguments, message in (
-        (["--patiance", "3"], "patiance"),
-        (["--patience", "0"], "patience must be at least 1, got 0"),
-    ):
-        wrong = run_template(*arguments)
-        assert wrong.returncode == 2 and message in wrong.stderr and "Traceback" not in wrong.stderr
+    code, printed = run_template(monkeypatch, capsys, "--config", str(tmp_path / "run.yaml"), "--batch_size", "128")
+    assert code == 0 and "all 1 epochs done" in printed
+    _, printed = run_template(monkeypatch, capsys, "--help")
+    assert "Epochs in a row without improvement" in printed
+    wrong = (["--patiance", "3"], "patiance"), (["--patience", "0"], "patience must be at least 1, got 0")
+    for arguments, message in wrong:
+        code, printed = run_template(monkeypatch, capsys, *arguments)
+        assert code == 2 and message in printed
 
 
 def test_the_readme_tells_every_file():
