@@ -25,12 +25,6 @@ STOREYS = [
 ]
 
 
-def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            yield from [node.module] if node.module else [alias.name for alias in node.names]
-
-
 def outside_type_checking(path):
     tree = ast.parse(path.read_text())
     tree.body = [
