@@ -386,7 +386,6 @@ class Feed:
 
     def _planned(self, epoch: int) -> Iterator[MicroBatch]:
         """Yield the micro-batches with their indices in place of their data."""
-        position = 0
         for number, indices in enumerate(index_batches(self.loader, self.seed, epoch)):
             if not isinstance(indices, torch.Tensor) and not hasattr(indices, "__len__"):
                 raise TypeError(
@@ -399,7 +398,6 @@ class Feed:
                 indices = torch.as_tensor(_not_negative(indices, len(self.loader.dataset)))  # type: ignore[arg-type]
             for piece in cut(len(indices), self.layout):
                 yield MicroBatch(indices[piece.start : piece.stop], piece, len(indices), number)
-            position += len(indices)
 
     def _asked(self, epoch: int, planned: deque[MicroBatch]) -> Iterator[_Request]:
         for micro_batch in self._planned(epoch):

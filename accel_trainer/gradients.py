@@ -63,7 +63,7 @@ class Gradients:
             self._names, self._probed, self._overlaps = names, True, False
         for parameter in self._model.parameters():
             parameter.grad = None
-        self.clear()
+        self._weight = 0
 
     def context(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         """Return what forward and backward of a micro-batch run under: gradients are sent after the last one only."""

@@ -280,10 +280,8 @@ def _first_batches(micro_batches: Iterable[MicroBatch], num_batches: int) -> Gen
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, and each of its modules back in the mode it had."""
+def _modes_kept(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:
@@ -292,19 +290,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and each of its modules back in the mode it had."""
+    with _modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in training mode, and each of its modules back in the mode it had.
 
     In a model that is in training mode already, modules in evaluation mode were frozen on purpose and stay so.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    if not model.training:
-        model.train()
-    try:
+    with _modes_kept(model):
+        if not model.training:
+            model.train()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def evaluate_epoch(run: Run) -> dict[str, float] | None:
@@ -391,7 +393,7 @@ class _Session:
     It hangs on the model and lives as long; copies and pickles of the model get `None` in its place.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self.hardware = Hardware()
         self.layout = self.hardware.layout(None)
         self.config = TrainConfig(on_nonfinite="ignore")
@@ -440,7 +442,7 @@ def _session_of(model: nn.Module) -> _Session:
     session = model.__dict__.get("_accel_trainer_session")
     if session is None:
         check_model(model)
-        session = model.__dict__["_accel_trainer_session"] = _Session(model)
+        session = model.__dict__["_accel_trainer_session"] = _Session()
     return session
 
 
