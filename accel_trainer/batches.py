@@ -7,8 +7,10 @@ indices, cuts each the same way, and fetches only its own pieces.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -34,7 +36,18 @@ from torch.utils.data.distributed import DistributedSampler
 
 from .randomness import DATA, FETCH, ORDER, SeededIterator, derive_seed, seed_all
 
-__all__ = ["Feed", "Layout", "MicroBatch", "Piece", "check_loader", "cut", "describe_batch", "num_batches"]
+__all__ = [
+    "Feed",
+    "Layout",
+    "MicroBatch",
+    "Piece",
+    "check_loader",
+    "cut",
+    "describe_batch",
+    "num_batches",
+    "run_of",
+    "tensors_in",
+]
 
 
 class Layout(NamedTuple):
@@ -73,11 +86,15 @@ def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
         [(0, 4), (4, 7)]
     """
     bounds = _even_bounds(num_samples, layout.num_micro_batches)
-    run = _even_bounds(layout.num_micro_batches, layout.num_processes)[layout.process]
-    mine = [(index, *bounds[index], True) for index in range(*run) if bounds[index][0] < bounds[index][1]]
+    mine = [(index, *bounds[index], True) for index in run_of(layout) if bounds[index][0] < bounds[index][1]]
     mine = mine or [(0, *bounds[0], False)]
     last = len(mine) - 1
     return tuple(Piece(*piece, place == 0, place == last) for place, piece in enumerate(mine))
+
+
+def run_of(layout: Layout) -> range:
+    """Return the micro-batches that this process computes."""
+    return range(*_even_bounds(layout.num_micro_batches, layout.num_processes)[layout.process])
 
 
 def _even_bounds(total: int, parts: int) -> list[tuple[int, int]]:
@@ -302,15 +319,25 @@ class _Requests:
 class Feed:
     """The micro-batches of this process, epoch by epoch.
 
+    Whoever calls `recut` while it is iterated gets the batch under way once more, from its start, in the new cut.
+
     Args:
         loader: The user's loader: any sampler, batch sampler, collate function and workers.
         layout: This process and the cut.
         seed: The user's seed.
         pin_memory: Copy each micro-batch to page-locked memory, if the loader asks for it.
+        on_recut: Called with the new number of micro-batches; `None` where the cut is fixed.
     """
 
-    def __init__(self, loader: DataLoader[Any], layout: Layout, seed: int, pin_memory: bool = False) -> None:
-        self.loader, self.layout, self.seed = loader, layout, seed
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        layout: Layout,
+        seed: int,
+        pin_memory: bool = False,
+        on_recut: Callable[[int], None] | None = None,
+    ) -> None:
+        self.loader, self.layout, self.seed, self.on_recut = loader, layout, seed, on_recut
         self._fetch_whole: WholeFetch | None = None
         self._requests = _Requests()
         self._loader: DataLoader[Any] | None = None
@@ -339,6 +366,17 @@ class Feed:
             prefetch_factor=user.prefetch_factor if num_workers else None,
             persistent_workers=user.persistent_workers and num_workers > 0,
         )
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all samples are known to have one size: the rows of tensors."""
+        return self._fetch_whole is not None and self._fetch_whole.in_memory
+
+    def recut(self, layout: Layout) -> None:
+        """Cut the batch under way, from its start, and all that follow in another number of micro-batches."""
+        self.layout = layout
+        if self.on_recut is not None:
+            self.on_recut(layout.num_micro_batches)
 
     def check_same_everywhere(self, name: str) -> None:
         """Refuse data that differs between the processes, as a split without a seed makes it.
@@ -372,21 +410,39 @@ class Feed:
         """
         if is_stream(self.loader):
             yield from self._streamed(epoch)
-        elif self._loader is None:
-            for micro_batch in self._planned(epoch):
-                micro_batch.data = self._fetch(epoch, micro_batch)
-                yield micro_batch
-        else:
-            planned: deque[MicroBatch] = deque()  # workers run ahead; what they were asked waits here
-            self._requests.pending = self._asked(epoch, planned)
-            for data in self._loader:
-                micro_batch = planned.popleft()
-                micro_batch.data = data
-                yield micro_batch
+            return
+        first_batch: int | None = 0
+        while first_batch is not None:
+            first_batch = yield from self._in_one_cut(epoch, first_batch)
 
-    def _planned(self, epoch: int) -> Iterator[MicroBatch]:
+    def _in_one_cut(self, epoch: int, first_batch: int) -> Generator[MicroBatch, None, int | None]:
+        """Yield until the pass is over, or return the batch to do again when the cut has changed."""
+        layout = self.layout
+        fetched = self._fetched(epoch, first_batch) if self._loader is None else self._from_workers(epoch, first_batch)
+        with closing(fetched):
+            for micro_batch in fetched:
+                yield micro_batch
+                if self.layout is not layout:
+                    return micro_batch.batch_number
+        return None
+
+    def _fetched(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
+        for micro_batch in self._planned(epoch, first_batch):
+            micro_batch.data = self._fetch(epoch, micro_batch)
+            yield micro_batch
+
+    def _from_workers(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
+        planned: deque[MicroBatch] = deque()  # workers run ahead; what they were asked waits here
+        self._requests.pending = self._asked(epoch, first_batch, planned)
+        for data in self._loader:  # type: ignore[union-attr]
+            micro_batch = planned.popleft()
+            micro_batch.data = data
+            yield micro_batch
+
+    def _planned(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
         """Yield the micro-batches with their indices in place of their data."""
-        for number, indices in enumerate(index_batches(self.loader, self.seed, epoch)):
+        batches = enumerate(index_batches(self.loader, self.seed, epoch))
+        for number, indices in itertools.islice(batches, first_batch, None):
             if not isinstance(indices, torch.Tensor) and not hasattr(indices, "__len__"):
                 raise TypeError(
                     f"With batch_size=None the sampler must yield lists of indices, got {type(indices).__name__}. "
@@ -399,8 +455,8 @@ class Feed:
             for piece in cut(len(indices), self.layout):
                 yield MicroBatch(indices[piece.start : piece.stop], piece, len(indices), number)
 
-    def _asked(self, epoch: int, planned: deque[MicroBatch]) -> Iterator[_Request]:
-        for micro_batch in self._planned(epoch):
+    def _asked(self, epoch: int, first_batch: int, planned: deque[MicroBatch]) -> Iterator[_Request]:
+        for micro_batch in self._planned(epoch, first_batch):
             planned.append(micro_batch)
             yield self._request(epoch, micro_batch)
 
@@ -430,10 +486,15 @@ class Feed:
             num_samples = count_samples(batch)
             if num_samples is None:
                 raise TypeError("A batch of a stream must hold a tensor whose first dimension counts the samples.")
-            for piece in cut(num_samples, self.layout):
-                is_whole = piece.stop - piece.start == num_samples
-                data = batch if is_whole else take(batch, piece.start, piece.stop, num_samples)
-                yield MicroBatch(data, piece, num_samples, number)
+            layout = None
+            while layout is not self.layout:  # once, or again in the new cut
+                layout = self.layout
+                for piece in cut(num_samples, layout):
+                    is_whole = piece.stop - piece.start == num_samples
+                    data = batch if is_whole else take(batch, piece.start, piece.stop, num_samples)
+                    yield MicroBatch(data, piece, num_samples, number)
+                    if self.layout is not layout:
+                        break
 
 
 class _End:
@@ -445,6 +506,15 @@ _END = _End()
 
 def _is_array(item: Any) -> bool:
     return isinstance(item, (torch.Tensor, numpy.ndarray)) and item.ndim > 0
+
+
+def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a collated batch."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_in(item)
 
 
 def count_samples(batch: Any) -> int | None:

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .gradients import share_from_main
 from .history import History, encode
+from .reductions import share_from_main
 
 __all__ = ["BestWeights", "RunFolder", "load_best", "plain_state"]
 

@@ -15,7 +15,15 @@ _CHOICES = {
     "schedule_every": ("step", "epoch"),
     "on_nonfinite": ("raise", "ignore"),
 }
-_AT_LEAST_ONE = ("num_epochs", "max_steps", "steps_per_epoch", "patience", "num_micro_batches", "report_every")
+_AT_LEAST_ONE = (
+    "num_epochs",
+    "max_steps",
+    "steps_per_epoch",
+    "patience",
+    "num_micro_batches",
+    "num_threads",
+    "report_every",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,12 @@ class TrainConfig:
         mode: Whether a smaller (`min`) or a larger (`max`) monitored value is better.
         num_micro_batches: Pieces that each batch is cut into, at least 1; `None` cuts one per process.
             More pieces than processes is gradient accumulation. With a fixed number, models with dropout or
-            BatchNorm too give the same run on any number of processes.
+            BatchNorm too give the same run on any number of processes. With `None` a batch that does not fit in
+            memory is cut finer.
+        bitwise: Let not one bit of losses and weights depend on the number of processes: fixed order of sums,
+            deterministic kernels. `num_micro_batches` is then 8 unless given.
+        num_threads: Threads inside one operation on the CPU, at least 1, for the length of the run; `None` keeps
+            the present number, or takes 1 with `bitwise`, whose bits depend on it.
         mixed_precision: `no`, `bf16`, `fp16` or `fp8`; `None` takes what `accelerate launch` says, else `no`.
         max_grad_norm: Clip the gradient of each step to this global norm, greater than 0; `None` does not clip.
         schedule_every: Whether the scheduler steps once per optimizer `step` or once per `epoch`.
@@ -67,6 +80,8 @@ class TrainConfig:
     monitor: str = "test_loss"
     mode: Literal["min", "max"] = "min"
     num_micro_batches: int | None = None
+    bitwise: bool = False
+    num_threads: int | None = None
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
     max_grad_norm: float | None = None
     schedule_every: Literal["step", "epoch"] = "step"
@@ -92,9 +107,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a number greater than 0 (or None), got {value!r}.")
         if not (_is_number(self.min_delta) and self.min_delta >= 0 and math.isfinite(self.min_delta)):
             raise ValueError(f"min_delta must be a number of at least 0 and finite, got {self.min_delta!r}.")
-        for name in ("restore_best", "find_unused_parameters", "verbose"):
+        for name in ("bitwise", "restore_best", "find_unused_parameters", "verbose"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if self.bitwise and self.mixed_precision == "fp8":
+            raise ValueError("bitwise=True cannot be had with mixed_precision='fp8', whose scales the processes share.")
         if not isinstance(self.monitor, str):
             raise ValueError(f"monitor must be a name, got {self.monitor!r}.")
         if self.run_dir is not None and not isinstance(self.run_dir, (str, os.PathLike)):

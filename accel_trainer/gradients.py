@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,11 +9,13 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Layout, MicroBatch
 from .losses import Forward
+from .reductions import ChainSum, TreeSum, add_over_processes, share_from_main
 
-__all__ = ["Buffers", "Gradients", "share_from_main"]
+__all__ = ["Buffers", "Gradients", "TreeGradients"]
 
 
 class Gradients:
@@ -45,15 +46,20 @@ class Gradients:
         weighs_samples: bool,
         find_unused: bool = False,
     ) -> None:
+        self.layout = layout
         self._model = model
         self._names, self.parameters = _trainable(model)
-        self._prepared, self._accelerator, self._layout = prepared, accelerator, layout
+        self._prepared, self._accelerator = prepared, accelerator
         self._weighs_samples = weighs_samples
         self._alone = layout.num_processes == 1
-        self._plain = self._alone and layout.num_micro_batches == 1
         self._probed = find_unused
-        self._overlaps = False  # whether DistributedDataParallel adds the gradients
+        self._overlaps = False  # whether DistributedDataParallel can add the gradients ...
+        self._overlapped = False  # ... and does so in this batch
         self._weight: Any = 0
+
+    @property
+    def _plain(self) -> bool:
+        return self._alone and self.layout.num_micro_batches == 1
 
     def begin(self) -> None:
         """Begin an epoch: drop old gradients, and take in what was frozen or unfrozen since the last."""
@@ -65,19 +71,30 @@ class Gradients:
             parameter.grad = None
         self._weight = 0
 
-    def context(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
-        """Return what forward and backward of a micro-batch run under: gradients are sent after the last one only."""
-        if self._alone or (self._overlaps and micro_batch.piece.is_last):
+    def context(self, micro_batch: MicroBatch, hold: bool) -> AbstractContextManager[Any]:
+        """Return what forward and backward of a micro-batch run under: gradients are sent after the last one only.
+
+        Args:
+            micro_batch: Which it is.
+            hold: Send nothing before `finish`, since the batch may have to be done again.
+        """
+        if self._alone:
+            return nullcontext()
+        self._overlapped = self._overlaps and not hold
+        if self._overlapped and micro_batch.piece.is_last:
             return nullcontext()
         later: AbstractContextManager[Any] = self._accelerator.no_sync(self._prepared)
         return later
 
-    def backward(self, forward: Forward) -> None:
+    def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
         """Add the gradient of one micro-batch."""
         loss = forward.loss
         if not self._plain:
             self._weight = self._weight + forward.weight
             loss = _weighted(loss, forward.weight)
+        self._run_backward(loss)
+
+    def _run_backward(self, loss: Tensor) -> None:
         scaler = self._accelerator.scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
 
@@ -89,13 +106,16 @@ class Gradients:
         """
         if self._plain:
             return
-        if self._overlaps:
+        if self._overlapped:
             self._check_all_present()
         total: float | Tensor = batch_size if self._weighs_samples else self._total_weight()
-        if self._overlaps:
-            total = total / self._layout.num_processes  # DistributedDataParallel has taken the mean over the processes
+        if self._overlapped:
+            total = total / self.layout.num_processes  # DistributedDataParallel has taken the mean over the processes
         elif not self._alone:
             self._add_over_processes()
+        self._divide(total)
+
+    def _divide(self, total: float | Tensor) -> None:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_div_(gradients, total)
@@ -107,19 +127,21 @@ class Gradients:
             parameter.grad = None
 
     def _total_weight(self) -> Tensor:
-        device = self._accelerator.device
-        is_double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
-        dtype = torch.float64 if is_double else torch.float32
-        total = torch.as_tensor(self._weight, dtype=dtype, device=device).reshape(())
+        total = self._as_weight(self._weight)
         if not self._alone:
             torch.distributed.all_reduce(total)
-        return torch.where(total == 0, 1, total)  # a batch that weighs nothing has a gradient of zeros
+        return _never_zero(total)
+
+    def _as_weight(self, weight: Any) -> Tensor:
+        is_double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
+        dtype = torch.float64 if is_double else torch.float32
+        return torch.as_tensor(weight, dtype=dtype, device=self._accelerator.device).reshape(())
 
     def _check_all_present(self) -> None:
         missing = [name for name, parameter in zip(self._names, self.parameters, strict=True) if parameter.grad is None]
         if missing:
             raise RuntimeError(
-                f"No gradient for {', '.join(missing)} in this batch on process {self._layout.process}, though the "
+                f"No gradient for {', '.join(missing)} in this batch on process {self.layout.process}, though the "
                 "first step gave every parameter one. Set find_unused_parameters=True in TrainConfig."
             )
 
@@ -132,11 +154,86 @@ class Gradients:
         num_present = counts.tolist()
         if not self._probed:
             self._probed = True
-            self._overlaps = min(num_present) == self._layout.num_processes
+            self._overlaps = min(num_present) == self.layout.num_processes
         for parameter, count in zip(self.parameters, num_present, strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         add_over_processes([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+
+
+class TreeGradients(Gradients):
+    """The same gradient to the last bit on any number of processes: summed in the order of one tree.
+
+    The model is not wrapped; nothing is sent before the last backward.
+
+    Args:
+        model: The user's model.
+        accelerator: The accelerator that prepared it.
+        layout: This process and the cut.
+        weighs_samples: Whether the weight of a batch is its number of samples, known everywhere.
+        host_group: Processes that exchange host memory; `None` for the default group.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        layout: Layout,
+        weighs_samples: bool,
+        host_group: torch.distributed.ProcessGroup | None,
+    ) -> None:
+        super().__init__(model, model, accelerator, layout, weighs_samples)
+        self._sum = TreeSum(layout, host_group)
+        self._watches = True
+
+    def context(self, micro_batch: MicroBatch, hold: bool) -> AbstractContextManager[Any]:
+        """Return what forward and backward run under: in the first batch, a look for layers that communicate."""
+        return _NoCommunication() if self._watches else nullcontext()  # type: ignore[no-untyped-call]
+
+    def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
+        """Add the gradient of one micro-batch to the tree.
+
+        Raises:
+            ValueError: A sparse gradient.
+        """
+        if not micro_batch.piece.counts:
+            return
+        self._run_backward(_weighted(forward.loss, forward.weight))
+        leaf: list[Tensor | None] = [parameter.grad for parameter in self.parameters]
+        for name, gradient in zip(self._names, leaf, strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise ValueError(
+                    f"bitwise=True needs dense gradients; {name} has a sparse one: use sparse=False there."
+                )
+        if not self._weighs_samples:
+            leaf.append(self._as_weight(forward.weight).clone())
+        self._sum.add(micro_batch.piece.index, leaf)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def finish(self, batch_size: int) -> None:
+        """Make the gradients those of the mean over the batch, on every process."""
+        self._watches = False
+        like: list[Tensor] = [*self.parameters]
+        if not self._weighs_samples:
+            like.append(self._as_weight(0))
+        total = self._sum.total(min(batch_size, self.layout.num_micro_batches), like)
+        weight = batch_size if self._weighs_samples else _never_zero(total.pop())  # type: ignore[arg-type]
+        for parameter, gradient in zip(self.parameters, total, strict=True):
+            parameter.grad = gradient
+        self._divide(weight)
+
+
+class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuse a model that communicates by itself: what it computes would depend on the number of processes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            raise ValueError(
+                f"The model or the loss communicates between processes by itself ({func}), so the run would depend on "
+                "their number: bitwise=True cannot promise anything of it. Remove that layer, or use bitwise=False."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _trainable(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
@@ -151,46 +248,8 @@ def _weighted(loss: Tensor, weight: Any) -> Tensor:
     return loss * weight if weight else torch.nan_to_num(loss) * 0
 
 
-_BUCKET = 2**23  # elements sent together: large enough to hide latency, small against the model
-
-
-def add_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Sum each tensor over the processes, in place, many in one message."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.layout != torch.strided:  # embeddings with sparse=True
-            torch.distributed.all_reduce(tensor)
-        else:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for group in by_dtype.values():
-        for bucket in _buckets(group):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            torch.distributed.all_reduce(flat)
-            for tensor, summed in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(summed.view(tensor.shape))
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        bucket.append(tensor)
-        size += tensor.numel()
-        if size >= _BUCKET:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
-
-
-@torch.no_grad()
-def share_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite each tensor, in place, with the main process's."""
-    for tensor in tensors:
-        contiguous = tensor.contiguous()
-        torch.distributed.broadcast(contiguous, src=0)
-        if contiguous is not tensor:
-            tensor.copy_(contiguous)
+def _never_zero(total: Tensor) -> Tensor:
+    return torch.where(total == 0, 1, total)  # a batch that weighs nothing has a gradient of zeros
 
 
 class Buffers:
@@ -203,48 +262,68 @@ class Buffers:
     Args:
         model: The user's model.
         layout: This process and the cut.
+        changes: Adds up what the micro-batches have changed: in the order of a tree, or as they come.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, model: nn.Module, layout: Layout, changes: ChainSum | TreeSum) -> None:
+        self.layout = layout
+        self._sum = changes
         owners = {id(buffer): (module, name) for module in model.modules() for name, buffer in module._buffers.items()}
         self._owners = [owner for owner in owners.values() if _is_plain(owner[0]._buffers[owner[1]])]
-        # One micro-batch on one process moves the buffers as a plain loop does.
-        self._idle = not self._owners or (layout.num_processes == 1 and layout.num_micro_batches == 1)
         self._start: list[Tensor] = []
-        self._moved: dict[int, Tensor] = {}  # place of a float buffer -> sum of its changes
+        self._averaged: list[int] = []  # places of the float buffers
         self._whole: dict[int, Tensor] = {}  # place of a whole-number buffer -> what the first micro-batch made of it
+
+    @property
+    def _idle(self) -> bool:
+        # One micro-batch on one process moves the buffers as a plain loop does.
+        return not self._owners or (self.layout.num_processes == 1 and self.layout.num_micro_batches == 1)
 
     def _now(self) -> list[Tensor]:
         return [module._buffers[name] for module, name in self._owners]  # type: ignore[misc]
 
     @torch.no_grad()
-    def before(self, micro_batch: MicroBatch) -> None:
-        """Begin a micro-batch."""
-        if self._idle:
+    def before(self, micro_batch: MicroBatch, hold: bool) -> None:
+        """Begin a micro-batch.
+
+        Args:
+            micro_batch: Which it is.
+            hold: Be ready to go back to the start of the batch.
+        """
+        if self._idle and not hold:
             return
         if micro_batch.piece.is_first:
             self._start = [buffer.clone() for buffer in self._now()]
-            self._moved = {
-                place: torch.zeros_like(start) for place, start in enumerate(self._start) if _averages(start)
-            }
+            self._averaged = [place for place, start in enumerate(self._start) if _averages(start)]
         else:
-            for now, start in zip(self._now(), self._start, strict=True):
-                if now.shape == start.shape:  # a cache that has grown stays
-                    now.copy_(start)
+            self._restore()
+
+    def clear(self) -> None:
+        """Forget what the batch under way has made of the buffers."""
+        self._sum.clear()
+        self._restore()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Go back to the start of the batch; a cache that has grown stays."""
+        for now, start in zip(self._now(), self._start, strict=bool(self._start)):
+            if now.shape == start.shape:
+                now.copy_(start)
 
     @torch.no_grad()
     def after(self, micro_batch: MicroBatch) -> None:
         """Take in what a micro-batch has made of the buffers."""
         if self._idle:
             return
-        now = self._now()
+        now, start = self._now(), self._start
         if micro_batch.piece.is_first:
-            self._whole = {place: now[place].clone() for place in range(len(now)) if place not in self._moved}
-        if micro_batch.piece.counts:
-            for place, moved in self._moved.items():
-                if now[place].shape == moved.shape:
-                    moved += now[place] - _finite(self._start[place])
+            self._whole = {place: now[place].clone() for place in range(len(now)) if not _averages(start[place])}
+        if micro_batch.piece.counts and self._averaged:
+            changes = [
+                now[place] - _finite(start[place]) if now[place].shape == start[place].shape else None
+                for place in self._averaged
+            ]
+            self._sum.add(micro_batch.piece.index, changes)
 
     @torch.no_grad()
     def finish(self, num_micro_batches: int) -> None:
@@ -255,19 +334,21 @@ class Buffers:
         """
         if self._idle:
             return
-        if self._layout.num_processes > 1:
-            add_over_processes(list(self._moved.values()))
-        now = self._now()
-        for place, moved in self._moved.items():
-            if now[place].shape == moved.shape:
-                torch.add(_finite(self._start[place]), moved / num_micro_batches, out=now[place])
+        now, start = self._now(), self._start
+        if self._averaged:
+            moved = self._sum.total(num_micro_batches, [start[place] for place in self._averaged])
+            for place, change in zip(self._averaged, moved, strict=True):
+                if change is not None and now[place].shape == change.shape:
+                    torch.add(_finite(start[place]), change / num_micro_batches, out=now[place])
+        if self.layout.num_processes > 1 and isinstance(self._sum, TreeSum):
+            share_from_main(self._whole.values())  # the main process has the first micro-batch of all
         for place, whole in self._whole.items():
             if now[place].shape == whole.shape:
                 now[place].copy_(whole)
 
     def share(self) -> None:
         """Make the buffers those of the main process, before an evaluation and a save."""
-        if self._layout.num_processes > 1:
+        if self.layout.num_processes > 1:
             share_from_main(self._now())
 
 

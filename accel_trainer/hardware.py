@@ -12,16 +12,22 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+    recursively_apply,
+    send_to_device,
+)
 from torch import nn
 from torch.optim import Optimizer
 
 from .batches import Layout
 from .errors import HardwareError
-from .gradients import share_from_main
 from .randomness import seed_all, torch_generators
+from .reductions import any_process, share_from_main
 
-__all__ = ["Hardware", "Prepared", "check_model", "check_optimizer"]
+__all__ = ["Hardware", "Prepared", "check_model", "check_optimizer", "fixed_arithmetic"]
 
 _VERIFIED = ("cpu", "cuda")
 _PLUGINS = {
@@ -38,13 +44,20 @@ class Hardware:
     Args:
         mixed_precision: The user's choice, `None` to take the launch's.
         factory: The user's own function that builds the `Accelerator`.
+        bitwise: Whether not one bit may depend on the number of processes.
 
     Raises:
         HardwareError: The launch or the arguments ask for something that would not happen here.
     """
 
-    def __init__(self, mixed_precision: str | None = None, factory: Callable[[], Accelerator] | None = None) -> None:
+    def __init__(
+        self,
+        mixed_precision: str | None = None,
+        factory: Callable[[], Accelerator] | None = None,
+        bitwise: bool = False,
+    ) -> None:
         _check_environment()
+        self.bitwise = bitwise
         self._precision_source = _precision_source(mixed_precision, factory)
         self.accelerator = _build(mixed_precision, factory)
         _check_built(self.accelerator, mixed_precision)
@@ -54,10 +67,18 @@ class Hardware:
         self.is_main = self.process == 0
         self.precision: str = self.accelerator.mixed_precision
         self.generators = torch_generators(self.device)
+        # Decisions travel through host memory, without waiting for a device: gloo beside NCCL.
+        beside = self.num_processes > 1 and self.device.type != "cpu"
+        self.host_group = torch.distributed.new_group(backend="gloo") if beside else None
+
+    def any_process(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set on any process; a small exchange between the hosts."""
+        return list(flags) if self.num_processes == 1 else any_process(flags, self.host_group)
 
     def layout(self, num_micro_batches: int | None) -> Layout:
-        """Return this process's place; one micro-batch per process unless a number is given."""
-        return Layout(self.process, self.num_processes, num_micro_batches or self.num_processes)
+        """Return this process's place; without a number one micro-batch per process, or 8 with `bitwise`."""
+        default = 8 if self.bitwise else self.num_processes
+        return Layout(self.process, self.num_processes, num_micro_batches or default)
 
     def set_generators(self, seed: int) -> None:
         """Seed what dropout and friends draw from, Python's and NumPy's generators too (8 microseconds)."""
@@ -68,7 +89,8 @@ class Hardware:
     def place(self, data: Any) -> Any:
         """Return a micro-batch on the device."""
         if self.device.type == "cpu":
-            return data
+            # Matrix products of the same numbers at another offset in memory differ in their last bits.
+            return recursively_apply(_aligned, data) if self.bitwise else data
         return send_to_device(data, self.device, non_blocking=True)
 
     def from_main(self, function: Callable[[], Any]) -> Any:
@@ -94,6 +116,44 @@ class Hardware:
             f"{name} ({_device_source(self.device)}{unverified}), {processes}, "
             f"precision {self.precision} ({self._precision_source})"
         )
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a CPU tensor that begins where torch's own allocator would let it: at a multiple of 64 bytes."""
+    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return tensor.clone() if is_plain and tensor.data_ptr() % 64 else tensor
+
+
+@contextmanager
+def fixed_arithmetic(bitwise: bool, num_threads: int | None) -> Iterator[None]:
+    """Fix the number of CPU threads and ask for deterministic kernels; put the old settings back.
+
+    Args:
+        bitwise: Whether not one bit may differ: deterministic kernels only, one thread unless a number is given.
+        num_threads: Threads inside an operation on the CPU; `None` keeps the present number.
+    """
+    old_threads, old_mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    old_benchmark, old_workspace = torch.backends.cudnn.benchmark, os.environ.get(_WORKSPACE)
+    threads = num_threads or (1 if bitwise else None)
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if bitwise:
+            os.environ.setdefault(_WORKSPACE, ":4096:8")
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(old_threads)
+        if bitwise:
+            torch.set_deterministic_debug_mode(old_mode)
+            torch.backends.cudnn.benchmark = old_benchmark
+            if old_workspace is None:
+                os.environ.pop(_WORKSPACE, None)
+
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS on several streams is not deterministic, and torch refuses
 
 
 def _check_environment() -> None:
@@ -224,11 +284,14 @@ class Prepared:
         self.hardware, self.plain, self.optimizer = hardware, model, optimizer
         self._before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
         accelerator = hardware.accelerator
-        if optimizer is None:
+        if optimizer is None or hardware.bitwise:
+            # Not wrapped: nothing is exchanged, or gradients.TreeGradients does it.
+            if hardware.bitwise:
+                _realign(model)
             self.model = accelerator.prepare_model(model, evaluation_mode=True)
             if hardware.num_processes > 1:
                 share_from_main([*model.parameters(), *model.buffers()])
-            self._accelerated: Any = None
+            self._accelerated: Any = None if optimizer is None else accelerator.prepare(optimizer)
         else:
             # Each micro-batch starts from the step's own buffers (gradients.Buffers): no broadcast in the forward.
             handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
@@ -269,11 +332,22 @@ class Prepared:
         return not self._accelerated.step_was_skipped
 
 
+def _realign(model: nn.Module) -> None:
+    """Move weights that foreign code has placed, such as NumPy's, to where torch would have them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() == tensor.nbytes:
+            tensor.data = _aligned(tensor.data)
+
+
 # --- what the user gave -----------------------------------------------------------------------------------------------
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, bitwise: bool = False) -> None:
     """Refuse what is not a plain model.
+
+    Args:
+        model: What the user gave.
+        bitwise: Whether not one bit may depend on the number of processes.
 
     Raises:
         TypeError: Not a module, or one that is wrapped for several processes already.
@@ -282,7 +356,7 @@ def check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise TypeError(f"model is wrapped in {type(model).__name__}. Give the plain model: the trainer wraps it.")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = bitwise or int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise ValueError(
             "SyncBatchNorm normalises over processes, so the run would depend on their number. Use BatchNorm with a "

@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .batches import Feed, Layout, MicroBatch, check_loader
+from .batches import Feed, MicroBatch, check_loader
 from .callbacks import say
 from .checkpoints import BestWeights, RunFolder
 from .config import TrainConfig
 from .errors import NonFiniteError
-from .gradients import Buffers, Gradients
+from .gradients import Buffers, Gradients, TreeGradients
 from .hardware import Hardware, Prepared, check_model, check_optimizer
 from .history import History
 from .losses import Fault, Ledger, Metrics, Objective, Totals, check_loss, inputs_of, widest_float
+from .memory import TrainingMemory, until_it_fits
 from .randomness import EVALUATION, TRAINING, derive_seed, preserved
+from .reductions import ChainSum, TreeSum
 from .schedules import Schedule
 from .state import RunState
 from .stopping import Stopping, shared_failure
@@ -41,14 +43,15 @@ class Training:
 
     config: TrainConfig
     hardware: Hardware
-    layout: Layout
     prepared: Prepared
     objective: Objective
     gradients: Gradients
     buffers: Buffers
+    memory: TrainingMemory
     schedule: Schedule
     stopping: Stopping
     state: RunState
+    feed: Feed
     call: Callable[[str], None] = lambda hook: None
     norm_sum: Any = 0.0
     num_norms: int = 0
@@ -59,7 +62,6 @@ class Run:
     """What makes epochs out of steps: the parts that `fit` puts in order."""
 
     training: Training
-    train_feed: Feed
     test_feed: Feed | None
     metrics: Metrics
     history: History
@@ -72,7 +74,7 @@ class Run:
 def fit(run: Run) -> str:
     """Train until something ends the run and return the reason, in words."""
     training, config, state = run.training, run.training.config, run.training.state
-    for micro_batches in epochs(run.train_feed, config):
+    for micro_batches in epochs(training.feed, config):
         state.epoch += 1
         started = time.perf_counter()
         training.call("on_epoch_start")
@@ -103,7 +105,7 @@ def fit(run: Run) -> str:
 def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Totals | None:
     """Make the optimizer steps of one epoch and return its mean loss; `None` if the run ends within it."""
     hardware, model, state = training.hardware, training.prepared.model, training.state
-    gradients, buffers = training.gradients, training.buffers
+    gradients, buffers, memory = training.gradients, training.buffers, training.memory
     ledger = Ledger(hardware.process)
     gradients.begin()
     with closing(micro_batches):
@@ -115,15 +117,18 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
             hardware.set_generators(
                 derive_seed(training.config.seed, TRAINING, state.num_batches, micro_batch.piece.index)
             )
-            micro_batch.data = hardware.place(micro_batch.data)
-            buffers.before(micro_batch)
-            with gradients.context(micro_batch):
+            attempt = memory.attempt(micro_batch)
+            buffers.before(micro_batch, memory.holds)
+            with attempt, gradients.context(micro_batch, memory.holds):
+                micro_batch.data = hardware.place(micro_batch.data)
                 forward = training.objective(model, micro_batch)
                 check_loss(forward.loss, needs_grad=True)
-                gradients.backward(forward)
-            buffers.after(micro_batch)
-            ledger.add(state.num_batches, micro_batch, forward)
-            if micro_batch.piece.is_last:
+                gradients.backward(forward, micro_batch)
+                buffers.after(micro_batch)
+                ledger.add(state.num_batches, micro_batch, forward)
+            if memory.must_redo():
+                cut_finer(training, ledger)
+            elif micro_batch.piece.is_last:
                 take_step(training, micro_batch.batch_size, ledger)
                 if state.step == training.config.max_steps:
                     break
@@ -132,11 +137,22 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
     return totals
 
 
+def cut_finer(training: Training, ledger: Ledger) -> None:
+    """Undo what has been computed of a batch that does not fit in memory; the feed brings it again, cut finer."""
+    training.gradients.clear()
+    training.buffers.clear()
+    ledger.drop(training.state.num_batches)
+    training.state.num_batches -= 1
+    layout = training.memory.finer()
+    training.gradients.layout = training.buffers.layout = layout
+    training.feed.recut(layout)
+
+
 def take_step(training: Training, batch_size: int, ledger: Ledger) -> None:
     """Update the weights with the gradients of one batch."""
     config, state, prepared = training.config, training.state, training.prepared
     training.gradients.finish(batch_size)
-    training.buffers.finish(min(batch_size, training.layout.num_micro_batches))
+    training.buffers.finish(min(batch_size, training.memory.layout.num_micro_batches))
     if config.max_grad_norm is not None:
         norm = prepared.clip(training.gradients.parameters, config.max_grad_norm)
         training.norm_sum = training.norm_sum + norm.to(widest_float(norm.device))
@@ -157,17 +173,20 @@ def evaluate(prepared: Prepared, objective: Objective, feed: Feed, metrics: Metr
     """Return the loss and metrics over all samples of a loader, the same numbers on every process."""
     hardware = prepared.hardware
     objective.to(hardware.device)
-    metrics.reset(hardware.device)
-    ledger = Ledger(hardware.process, metrics.totalled)
-    with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
-        for micro_batch in micro_batches:
-            if not micro_batch.piece.counts:
-                continue  # nothing is exchanged before the end, so nobody has to stand in
-            hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
-            micro_batch.data = hardware.place(micro_batch.data)
-            forward = objective(prepared.model, micro_batch)
-            check_loss(forward.loss, needs_grad=False)
-            ledger.add(micro_batch.batch_number, micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))
+    for memory in until_it_fits(hardware, feed):
+        metrics.reset(hardware.device)
+        ledger = Ledger(hardware.process, metrics.totalled)
+        with evaluation_pass(prepared, feed) as micro_batches:
+            for micro_batch in micro_batches:
+                if memory.exceeded or not micro_batch.piece.counts:
+                    continue  # nothing is exchanged before the end, so nobody has to stand in
+                hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
+                with memory.attempt(micro_batch):
+                    micro_batch.data = hardware.place(micro_batch.data)
+                    forward = objective(prepared.model, micro_batch)
+                    check_loss(forward.loss, needs_grad=False)
+                    scores = metrics.totals(forward, micro_batch.num_samples)
+                    ledger.add(micro_batch.batch_number, micro_batch, forward, scores)
     totals = ledger.exchange()
     values = totals.metrics | metrics.merge(hardware.num_processes)
     return {"loss": totals.loss, **{name: values[name] for name in metrics.names}}
@@ -176,21 +195,23 @@ def evaluate(prepared: Prepared, objective: Objective, feed: Feed, metrics: Metr
 def predict(prepared: Prepared, feed: Feed) -> Any:
     """Return the model's outputs for every sample in the order of the loader, on the main process, in host memory."""
     hardware = prepared.hardware
-    parts: list[Any] = []
-    waiting: list[Any] = []
-    with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
-        for micro_batch in micro_batches:
-            if micro_batch.piece.counts:
-                hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
-                inputs = inputs_of(hardware.place(micro_batch.data))
-                outputs = prepared.model(**inputs) if isinstance(inputs, Mapping) else prepared.model(inputs)
-                outputs = check_outputs(send_to_device(outputs, "cpu"), micro_batch.num_samples)
-                waiting.append((micro_batch.place, outputs))
-            # All processes have as many batches, so they meet here at the same moments.
-            if micro_batch.piece.is_last and (micro_batch.batch_number + 1) % _BATCHES_PER_GATHER == 0:
-                parts += collect(waiting, hardware)
-                waiting = []
-    parts += collect(waiting, hardware)
+    for memory in until_it_fits(hardware, feed):
+        parts: list[Any] = []
+        waiting: list[Any] = []
+        with evaluation_pass(prepared, feed) as micro_batches:
+            for micro_batch in micro_batches:
+                if micro_batch.piece.counts and not memory.exceeded:
+                    hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
+                    with memory.attempt(micro_batch):
+                        inputs = inputs_of(hardware.place(micro_batch.data))
+                        outputs = prepared.model(**inputs) if isinstance(inputs, Mapping) else prepared.model(inputs)
+                        outputs = check_outputs(send_to_device(outputs, "cpu"), micro_batch.num_samples)
+                        waiting.append((micro_batch.place, outputs))
+                # All processes have as many batches, so they meet here at the same moments.
+                if micro_batch.piece.is_last and (micro_batch.batch_number + 1) % _BATCHES_PER_GATHER == 0:
+                    parts += collect(waiting, hardware)
+                    waiting = []
+        parts += collect(waiting, hardware)
     return join(parts) if hardware.is_main else None
 
 
@@ -260,7 +281,7 @@ def epochs(feed: Feed, config: TrainConfig) -> Iterator[Generator[MicroBatch]]:
         return
     endless = itertools.chain.from_iterable(_not_empty(feed.micro_batches(epoch)) for epoch in itertools.count(1))
     for _ in range(config.num_epochs):
-        yield _first_batches(endless, config.steps_per_epoch)
+        yield _first_batches(endless, config.steps_per_epoch, feed)
 
 
 def _not_empty(micro_batches: Generator[MicroBatch]) -> Generator[MicroBatch]:
@@ -271,10 +292,11 @@ def _not_empty(micro_batches: Generator[MicroBatch]) -> Generator[MicroBatch]:
         raise ValueError("train_loader yields no batch (a stream that can be read once only is used up after a pass).")
 
 
-def _first_batches(micro_batches: Iterable[MicroBatch], num_batches: int) -> Generator[MicroBatch]:
+def _first_batches(micro_batches: Iterable[MicroBatch], num_batches: int, feed: Feed) -> Generator[MicroBatch]:
     for micro_batch in micro_batches:
+        layout = feed.layout
         yield micro_batch
-        num_batches -= micro_batch.piece.is_last
+        num_batches -= micro_batch.piece.is_last and feed.layout is layout
         if num_batches == 0:
             return
 
@@ -307,6 +329,13 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         if not model.training:
             model.train()
         yield
+
+
+@contextmanager
+def evaluation_pass(prepared: Prepared, feed: Feed) -> Iterator[Iterator[MicroBatch]]:
+    """Yield the micro-batches of a loader, the model in evaluation mode and without gradients."""
+    with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
+        yield micro_batches
 
 
 def evaluate_epoch(run: Run) -> dict[str, float] | None:
@@ -395,7 +424,7 @@ class _Session:
 
     def __init__(self) -> None:
         self.hardware = Hardware()
-        self.layout = self.hardware.layout(None)
+        self.layouts = dict.fromkeys(("train_loader", "test_loader"), self.hardware.layout(None))
         self.config = TrainConfig(on_nonfinite="ignore")
         self.epochs: WeakKeyDictionary[DataLoader[Any], int] = WeakKeyDictionary()
         self.training: Training | None = None
@@ -409,13 +438,20 @@ class _Session:
     def feed(self, loader: DataLoader[Any], name: str) -> Feed:
         """Return the micro-batches of a loader."""
         check_loader(loader, name)
-        feed = Feed(loader, self.layout, self.config.seed, pin_memory=self.hardware.device.type == "cuda")
+
+        def on_recut(num_micro_batches: int) -> None:
+            self.layouts[name] = feed.layout
+            if self.hardware.is_main:
+                say(told_of_recut(name, num_micro_batches))
+
+        pin_memory = self.hardware.device.type == "cuda"
+        feed = Feed(loader, self.layouts[name], self.config.seed, pin_memory, on_recut)
         if loader not in self.epochs:
             feed.check_same_everywhere(name)
             self.epochs[loader] = 0
         return feed
 
-    def train(self, model: nn.Module, loss_fn: Any, optimizer: Optimizer) -> Training:
+    def train(self, model: nn.Module, loss_fn: Any, optimizer: Optimizer, feed: Feed) -> Training:
         """Return what trains this model with this loss and optimizer."""
         old = self.training
         if old is None or old.prepared.optimizer is not optimizer or old.objective.loss_fn is not loss_fn:
@@ -424,9 +460,10 @@ class _Session:
             prepared = old.prepared if old and keep else Prepared(self.hardware, model, optimizer)
             state = old.state if old else RunState()
             schedule, stopping = Schedule(None, optimizer), Stopping(None)
-            new = assemble(self.config, prepared, Objective(loss_fn), schedule, stopping, state, self.layout)
+            new = assemble(self.config, prepared, Objective(loss_fn), schedule, stopping, state, feed)
             self.training = new
             return new
+        old.feed = feed
         return old
 
     def evaluating(self, model: nn.Module) -> Prepared:
@@ -453,16 +490,46 @@ def assemble(
     schedule: Schedule,
     stopping: Stopping,
     state: RunState,
-    layout: Layout,
+    feed: Feed,
 ) -> Training:
     """Put together what makes optimizer steps."""
-    accelerator, model = prepared.hardware.accelerator, prepared.plain
-    objective.to(prepared.hardware.device)
-    weighs_samples, find_unused = objective.weighs_samples, config.find_unused_parameters
-    gradients = Gradients(model, prepared.model, accelerator, layout, weighs_samples, find_unused)
-    buffers = Buffers(model, layout)
+    hardware, model, layout = prepared.hardware, prepared.plain, feed.layout
+    objective.to(hardware.device)
+    gradients: Gradients
+    changes: ChainSum | TreeSum
+    if config.bitwise:
+        gradients = TreeGradients(model, hardware.accelerator, layout, objective.weighs_samples, hardware.host_group)
+        changes = TreeSum(layout, hardware.host_group)
+    else:
+        gradients = Gradients(
+            model,
+            prepared.model,
+            hardware.accelerator,
+            layout,
+            objective.weighs_samples,
+            config.find_unused_parameters,
+        )
+        changes = ChainSum(layout)
     return Training(
-        config, prepared.hardware, layout, prepared, objective, gradients, buffers, schedule, stopping, state
+        config=config,
+        hardware=hardware,
+        prepared=prepared,
+        objective=objective,
+        gradients=gradients,
+        buffers=Buffers(model, layout, changes),
+        memory=TrainingMemory(hardware, feed),
+        schedule=schedule,
+        stopping=stopping,
+        state=state,
+        feed=feed,
+    )
+
+
+def told_of_recut(name: str, num_micro_batches: int) -> str:
+    """Return what to tell the user when batches turned out not to fit in memory."""
+    return (
+        f"Out of memory: each batch of {name} is now cut into {num_micro_batches} micro-batches. They became smaller, "
+        "which layers that look at their batch, such as BatchNorm, and random ones take notice of."
     )
 
 
@@ -501,7 +568,7 @@ def train_model(
     hardware = session.hardware
     with shared_failure(hardware.process, hardware.num_processes), preserved(*hardware.generators):
         feed = session.feed(train_loader, "train_loader")
-        training = session.train(model, loss_fn, optimizer)
+        training = session.train(model, loss_fn, optimizer, feed)
         session.epochs[train_loader] += 1
         with training_mode(model), training.prepared.attached():
             totals = train_epoch(training, feed.micro_batches(session.epochs[train_loader]))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .batches import MicroBatch
+from .batches import MicroBatch, tensors_in
 
 __all__ = ["Fault", "Forward", "Ledger", "Metrics", "Objective", "Totals", "check_loss", "inputs_of", "split_batch"]
 
@@ -180,19 +180,11 @@ def _checked_weight(weight: Any) -> Weight:
 def _watch_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list that fills with the tensors that the model returns."""
     seen: list[Tensor] = []
-    handle = model.register_forward_hook(lambda module, inputs, outputs: seen.extend(_tensors(outputs)))
+    handle = model.register_forward_hook(lambda module, inputs, outputs: seen.extend(tensors_in(outputs)))
     try:
         yield seen
     finally:
         handle.remove()
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, (Mapping, list, tuple)):
-        for item in outputs.values() if isinstance(outputs, Mapping) else outputs:
-            yield from _tensors(item)
 
 
 def _zero_where(is_empty: Tensor, gradient: Tensor) -> Tensor:
@@ -321,10 +313,16 @@ class Ledger:
             totals: Sum of each metric over its samples, in the order of the names.
         """
         if micro_batch.piece.counts:
+            if len(self._open) >= self._BLOCK and micro_batch.piece.is_first:
+                self._close()
             self._places.append((batch, micro_batch.piece.index))
             self._open.append((forward.loss.detach(), forward.weight, micro_batch.num_samples, *totals))
-            if len(self._open) == self._BLOCK:
-                self._close()
+
+    def drop(self, batch: int) -> None:
+        """Forget the batch under way, which will be done again."""
+        while self._places and self._places[-1][0] == batch:
+            self._places.pop()
+            self._open.pop()
 
     def _close(self) -> None:
         if self._open:
@@ -351,17 +349,14 @@ class Ledger:
         self._read()
         new = self._rows[self._num_reported :]
         self._num_reported = len(self._rows)
-        rows = numpy.vstack([_NO_ROWS, *new])
-        everyone = gather_object([(*_sums(rows), _first_fault(rows))])
-        total, weight = sum(part[0] for part in everyone), sum(part[1] for part in everyone)
-        faults = [part[2] for part in everyone if part[2] is not None]
-        return (total / weight if weight else math.nan), min(faults, key=lambda fault: fault.batch, default=None)
+        rows = _of_everyone(new)
+        loss, weight = _sums(rows)
+        return (loss / weight if weight else math.nan), _first_fault(rows)
 
     def exchange(self) -> Totals:
         """Return the means over all micro-batches of all processes; waits for the device."""
         self._read()
-        rows = numpy.vstack([part for part in gather_object(self._rows) if len(part)] or [_NO_ROWS])
-        rows = rows[numpy.lexsort((rows[:, _INDEX], rows[:, _BATCH]))]
+        rows = _of_everyone(self._rows)
         loss, weight = _sums(rows)
         count = float(rows[:, _COUNT].sum())
         metrics = {
@@ -374,6 +369,13 @@ class Ledger:
 # The columns of the exchanged rows; a total per metric follows.
 _BATCH, _INDEX, _PROCESS, _LOSS, _WEIGHT, _COUNT = range(6)
 _NO_ROWS = numpy.zeros((0, 6))
+
+
+def _of_everyone(rows: list[numpy.ndarray[Any, Any]]) -> numpy.ndarray[Any, Any]:
+    """Return the rows of all processes in the order of the batches and of the micro-batches in them."""
+    everyone = numpy.vstack([part for part in gather_object(rows) if len(part)] or [_NO_ROWS])
+    ordered: numpy.ndarray[Any, Any] = everyone[numpy.lexsort((everyone[:, _INDEX], everyone[:, _BATCH]))]
+    return ordered
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -459,6 +461,18 @@ class Metrics:
                     f"The metric {name!r} cannot be merged over processes ({type(metric).__name__} of torchmetrics; "
                     "1.6 or newer can merge most). Give a function of (outputs, targets), or use one process."
                 )
+
+    def check_bitwise(self) -> None:
+        """Refuse objects that keep their own sums, whose last bits depend on who adds what.
+
+        Raises:
+            TypeError: With the name of the metric.
+        """
+        for name, metric in self._objects.items():
+            raise TypeError(
+                f"The metric {name!r} is a {type(metric).__name__} object, which adds up in an order of its own: with "
+                "bitwise=True give a function of (outputs, targets) that returns one value per sample."
+            )
 
     def reset(self, device: torch.device) -> None:
         """Begin an evaluation."""

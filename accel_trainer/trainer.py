@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,7 +23,7 @@ from .callbacks import Callback, Callbacks, ProgressBar, say, wants_bar
 from .checkpoints import BestWeights, RunFolder, describe_environment, plain_state
 from .config import TrainConfig
 from .errors import NonFiniteError
-from .hardware import Hardware, Prepared, check_model, check_optimizer
+from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic
 from .history import History
 from .losses import Metrics, Objective
 from .randomness import preserved
@@ -88,7 +90,7 @@ class Trainer:
         self.config = TrainConfig() if config is None else config
         if not isinstance(self.config, TrainConfig):
             raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}.")
-        check_model(model)
+        check_model(model, self.config.bitwise)
         if optimizer is not None:
             check_optimizer(optimizer, model)
             check_scheduler(scheduler, optimizer)
@@ -99,6 +101,8 @@ class Trainer:
         self.model, self.optimizer = model, optimizer
         self._objective = Objective(loss_fn, compute_loss, weight_fn)
         self._metrics = Metrics(metrics)
+        if self.config.bitwise:
+            self._metrics.check_bitwise()
         if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
             raise TypeError(f"callbacks must be a list of Callback objects, got {callbacks!r}.")
         self._callbacks = list(callbacks)
@@ -170,13 +174,12 @@ class Trainer:
         num_steps = _num_steps(config, train_loader)
         self._rewind(optimizer)
         schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
+        announce = say if hardware.is_main and config.verbose else _silent
         train_feed = self._feed(train_loader, hardware, "train_loader")
         test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader")
         plain_state(self.model)  # refuses what could not be saved
         prepared = Prepared(hardware, self.model, optimizer)
-        training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, layout)
-
-        announce = say if hardware.is_main and config.verbose else _silent
+        training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, train_feed)
         announce(_start_line(hardware, train_loader, layout, config))
         callbacks = list(self._callbacks)
         if announce is say and wants_bar():
@@ -185,13 +188,8 @@ class Trainer:
         training.call = lambda hook: self._call(listeners, stopping, hook)
 
         folder = self._open_folder(hardware)
-        if folder is not None:
-            facts = _facts(training, train_loader) | {"num_steps": num_steps, "monitor": monitor}
-            folder.write_json("config.json", {"asked": asdict(config), "resolved": facts})
-            folder.write_json("environment.json", describe_environment(hardware.describe()))
-        return loop.Run(
+        run = loop.Run(
             training=training,
-            train_feed=train_feed,
             test_feed=test_feed,
             metrics=self._metrics,
             history=self.history,
@@ -200,6 +198,13 @@ class Trainer:
             monitor=monitor,
             announce=announce,
         )
+        if folder is not None:
+            folder.write_json("environment.json", describe_environment(hardware.describe()))
+            _write_config(run)
+        for name, feed in (("train_loader", train_feed), ("test_loader", test_feed)):
+            if feed is not None and feed.on_recut is not None:
+                feed.on_recut = functools.partial(_take_note_of_recut, run, name)
+        return run
 
     def _run(self, run: loop.Run) -> None:
         history, state = self.history, self.state
@@ -214,11 +219,9 @@ class Trainer:
         except BaseException as error:
             if run.folder is not None and not history.num_epochs:
                 run.folder.discard()  # nothing was measured: the next try may have the name
-            if "Expected to have finished reduction" in str(error):
-                raise RuntimeError(
-                    "A step left some parameters without a gradient in its last micro-batch, though the first step "
-                    "gave every parameter one. Set find_unused_parameters=True in TrainConfig."
-                ) from error
+            hint = next((hint for text, hint in _HINTS.items() if text in str(error)), None)
+            if hint is not None:
+                raise RuntimeError(hint) from error
             raise
         # Right after the best epoch the model holds its weights already.
         moved_on = not state.best_epoch == state.epoch == history.num_epochs
@@ -300,9 +303,13 @@ class Trainer:
 
     @contextmanager
     def _session(self) -> Iterator[tuple[Hardware, Any]]:
-        hardware = Hardware(self.config.mixed_precision, self._make_accelerator)
+        config = self.config
+        hardware = Hardware(config.mixed_precision, self._make_accelerator, config.bitwise)
         self.is_main_process = hardware.is_main
-        with shared_failure(hardware.process, hardware.num_processes) as board:
+        with (
+            shared_failure(hardware.process, hardware.num_processes) as board,
+            fixed_arithmetic(config.bitwise, config.num_threads),
+        ):
             yield hardware, board
             hardware.accelerator.wait_for_everyone()  # who leaves first may take the store with it
 
@@ -315,29 +322,61 @@ class Trainer:
 
     def _feed(self, loader: DataLoader[Any], hardware: Hardware, name: str) -> Feed:
         layout = hardware.layout(self.config.num_micro_batches)
-        feed = Feed(loader, layout, self.config.seed, pin_memory=hardware.device.type == "cuda")
+        is_fixed = self.config.num_micro_batches is not None or self.config.bitwise
+        on_recut = None if is_fixed else functools.partial(self._tell_recut, hardware, name)
+        feed = Feed(loader, layout, self.config.seed, hardware.device.type == "cuda", on_recut)
         feed.check_same_everywhere(name)
         return feed
+
+    def _tell_recut(self, hardware: Hardware, name: str, num_micro_batches: int) -> None:
+        if hardware.is_main and self.config.verbose:
+            say(loop.told_of_recut(name, num_micro_batches))
+
+
+_HINTS = {
+    "Expected to have finished reduction": (
+        "A step left some parameters without a gradient in its last micro-batch, though the first step gave every "
+        "parameter one. Set find_unused_parameters=True in TrainConfig."
+    ),
+    "does not have a deterministic implementation": (
+        "bitwise=True allows deterministic operations only, and the model, the loss or a metric uses one that is not "
+        "(torch names it above). Replace that operation, or use bitwise=False."
+    ),
+}
 
 
 def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layout, config: TrainConfig) -> str:
     if train_loader.batch_size is None:
         return hardware.describe()
-    source = "argument" if config.num_micro_batches else "one per process"
+    default = "bitwise" if config.bitwise else "one per process"
+    source = "argument" if config.num_micro_batches else default
     return f"{hardware.describe()}; {describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})"
 
 
-def _facts(training: loop.Training, train_loader: DataLoader[Any]) -> dict[str, Any]:
-    """Return what the config was resolved to."""
-    return {
+def _write_config(run: loop.Run) -> None:
+    """Write what the user asked for and what it was resolved to."""
+    if run.folder is None:
+        return
+    training, train_loader = run.training, run.training.feed.loader
+    resolved = {
         "device": str(training.hardware.device),
-        "num_processes": training.layout.num_processes,
-        "num_micro_batches": training.layout.num_micro_batches,
+        "num_processes": training.hardware.num_processes,
+        "num_micro_batches": training.feed.layout.num_micro_batches,
+        "num_micro_batches_of_test": run.test_feed.layout.num_micro_batches if run.test_feed else None,
+        "num_threads": torch.get_num_threads(),
         "mixed_precision": training.hardware.precision,
         "batch_size": train_loader.batch_size,
         "num_batches": num_batches(train_loader),
         "num_parameters": sum(parameter.numel() for parameter in training.prepared.plain.parameters()),
+        "num_steps": _num_steps(training.config, train_loader),
+        "monitor": run.monitor,
     }
+    run.folder.write_json("config.json", {"asked": asdict(training.config), "resolved": resolved})
+
+
+def _take_note_of_recut(run: loop.Run, name: str, num_micro_batches: int) -> None:
+    run.announce(loop.told_of_recut(name, num_micro_batches))
+    _write_config(run)
 
 
 def finish(run: loop.Run) -> None:

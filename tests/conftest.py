@@ -13,6 +13,10 @@ from accelerate.state import AcceleratorState, GradientState
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, default=50, help="random models of the property test of bitwise")
+
+
 def pytest_collection_modifyitems(items):
     if not torch.accelerator.is_available():
         for item in items:

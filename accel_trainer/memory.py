@@ -1,0 +1,196 @@
+"""Into how many micro-batches a batch must be cut to fit in memory: found out while the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+
+import torch
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from .batches import Feed, Layout, MicroBatch, tensors_in
+from .hardware import Hardware
+
+__all__ = ["Memory", "TrainingMemory", "until_it_fits"]
+
+
+class Memory:
+    """Try micro-batches, and note that one does not fit in place of its error.
+
+    Use `attempt` as a context manager around a forward. Where the cut is fixed, by the user or by `bitwise`, the error
+    comes, and names the number to set.
+
+    Args:
+        hardware: Of the run.
+        feed: Where the micro-batches come from.
+    """
+
+    def __init__(self, hardware: Hardware, feed: Feed) -> None:
+        self.layout: Layout = feed.layout
+        self.exceeded = False
+        self._hardware, self._feed = hardware, feed
+        self._single: str | None = None  # what to say of a single sample that does not fit
+        self._single_anywhere = False
+        self._micro_batch: MicroBatch | None = None
+
+    def attempt(self, micro_batch: MicroBatch) -> Memory:
+        """Return what the forward of this micro-batch runs under."""
+        self._micro_batch = micro_batch
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        if error is None or not _is_out_of_memory(error):
+            return False
+        if self._may_recut and self._may_try_again():
+            self.exceeded = True
+            if self._num_samples == 1:
+                self._single = self._advice()
+            return True
+        raise torch.OutOfMemoryError(self._advice()) from error
+
+    @property
+    def _may_recut(self) -> bool:
+        return self._feed.on_recut is not None
+
+    def _may_try_again(self) -> bool:
+        return True
+
+    def exceeded_anywhere(self) -> bool:
+        """Return whether any process has noted a micro-batch that does not fit.
+
+        Every process calls it at the same place: a small exchange between the hosts.
+        """
+        exceeded, self._single_anywhere = self._hardware.any_process(self.exceeded, self._single is not None)
+        return exceeded
+
+    def finer(self) -> Layout:
+        """Return, and go on with, twice as many micro-batches.
+
+        Raises:
+            torch.OutOfMemoryError: On all processes, when one of them cannot hold a single sample.
+        """
+        if self._single_anywhere:
+            told = gather_object([self._single])
+            raise torch.OutOfMemoryError(next(text for text in told if text is not None))
+        clear_device_cache(garbage_collection=True)
+        self.layout = self.layout._replace(num_micro_batches=2 * self.layout.num_micro_batches)
+        self.exceeded = False
+        return self.layout
+
+    @property
+    def _num_samples(self) -> int:
+        piece = self._micro_batch.piece  # type: ignore[union-attr]
+        return piece.stop - piece.start
+
+    def _advice(self) -> str:
+        if self._num_samples == 1:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(self._micro_batch.data))  # type: ignore[union-attr]
+            return (
+                f"Out of memory: a single sample does not fit (shapes {shapes}). No cut of the batch helps: use a "
+                "smaller model, smaller samples, lower precision, or recompute activations."
+            )
+        number = self.layout.num_micro_batches
+        return (
+            f"Out of memory with num_micro_batches={number}: {self._num_samples} samples of a batch of "
+            f"{self._micro_batch.batch_size} do not fit at a time. Set num_micro_batches={2 * number} in TrainConfig."  # type: ignore[union-attr]
+        )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
+
+
+def until_it_fits(hardware: Hardware, feed: Feed) -> Iterator[Memory]:
+    """Yield what to try an evaluation with; again, in smaller micro-batches, while some process exceeds its memory."""
+    while True:
+        memory = Memory(hardware, feed)
+        yield memory
+        if feed.on_recut is None or not memory.exceeded_anywhere():
+            return
+        feed.recut(memory.finer())
+
+
+class TrainingMemory(Memory):
+    """Try batches whose gradients the processes add while the backward runs.
+
+    A batch that may have to be done again must be held back: nothing is sent before all processes have agreed that it
+    fits, which costs an exchange between the hosts and the overlap of communication and backward. So that is done only
+    while something about its memory is new: in the first few batches, in a larger batch, and in a micro-batch that is
+    the largest so far on some process. For the last of these the processes ask each other before the last micro-batch
+    of each batch: during the first pass over the data, and afterwards only if its samples vary in size.
+
+    Attributes:
+        holds: Whether the batch under way is held back.
+    """
+
+    _TRIALS = 5  # batches; the optimizer takes its memory in the first
+
+    def __init__(self, hardware: Hardware, feed: Feed) -> None:
+        super().__init__(hardware, feed)
+        self._alone = self.layout.num_processes == 1
+        self.holds = False
+        self._watches = not feed.is_uniform
+        self._varies = False  # whether samples differ in size, on any process
+        self._sizes_of_samples: set[float] = set()
+        self._begin_trial()
+
+    def _begin_trial(self) -> None:
+        self._num_trials = self._TRIALS
+        self._largest_batch = self._largest = 0
+        self._last_batch = -1
+
+    def attempt(self, micro_batch: MicroBatch) -> Memory:
+        """Decide whether the batch is held back; return what its forward and backward run under."""
+        super().attempt(micro_batch)
+        if self._may_recut:
+            if micro_batch.piece.is_first:
+                self._begin_batch(micro_batch)
+            if self._watches:
+                self._measure(micro_batch)
+        return self
+
+    def _begin_batch(self, micro_batch: MicroBatch) -> None:
+        self.exceeded = False
+        self.holds = self._num_trials > 0 or micro_batch.batch_size > self._largest_batch
+        self._largest_batch = max(self._largest_batch, micro_batch.batch_size)
+        if micro_batch.batch_number <= self._last_batch:  # the first pass is over
+            self._watches = self._watches and self._varies
+        self._last_batch = micro_batch.batch_number
+
+    def _measure(self, micro_batch: MicroBatch) -> None:
+        size = sum(tensor.numel() for tensor in tensors_in(micro_batch.data))
+        self._sizes_of_samples.add(size / self._num_samples)
+        if micro_batch.piece.is_last and not self.holds:
+            self._ask(size > self._largest)
+        self._largest = max(self._largest, size)
+
+    def _ask(self, is_larger: bool) -> None:
+        self.holds, varies = self._hardware.any_process(is_larger, len(self._sizes_of_samples) > 1)
+        self._varies = self._varies or varies
+
+    def _may_try_again(self) -> bool:
+        is_early = self._watches and not self._micro_batch.piece.is_last  # type: ignore[union-attr]
+        return self.holds or self._alone or is_early
+
+    def must_redo(self) -> bool:
+        """Return whether the batch has to be done again, on all processes alike; asked after each micro-batch.
+
+        A process whose micro-batch does not fit leaves out the rest of the batch.
+        """
+        if not self.exceeded and not (self.holds and self._micro_batch.piece.is_last):  # type: ignore[union-attr]
+            return False
+        if not self.holds:
+            self._ask(True)  # where the others ask, before their last micro-batch
+        self._num_trials = max(self._num_trials - 1, 0)
+        return self.exceeded_anywhere()
+
+    def finer(self) -> Layout:
+        """Return, and go on with, twice as many micro-batches, whose memory is new."""
+        self._begin_trial()
+        return super().finer()
