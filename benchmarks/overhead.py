@@ -12,9 +12,7 @@ what is compared is the ratio to the hand-written loop of the same round. Peak m
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -28,6 +26,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from common import interval, write_results
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -164,13 +163,6 @@ def peak_memory(workload: str) -> dict[str, float]:
     return peaks
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the median."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return medians[49], medians[1949]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -204,14 +196,7 @@ def main() -> None:
                 f"   peak memory {memory[name]:.0f} MiB = {memory[name] / memory[HAND]:.3f}"
             )
     if options.write:
-        import accelerate
-
-        import accel_trainer
-
-        versions = {module.__name__: module.__version__ for module in (torch, accelerate, accel_trainer)}
-        machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
-        path = Path(__file__).parent / "results" / "overhead.json"
-        path.write_text(json.dumps({"versions": versions, "machine": machine, "results": results}, indent=1) + "\n")
+        write_results("overhead.json", results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""The command line: `python -m accel_trainer parity [my_module:make_run]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .parity import Row
+
+__all__ = ["main"]
+
+# Imports of torch wait until the arguments are known to be right.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 for a broken promise, 2 for wrong arguments."""
+    options = _parser().parse_args(arguments)
+    code: int = options.command(options)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m accel_trainer", description="One training run on any hardware.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parity = commands.add_parser(
+        "parity",
+        help="train under every layout of this machine and compare",
+        description="Train a small model under every layout this machine has - processes, GPUs, precision, "
+        "micro-batches, bitwise on and off - and compare losses and weights with what is promised. Exit code 1: a "
+        "promise is broken.",
+    )
+    parity.set_defaults(command=_parity)
+    parity.add_argument(
+        "run",
+        nargs="?",
+        help="your own run function, as my_module:make_run or path/to/script.py:make_run: it takes a TrainConfig and "
+        "returns a dictionary of what Trainer takes, with train_loader and test_loader (default: handwritten digits)",
+    )
+    parity.add_argument(
+        "--processes",
+        type=_at_least_one,
+        nargs="+",
+        default=[1, 2, 3, 4],
+        help="numbers of CPU processes (default: 1 2 3 4)",
+    )
+    parity.add_argument(
+        "--num_micro_batches", type=_at_least_one, default=8, help="the fixed number of most rows (default: 8)"
+    )
+    parity.add_argument("--num_epochs", type=_at_least_one, default=2, help="epochs of each run (default: 2)")
+    parity.add_argument("--max_steps", type=_at_least_one, help="steps of each run at most (default: no limit)")
+    parity.add_argument("--seed", type=int, default=0, help="seed of each run (default: 0)")
+    parity.add_argument("--format", choices=("table", "json"), default="table", help="how to print (default: table)")
+    parity.add_argument("--markdown", action="store_true", help="print a Markdown table, for a README or an issue")
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+def _parity(options: argparse.Namespace) -> int:
+    from .config import TrainConfig
+    from .parity import compare
+    from .run_functions import find_run_function
+
+    try:
+        if options.run is not None:
+            find_run_function(options.run)
+        config = TrainConfig(
+            num_epochs=options.num_epochs,
+            max_steps=options.max_steps,
+            seed=options.seed,
+            verbose=False,
+            restore_best=False,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows: list[Row] = []
+    for row in compare(options.run, config, options.processes, options.num_micro_batches, _say):
+        rows.append(row)
+    if options.format == "json":
+        print(json.dumps([row.to_dict() for row in rows], indent=2))
+    else:
+        print((_markdown if options.markdown else _table)(rows))
+    return 0 if all(row.kept for row in rows) else 1
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+_TITLES = ("layout", "device", "seconds", "train loss", "test loss", "difference", "weights", "verdict")
+
+
+def _cells(row: Row) -> list[str]:
+    test_loss = "-" if row.test_loss is None else repr(row.test_loss)
+    numbers = [
+        f"{row.seconds:.1f}",
+        repr(row.train_loss),
+        test_loss,
+        f"{row.difference:.1e}" if row.difference else "0",
+    ]
+    return [row.case.layout, row.case.device, *numbers, row.weights[:12], row.verdict]
+
+
+def _blocks(rows: list[Row]) -> list[tuple[str, list[list[str]]]]:
+    """Return the rows of each run function under its name."""
+    blocks: dict[str, list[list[str]]] = {}
+    for row in rows:
+        blocks.setdefault(row.case.run, []).append(_cells(row))
+    return list(blocks.items())
+
+
+def _table(rows: list[Row]) -> str:
+    lines: list[str] = []
+    for name, cells in _blocks(rows):
+        widths = [max(len(text) for text in column) for column in zip(_TITLES, *cells, strict=True)]
+        lines += ["", name] + ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+                  for line in [list(_TITLES), *cells]]  # fmt: skip
+    return "\n".join([*lines, "", _summary(rows)])
+
+
+def _markdown(rows: list[Row]) -> str:
+    lines: list[str] = []
+    for name, cells in _blocks(rows):
+        lines += [f"`{name}`", "", _line(_TITLES), _line(["---"] * len(_TITLES)), *map(_line, cells), ""]
+    return "\n".join([*lines, _summary(rows)])
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _summary(rows: list[Row]) -> str:
+    broken = sum(not row.kept for row in rows)
+    return f"{broken} of {len(rows)} promises broken." if broken else f"All {len(rows)} promises kept."

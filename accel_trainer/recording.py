@@ -1,0 +1,209 @@
+"""What a run does, step by step, in a form that two runs can be compared by: where did they first part?"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .batches import MicroBatch, tensors_in
+from .checkpoints import plain_name
+from .loop import Training
+from .losses import Forward
+
+__all__ = ["Divergence", "Mark", "Recorder", "Trace", "digest", "first_divergence"]
+
+# In the order in which one follows from the other within a step.
+KINDS = ("batch", "module", "loss", "gradient", "buffer", "weights")
+
+
+class Mark(NamedTuple):
+    """A tensor in three numbers: its exact bits, its norm, and its product with fixed random signs.
+
+    The last two tell how far two tensors are apart without keeping either: a difference of norm d changes the product
+    by about d.
+    """
+
+    bits: str
+    norm: float
+    product: float
+
+
+class Place(NamedTuple):
+    """What a mark is of: a step (1-based), a kind, a micro-batch (-1 for all), and a name."""
+
+    step: int
+    kind: str
+    micro_batch: int
+    name: str
+
+
+Trace = dict[Place, Mark]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return 16 hexadecimal digits that depend on every bit of the tensors and on their names."""
+    hashed = blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        hashed.update(_memory(tensor))
+    return hashed.hexdigest()
+
+
+def _memory(tensor: Tensor) -> bytes:
+    plain = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    return bytes(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def mark(tensor: Tensor) -> Mark:
+    """Return the mark of a tensor; waits for its device."""
+    values = tensor.detach().cpu()
+    values = torch.view_as_real(values) if values.is_complex() else values
+    numbers = values.double().reshape(-1)
+    bits = blake2b(_memory(values), digest_size=8).hexdigest()
+    return Mark(bits, float(numbers.norm()), float(numbers @ _signs(numbers.numel())))
+
+
+@lru_cache(maxsize=64)
+def _signs(length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, 2, (length,), generator=generator, dtype=torch.float64) * 2 - 1
+
+
+class Recorder:
+    """Watch the steps of a training; it changes nothing.
+
+    Args:
+        look_at: A step (1-based) in which the output of every module is marked too.
+    """
+
+    def __init__(self, look_at: int | None = None) -> None:
+        self.trace: Trace = {}
+        self._num_calls: Counter[Place] = Counter()
+        self._look_at = look_at
+
+    def attach(self, training: Training, optimizer: Optimizer) -> None:
+        """Watch from here on."""
+        model = training.prepared.plain
+        training.objective = _Watched(training, self)  # type: ignore[assignment]
+        optimizer.register_step_pre_hook(lambda *_: self._before_update(training.state.num_batches, model))
+        optimizer.register_step_post_hook(lambda *_: self._after_update(training.state.num_batches, model))
+
+    def forward(self, training: Training, model: nn.Module, micro_batch: MicroBatch) -> Forward:
+        """Run the objective of a training on a micro-batch and mark what goes in and comes out."""
+        objective, step, index = training.objective.inner, training.state.num_batches, micro_batch.piece.index  # type: ignore[attr-defined]
+        if not torch.is_grad_enabled() or not micro_batch.piece.counts:
+            return objective(model, micro_batch)  # type: ignore[no-any-return]
+        self._add(Place(step, "batch", index, ""), tensors_in(micro_batch.data))
+        with ExitStack() as hooks:
+            if step == self._look_at:
+                for name, module in training.prepared.plain.named_modules():
+                    hooks.callback(module.register_forward_hook(self._watch(step, index, name)).remove)
+            forward: Forward = objective(model, micro_batch)
+        self._add(Place(step, "loss", index, ""), [forward.loss, torch.as_tensor(forward.weight)])
+        return forward
+
+    def _watch(self, step: int, micro_batch: int, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            self._add(Place(step, "module", micro_batch, plain_name(name + ".")[:-1]), tensors_in(outputs))
+
+        return hook
+
+    def _before_update(self, step: int, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            gradient = [] if parameter.grad is None else [parameter.grad]
+            self._add(Place(step, "gradient", -1, plain_name(name)), gradient)
+        for name, buffer in model.named_buffers():
+            self._add(Place(step, "buffer", -1, plain_name(name)), [buffer])
+
+    def _after_update(self, step: int, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            self._add(Place(step, "weights", -1, plain_name(name)), [parameter])
+
+    def _add(self, place: Place, tensors: Iterable[Tensor]) -> None:
+        marks = [mark(tensor) for tensor in tensors]
+        self._num_calls[place] += 1
+        if self._num_calls[place] > 1:  # a module called several times in a forward
+            place = place._replace(name=f"{place.name} (call {self._num_calls[place]})")
+        self.trace[place] = Mark(
+            " ".join(one.bits for one in marks),
+            math.hypot(*(one.norm for one in marks)),
+            sum(one.product for one in marks),
+        )
+
+
+class _Watched:
+    """An objective that tells a recorder what it does."""
+
+    def __init__(self, training: Training, recorder: Recorder) -> None:
+        self.inner, self._training, self._recorder = training.objective, training, recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, model: nn.Module, micro_batch: MicroBatch) -> Forward:
+        return self._recorder.forward(self._training, model, micro_batch)
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+class Divergence(NamedTuple):
+    """Where two runs first part: the place, how many of its kind differ there, and by how much at most (relative)."""
+
+    place: Place
+    num_others: int
+    difference: float
+
+
+def first_divergence(one: Trace, other: Trace, tolerance: float, same_cut: bool) -> Divergence | None:
+    """Return where two traces first differ by more than a tolerance; `None` if they do not.
+
+    Args:
+        one: Of the reference.
+        other: Of the run in question.
+        tolerance: Relative to the norm of what is compared; 0 compares bits.
+        same_cut: Whether both cut their batches alike; otherwise only what belongs to whole batches is compared.
+    """
+    for kind, places in _groups(one, other, same_cut):
+        norms = [one[place].norm for place in places if place in one]
+        scale = math.hypot(*norms) if kind == "gradient" else 0.0
+        differing = {
+            place: difference
+            for place in places
+            if (difference := _difference(one.get(place), other.get(place), tolerance, scale)) > tolerance
+        }
+        if differing:
+            return Divergence(next(iter(differing)), len(differing) - 1, max(differing.values()))
+    return None
+
+
+def _groups(one: Trace, other: Trace, same_cut: bool) -> Iterator[tuple[str, list[Place]]]:
+    """Yield the places of each step and kind, in the order in which a fault would spread."""
+    grouped: dict[tuple[int, int], list[Place]] = {}
+    for place in dict.fromkeys([*one, *other]):
+        if same_cut or place.micro_batch == -1:
+            grouped.setdefault((place.step, KINDS.index(place.kind)), []).append(place)
+    for (_, kind), places in sorted(grouped.items()):
+        yield KINDS[kind], sorted(places, key=lambda place: place.micro_batch)
+
+
+def _difference(one: Mark | None, other: Mark | None, tolerance: float, scale: float) -> float:
+    """Return how far apart two marks are, relative to the larger of norm and scale; infinity if not comparable."""
+    if one is None or other is None:
+        return math.inf
+    if one.bits == other.bits:
+        return 0.0
+    apart = max(abs(one.norm - other.norm), abs(one.product - other.product))
+    if not math.isfinite(apart):
+        return math.inf
+    relative = apart / max(one.norm, other.norm, scale, 1e-300)
+    return max(relative, 1e-300) if tolerance == 0 else relative
