@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,9 +68,8 @@ class Hardware:
         self.is_main = self.process == 0
         self.precision: str = self.accelerator.mixed_precision
         self.generators = torch_generators(self.device)
-        # Decisions travel through host memory, without waiting for a device: gloo beside NCCL.
         beside = self.num_processes > 1 and self.device.type != "cpu"
-        self.host_group = torch.distributed.new_group(backend="gloo") if beside else None
+        self.host_group = _group_beside(torch.distributed.group.WORLD) if beside else None
 
     def any_process(self, *flags: bool) -> list[bool]:
         """Return for each flag whether it is set on any process; a small exchange between the hosts."""
@@ -116,6 +116,13 @@ class Hardware:
             f"{name} ({_device_source(self.device)}{unverified}), {processes}, "
             f"precision {self.precision} ({self._precision_source})"
         )
+
+
+@lru_cache(maxsize=1)
+def _group_beside(group: object) -> torch.distributed.ProcessGroup:
+    """Return a group of the same processes that exchanges host memory: decisions need not wait for a device."""
+    beside: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
+    return beside
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ class Transformer(nn.Module):
         self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(96, 10)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return scores of shape `(batch, 10)` for tokens of shape `(batch, 32)`."""
         return self.head(self.encoder(self.embedding(tokens)).mean(dim=1))
 
 
@@ -123,7 +124,8 @@ def main() -> None:
             median, (low, high) = statistics.median(ratios), interval(ratios)
             entry: dict[str, Any] = {"seconds_per_epoch": seconds, "ratio": {"median": median, "interval": [low, high]}}
             print(
-                f"{workload:12} {number} processes: {median:.3f} [{low:.3f}, {high:.3f}] ({min(ratios):.3f} to {max(ratios):.3f})"
+                spread = f"[{low:.3f}, {high:.3f}] ({min(ratios):.3f} to {max(ratios):.3f})"
+                print(f"{workload:12} {number} processes: {median:.3f} {spread}")
             )
             if number > 1:
                 entry["bytes_sent_per_step"] = run_on_processes(
@@ -132,8 +134,8 @@ def main() -> None:
                 ring = 2 * (number - 1) / number
                 for rank, sent in enumerate(entry["bytes_sent_per_step"]):
                     total = sent["all_to_all_single"] + sent["all_gather"]
-                    print(f"  process {rank} sends {total:,.0f} bytes a step, {total / sent['gradients']:.2f} x the gradients; "
-                          f"a ring all-reduce {ring:.2f} x")  # fmt: skip
+                    share = f"{total / sent['gradients']:.2f} x the gradients; a ring all-reduce {ring:.2f} x"
+                    print(f"  process {rank} sends {total:,.0f} bytes a step, {share}")
             results[f"{workload}, {number} processes"] = entry
     if options.write:
         write_results("parity_cost.json", results)
