@@ -123,10 +123,8 @@ def main() -> None:
             ratios = [exact / default for exact, default in zip(seconds["bitwise"], seconds["default"], strict=True)]
             median, (low, high) = statistics.median(ratios), interval(ratios)
             entry: dict[str, Any] = {"seconds_per_epoch": seconds, "ratio": {"median": median, "interval": [low, high]}}
-            print(
-                spread = f"[{low:.3f}, {high:.3f}] ({min(ratios):.3f} to {max(ratios):.3f})"
-                print(f"{workload:12} {number} processes: {median:.3f} {spread}")
-            )
+            spread = f"[{low:.3f}, {high:.3f}] ({min(ratios):.3f} to {max(ratios):.3f})"
+            print(f"{workload:12} {number} processes: {median:.3f} {spread}")
             if number > 1:
                 entry["bytes_sent_per_step"] = run_on_processes(
                     number, parity_cost.bytes_sent_here, workload, environment=cpu
