@@ -93,7 +93,7 @@ def _parity(options: argparse.Namespace) -> int:
         print(json.dumps([row.to_dict() for row in rows], indent=2))
     else:
         print((_markdown if options.markdown else _table)(rows))
-    return 0 if all(row.kept for row in rows) else 1
+    return 1 if any(row.kept is False for row in rows) else 0
 
 
 def _say(text: str) -> None:
@@ -143,5 +143,5 @@ def _line(cells: Sequence[Any]) -> str:
 
 
 def _summary(rows: list[Row]) -> str:
-    broken = sum(not row.kept for row in rows)
-    return f"{broken} of {len(rows)} promises broken." if broken else f"All {len(rows)} promises kept."
+    broken, kept = (sum(row.kept is value for row in rows) for value in (False, True))
+    return f"{broken} of {broken + kept} promises broken." if broken else f"All {kept} promises kept."

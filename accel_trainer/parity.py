@@ -35,7 +35,8 @@ class Case:
         bitwise: Whether bits are asked for.
         precision: `no` or `bf16`.
         gpu: Index of the GPU, `all`, or `None` for the CPU.
-        promise: `reference` (nothing), `bits`, `rounding`, `precision` or `device` (another kind of hardware).
+        promise: `reference` (nothing), `bits`, `rounding`, `precision`, `device` (another kind of hardware), or `cut`
+            (rounding, if neither model nor data look at the micro-batch or at chance).
         reference: Place of the case that this one is compared with.
         again: Whether it repeats that case.
     """
@@ -82,7 +83,7 @@ class Row:
         difference: Greatest relative difference of a loss, of any epoch, from the first row with this run function.
         weights: Digest of the weights and buffers.
         optimizer: Digest of the optimizer's state.
-        kept: Whether the promise was kept.
+        kept: Whether the promise was kept; `None` if there is none.
         verdict: That in words.
     """
 
@@ -93,7 +94,7 @@ class Row:
     difference: float
     weights: str
     optimizer: str
-    kept: bool
+    kept: bool | None
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,11 +152,18 @@ def plan(name: str, num_processes: Iterable[int], num_micro_batches: int, num_gp
     return cases
 
 
-def plan_cuts(name: str, num_processes: Iterable[int], num_gpus: int) -> list[Case]:
-    """Return the cases of a run function whose model looks neither at its batch nor at chance: any cut will do."""
+def plan_cuts(name: str, num_processes: Iterable[int], num_gpus: int, is_known: bool) -> list[Case]:
+    """Return the cases of a run function with other numbers of micro-batches.
+
+    Args:
+        name: Of the run function.
+        num_processes: Numbers of CPU processes to try beside one.
+        num_gpus: GPUs of this machine.
+        is_known: Whether its model and data are known to look neither at their micro-batch nor at chance.
+    """
     several = [number for number in num_processes if number > 1]
-    cases = [Case(name, 1, 1)]
-    cases += [Case(name, 1, number, promise="rounding") for number in (3, 8)]
+    cases = [Case(name, 1, 1), Case(name, 1, 3, promise="rounding" if is_known else "cut")]
+    cases += [Case(name, 1, 8, promise="rounding")]
     cases += [Case(name, number, None, promise="rounding") for number in several]
     cases += [Case(name, number, number + 3, promise="rounding") for number in several[:1]]
     return cases + [Case(name, 1, 1, gpu=gpu, promise="device") for gpu in range(num_gpus)]
@@ -201,9 +209,6 @@ def run_here(name: str, config: TrainConfig, records: bool, look_at: int | None)
         "weights": digest(dict(_named_tensors(trainer.model.state_dict().items(), ""))),
         "optimizer": digest(dict(_named_tensors(states.items(), ""))),
         "is_double": any(parameter.dtype == torch.float64 for parameter in trainer.model.parameters()),
-        "looks_at_batch": sorted(
-            {type(module).__name__ for module in trainer.model.modules() if _looks_at_batch(module)}
-        ),
         "trace": trainer.recorder.trace if trainer.recorder else None,
     }
 
@@ -214,12 +219,6 @@ def _named_tensors(items: Iterable[tuple[Any, Any]], prefix: str) -> Iterable[tu
             yield f"{prefix}{name}", value
         elif isinstance(value, dict):
             yield from _named_tensors(value.items(), f"{prefix}{name}.")
-
-
-def _looks_at_batch(module: nn.Module) -> bool:
-    """Return whether a module's output depends on which samples share its micro-batch, or on chance."""
-    chance = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0)
-    return (isinstance(chance, float) and chance > 0) or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 class Parity:
@@ -280,9 +279,11 @@ class Parity:
                 verdict=verdict,
             )
 
-    def _judge(self, case: Case, reference_case: Case, result: dict[str, Any], reference: Any) -> tuple[bool, str]:
+    def _judge(
+        self, case: Case, reference_case: Case, result: dict[str, Any], reference: Any
+    ) -> tuple[bool | None, str]:
         if case.promise == "reference":
-            return True, "reference"
+            return None, "reference"
         if reference is None:
             return False, "not compared: its reference failed"
         if case.promise == "bits":
@@ -292,10 +293,13 @@ class Parity:
             ):
                 return True, "same bits"
             return False, "BROKEN, other bits: " + self._explain(reference_case, case, 0.0)
-        tolerance = TOLERANCES[case.promise][result["is_double"]]
+        bound = "rounding" if case.promise == "cut" else case.promise
+        tolerance = TOLERANCES[bound][result["is_double"]]
         difference = _difference(reference, result)
         if difference <= tolerance:
-            return True, f"within {case.promise} ({tolerance:g})"
+            return True, f"within {bound} ({tolerance:g})"
+        if case.promise == "cut":
+            return None, "no promise: it depends on the cut already on one process"
         return False, f"BROKEN, {difference:.1e} > {tolerance:g}: " + self._explain(reference_case, case, tolerance)
 
     # --- where they part ----------------------------------------------------------------------------------------------
@@ -408,6 +412,12 @@ def _digits_run(model: nn.Module) -> dict[str, Any]:
 BUILT_IN = (f"{__name__}:digits", f"{__name__}:digits_any_cut")
 
 
+_ON_THE_CUT = (
+    "Other numbers of micro-batches give other losses, so they are not compared. BatchNorm, dropout, augmentation and "
+    "losses over pairs of samples do that. If there are none, the loss is not a mean over its samples: see weight_fn."
+)
+
+
 def compare(
     name: str | None,
     config: TrainConfig,
@@ -429,9 +439,8 @@ def compare(
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     fixed, free = (name, name) if name else BUILT_IN
     yield from parity.rows(plan(fixed, num_processes, num_micro_batches, num_gpus))
-    if name:
-        looks_at_batch = parity.run(Case(name, 1, 1))["looks_at_batch"]
-        if looks_at_batch:
-            announce(f"Other numbers of micro-batches are not compared: the model has {', '.join(looks_at_batch)}.")
+    for row in parity.rows(plan_cuts(free, num_processes, num_gpus, is_known=name is None)):
+        yield row
+        if row.case.promise == "cut" and row.kept is None:
+            announce(_ON_THE_CUT)
             return
-    yield from parity.rows(plan_cuts(free, num_processes, num_gpus))
