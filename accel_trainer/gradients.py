@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,7 +16,7 @@ from .batches import Layout, MicroBatch
 from .losses import Forward
 from .reductions import ChainSum, TreeSum, add_over_processes, share_from_main
 
-__all__ = ["Buffers", "Gradients", "TreeGradients"]
+__all__ = ["Buffers", "FixedBuffers", "Gradients", "TreeGradients"]
 
 
 class Gradients:
@@ -186,6 +187,11 @@ class TreeGradients(Gradients):
         self._sum = TreeSum(layout, host_group)
         self._watches = True
 
+    def begin(self) -> None:
+        """Begin an epoch: drop old gradients, and take in what was frozen or unfrozen since the last."""
+        super().begin()
+        self._sum.clear()
+
     def context(self, micro_batch: MicroBatch, hold: bool) -> AbstractContextManager[Any]:
         """Return what forward and backward run under: in the first batch, a look for layers that communicate."""
         return _NoCommunication() if self._watches else nullcontext()  # type: ignore[no-untyped-call]
@@ -257,21 +263,31 @@ class Buffers:
 
     A chain of updates, as a plain accumulation loop makes it, would depend on how many processes share the batch.
     Here BatchNorm's running statistics move once per step, by the mean of what the non-empty micro-batches would
-    make of them; whole-number buffers, such as its counter, advance once per step.
+    make of them; whole-number buffers, such as its counter, advance once per step. A buffer that has changed its shape
+    since the beginning is a cache: each process keeps its own.
 
     Args:
         model: The user's model.
         layout: This process and the cut.
         changes: Adds up what the micro-batches have changed: in the order of a tree, or as they come.
+        any_process: Returns for each flag whether it is set on any process.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, changes: ChainSum | TreeSum) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        changes: ChainSum | TreeSum,
+        any_process: Callable[..., list[bool]],
+    ) -> None:
         self.layout = layout
-        self._sum = changes
+        self._sum, self._any_process = changes, any_process
         owners = {id(buffer): (module, name) for module in model.modules() for name, buffer in module._buffers.items()}
         self._owners = [owner for owner in owners.values() if _is_plain(owner[0]._buffers[owner[1]])]
-        self._start: list[Tensor] = []
-        self._averaged: list[int] = []  # places of the float buffers
+        self._shapes = [buffer.shape for buffer in self._now()]
+        self._averaged = [place for place, buffer in enumerate(self._now()) if _averages(buffer)]
+        self._may_grow = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self._owners)
+        self._start: list[Tensor] | None = None  # the buffers at the start of the batch under way
         self._whole: dict[int, Tensor] = {}  # place of a whole-number buffer -> what the first micro-batch made of it
 
     @property
@@ -281,6 +297,11 @@ class Buffers:
 
     def _now(self) -> list[Tensor]:
         return [module._buffers[name] for module, name in self._owners]  # type: ignore[misc]
+
+    def begin(self) -> None:
+        """Begin an epoch: forget a batch that an interrupt has left unfinished."""
+        self._start = None
+        self._sum.clear()
 
     @torch.no_grad()
     def before(self, micro_batch: MicroBatch, hold: bool) -> None:
@@ -294,30 +315,28 @@ class Buffers:
             return
         if micro_batch.piece.is_first:
             self._start = [buffer.clone() for buffer in self._now()]
-            self._averaged = [place for place, start in enumerate(self._start) if _averages(start)]
         else:
-            self._restore()
+            self._go_back()
 
-    def clear(self) -> None:
-        """Forget what the batch under way has made of the buffers."""
-        self._sum.clear()
-        self._restore()
+    def undo(self) -> None:
+        """Go back to the start of the batch under way."""
+        self._go_back()
+        self.begin()
 
     @torch.no_grad()
-    def _restore(self) -> None:
-        """Go back to the start of the batch; a cache that has grown stays."""
-        for now, start in zip(self._now(), self._start, strict=bool(self._start)):
+    def _go_back(self) -> None:
+        for now, start in zip(self._now(), self._start or self._now(), strict=True):
             if now.shape == start.shape:
                 now.copy_(start)
 
     @torch.no_grad()
     def after(self, micro_batch: MicroBatch) -> None:
         """Take in what a micro-batch has made of the buffers."""
-        if self._idle:
+        if self._idle or self._start is None:
             return
         now, start = self._now(), self._start
         if micro_batch.piece.is_first:
-            self._whole = {place: now[place].clone() for place in range(len(now)) if not _averages(start[place])}
+            self._whole = {place: now[place].clone() for place in range(len(now)) if place not in self._averaged}
         if micro_batch.piece.counts and self._averaged:
             changes = [
                 now[place] - _finite(start[place]) if now[place].shape == start[place].shape else None
@@ -332,24 +351,62 @@ class Buffers:
         Args:
             num_micro_batches: Those with samples, over all processes.
         """
-        if self._idle:
+        start, self._start = self._start, None
+        if self._idle or start is None:
             return
-        now, start = self._now(), self._start
+        now = self._now()
+        is_bitwise = isinstance(self._sum, TreeSum)
+        caches = self._caches() if is_bitwise and self._may_grow else set()
         if self._averaged:
-            moved = self._sum.total(num_micro_batches, [start[place] for place in self._averaged])
+            like = [start[place] for place in self._averaged]
+            left_out = {index for index, place in enumerate(self._averaged) if place in caches}
+            moved = self._sum.total(num_micro_batches, like, left_out)
             for place, change in zip(self._averaged, moved, strict=True):
                 if change is not None and now[place].shape == change.shape:
                     torch.add(_finite(start[place]), change / num_micro_batches, out=now[place])
-        if self.layout.num_processes > 1 and isinstance(self._sum, TreeSum):
-            share_from_main(self._whole.values())  # the main process has the first micro-batch of all
+        if is_bitwise and self.layout.num_processes > 1:
+            # The main process has the first micro-batch of all.
+            share_from_main([whole for place, whole in self._whole.items() if place not in caches])
         for place, whole in self._whole.items():
             if now[place].shape == whole.shape:
                 now[place].copy_(whole)
 
+    def _caches(self) -> set[int]:
+        """Return the places of the buffers that have changed their shape on any process."""
+        flags = [now.shape != shape for now, shape in zip(self._now(), self._shapes, strict=True)]
+        return {place for place, changed in enumerate(self._any_process(*flags)) if changed}
+
     def share(self) -> None:
         """Make the buffers those of the main process, before an evaluation and a save."""
-        if self.layout.num_processes > 1:
-            share_from_main(self._now())
+        if self.layout.num_processes > 1 and self._owners:
+            caches = self._caches()
+            share_from_main([buffer for place, buffer in enumerate(self._now()) if place not in caches])
+
+
+class FixedBuffers:
+    """Let every micro-batch of an evaluation start from the same buffers; what it changes in them is dropped.
+
+    Args:
+        model: The user's model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (module, name, buffer, buffer._version, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and _is_plain(buffer)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo changes; costs a look at each buffer where there are none. A cache that has grown stays."""
+        for place, (module, name, buffer, version, values) in enumerate(self._kept):
+            now = module._buffers[name]
+            is_same = now is buffer and buffer._version == version
+            if not is_same and now is not None and now.shape == values.shape:
+                module._buffers[name] = buffer.copy_(values) if buffer.shape == values.shape else values.clone()
+                self._kept[place] = module, name, buffer, buffer._version, values
 
 
 def _is_plain(buffer: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -291,14 +292,22 @@ class Prepared:
         self.hardware, self.plain, self.optimizer = hardware, model, optimizer
         self._before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
         accelerator = hardware.accelerator
+        # Under a launcher Accelerate's CPU is "cpu:0", and moving there would copy what is on "cpu": memory that
+        # parameters share would part, on several processes only.
+        places = hardware.device.type != "cpu"
+        if not places:
+            model.to("cpu")
         if optimizer is None or hardware.bitwise:
             # Not wrapped: nothing is exchanged, or gradients.TreeGradients does it.
             if hardware.bitwise:
                 _realign(model)
-            self.model = accelerator.prepare_model(model, evaluation_mode=True)
+            self.model = accelerator.prepare_model(model, device_placement=places, evaluation_mode=True)
             if hardware.num_processes > 1:
-                share_from_main([*model.parameters(), *model.buffers()])
-            self._accelerated: Any = None if optimizer is None else accelerator.prepare(optimizer)
+                tensors = (*model.parameters(), *model.buffers())
+                share_from_main([tensor for tensor in tensors if tensor.layout == torch.strided])
+            self._accelerated: Any = (
+                None if optimizer is None else accelerator.prepare(optimizer, device_placement=[places])
+            )
         else:
             # Each micro-batch starts from the step's own buffers (gradients.Buffers): no broadcast in the forward.
             handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
@@ -307,7 +316,8 @@ class Prepared:
             with warnings.catch_warnings():
                 # torch 2.13 renames the setting; Accelerate 1.15 knows the old name only.
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-                self.model, self._accelerated = accelerator.prepare(model, optimizer)
+                placement = [places, places]
+                self.model, self._accelerated = accelerator.prepare(model, optimizer, device_placement=placement)
         self._attached = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
         self._detach()
 
@@ -341,8 +351,11 @@ class Prepared:
 
 def _realign(model: nn.Module) -> None:
     """Move weights that foreign code has placed, such as NumPy's, to where torch would have them."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() == tensor.nbytes:
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.layout == torch.strided]
+    sharing = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if sharing[storage.data_ptr()] == 1 and storage.nbytes() == tensor.nbytes:
             tensor.data = _aligned(tensor.data)
 
 
@@ -358,9 +371,16 @@ def check_model(model: object, bitwise: bool = False) -> None:
 
     Raises:
         TypeError: Not a module, or one that is wrapped for several processes already.
+        ValueError: A layer whose result depends on the number of processes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    renorming = (nn.Embedding, nn.EmbeddingBag)
+    if bitwise and any(isinstance(module, renorming) and module.max_norm is not None for module in model.modules()):
+        raise ValueError(
+            "An embedding with max_norm changes its weights in the forward, by the samples that a process has: "
+            "bitwise=True cannot promise anything of it. Leave max_norm out."
+        )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise TypeError(f"model is wrapped in {type(model).__name__}. Give the plain model: the trainer wraps it.")
     several = bitwise or int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -23,7 +23,7 @@ from .callbacks import say
 from .checkpoints import BestWeights, RunFolder
 from .config import TrainConfig
 from .errors import NonFiniteError
-from .gradients import Buffers, Gradients, TreeGradients
+from .gradients import Buffers, FixedBuffers, Gradients, TreeGradients
 from .hardware import Hardware, Prepared, check_model, check_optimizer
 from .history import History
 from .losses import Fault, Ledger, Metrics, Objective, Totals, check_loss, inputs_of, widest_float
@@ -108,6 +108,7 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
     gradients, buffers, memory = training.gradients, training.buffers, training.memory
     ledger = Ledger(hardware.process)
     gradients.begin()
+    buffers.begin()
     with closing(micro_batches):
         for micro_batch in micro_batches:
             if micro_batch.piece.is_first:
@@ -140,7 +141,7 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
 def cut_finer(training: Training, ledger: Ledger) -> None:
     """Undo what has been computed of a batch that does not fit in memory; the feed brings it again, cut finer."""
     training.gradients.clear()
-    training.buffers.clear()
+    training.buffers.undo()
     ledger.drop(training.state.num_batches)
     training.state.num_batches -= 1
     layout = training.memory.finer()
@@ -333,9 +334,16 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation_pass(prepared: Prepared, feed: Feed) -> Iterator[Iterator[MicroBatch]]:
-    """Yield the micro-batches of a loader, the model in evaluation mode and without gradients."""
+    """Yield the micro-batches of a loader, the model in evaluation mode, without gradients, its buffers kept."""
+    buffers = FixedBuffers(prepared.plain)
     with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
-        yield micro_batches
+        yield _each(micro_batches, buffers.restore)
+
+
+def _each(micro_batches: Iterable[MicroBatch], then: Callable[[], None]) -> Iterator[MicroBatch]:
+    for micro_batch in micro_batches:
+        yield micro_batch
+        then()
 
 
 def evaluate_epoch(run: Run) -> dict[str, float] | None:
@@ -464,6 +472,7 @@ class _Session:
             self.training = new
             return new
         old.feed = feed
+        old.memory.follow(feed)
         return old
 
     def evaluating(self, model: nn.Module) -> Prepared:
@@ -516,7 +525,7 @@ def assemble(
         prepared=prepared,
         objective=objective,
         gradients=gradients,
-        buffers=Buffers(model, layout, changes),
+        buffers=Buffers(model, layout, changes, hardware.any_process),
         memory=TrainingMemory(hardware, feed),
         schedule=schedule,
         stopping=stopping,

@@ -108,6 +108,7 @@ class Objective:
         _check_reduction(loss_fn)
         self.loss_fn, self.compute_loss, self.weight_fn = loss_fn, compute_loss, weight_fn
         self._divisor = _divisor_of(loss_fn) if weight_fn is None else None
+        self._has_weightless_class = self._divisor is not None and _has_weightless_class(loss_fn)
         # Whether all processes know the weights beforehand, from the number of samples alone.
         self.weighs_samples = compute_loss is None and weight_fn is None and self._divisor is None
 
@@ -121,6 +122,8 @@ class Objective:
         """Run the model on a micro-batch and return its loss and weight (0 for a stand-in)."""
         if self.compute_loss is None and self.weight_fn is None:
             forward = self._forward(model, micro_batch)
+            if self._has_weightless_class:
+                _mute(forward, list(tensors_in(forward.outputs)))
         else:
             with _watch_outputs(model) as outputs:
                 forward = self._forward(model, micro_batch)
@@ -243,6 +246,13 @@ def _divisor_of(loss_fn: Any) -> Callable[[Any], Weight] | None:
     else:
         return None
     return functools.partial(_class_divisor, weight=weight, ignore_index=ignore_index, loss_fn=function)
+
+
+def _has_weightless_class(loss_fn: Any) -> bool:
+    """Return whether a class has weight zero: torch's gradient of a micro-batch with no other is nan."""
+    function, keywords = _unwrap_partial(loss_fn)
+    weight = keywords.get("weight", getattr(function, "weight", None))
+    return isinstance(weight, Tensor) and bool((weight == 0).any())
 
 
 def _class_divisor(targets: Any, weight: Tensor | None, ignore_index: int, loss_fn: Any) -> Weight:

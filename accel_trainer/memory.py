@@ -27,7 +27,6 @@ class Memory:
     """
 
     def __init__(self, hardware: Hardware, feed: Feed) -> None:
-        self.layout: Layout = feed.layout
         self.exceeded = False
         self._hardware, self._feed = hardware, feed
         self._single: str | None = None  # what to say of a single sample that does not fit
@@ -53,22 +52,33 @@ class Memory:
         raise torch.OutOfMemoryError(self._advice()) from error
 
     @property
+    def layout(self) -> Layout:
+        """The cut in force."""
+        return self._feed.layout
+
+    @property
     def _may_recut(self) -> bool:
         return self._feed.on_recut is not None
+
+    @property
+    def has_tried(self) -> bool:
+        """Whether this process has had a micro-batch."""
+        return self._micro_batch is not None
 
     def _may_try_again(self) -> bool:
         return True
 
-    def exceeded_anywhere(self) -> bool:
-        """Return whether any process has noted a micro-batch that does not fit.
+    def exceeded_anywhere(self, *flags: bool) -> list[bool]:
+        """Return whether any process has noted a micro-batch that does not fit, and likewise for further flags.
 
         Every process calls it at the same place: a small exchange between the hosts.
         """
-        exceeded, self._single_anywhere = self._hardware.any_process(self.exceeded, self._single is not None)
-        return exceeded
+        is_single = self._single is not None
+        exceeded, self._single_anywhere, *others = self._hardware.any_process(self.exceeded, is_single, *flags)
+        return [exceeded, *others]
 
     def finer(self) -> Layout:
-        """Return, and go on with, twice as many micro-batches.
+        """Return a layout with twice as many micro-batches.
 
         Raises:
             torch.OutOfMemoryError: On all processes, when one of them cannot hold a single sample.
@@ -77,9 +87,8 @@ class Memory:
             told = gather_object([self._single])
             raise torch.OutOfMemoryError(next(text for text in told if text is not None))
         clear_device_cache(garbage_collection=True)
-        self.layout = self.layout._replace(num_micro_batches=2 * self.layout.num_micro_batches)
         self.exceeded = False
-        return self.layout
+        return self.layout._replace(num_micro_batches=2 * self.layout.num_micro_batches)
 
     @property
     def _num_samples(self) -> int:
@@ -108,11 +117,18 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def until_it_fits(hardware: Hardware, feed: Feed) -> Iterator[Memory]:
     """Yield what to try an evaluation with; again, in smaller micro-batches, while some process exceeds its memory."""
+    is_again = False
     while True:
         memory = Memory(hardware, feed)
         yield memory
-        if feed.on_recut is None or not memory.exceeded_anywhere():
+        if is_again and not memory.has_tried:
+            raise RuntimeError(
+                "A batch did not fit in memory, and the stream cannot be read again. Give it smaller batches, or set "
+                "num_micro_batches in TrainConfig."
+            )
+        if feed.on_recut is None or not memory.exceeded_anywhere()[0]:
             return
+        is_again = memory.has_tried
         feed.recut(memory.finer())
 
 
@@ -135,9 +151,14 @@ class TrainingMemory(Memory):
         super().__init__(hardware, feed)
         self._alone = self.layout.num_processes == 1
         self.holds = False
-        self._watches = not feed.is_uniform
         self._varies = False  # whether samples differ in size, on any process
         self._sizes_of_samples: set[float] = set()
+        self.follow(feed)
+
+    def follow(self, feed: Feed) -> None:
+        """Take the batches of this feed from here on."""
+        self._feed = feed
+        self._watches = not self._alone and not feed.is_uniform
         self._begin_trial()
 
     def _begin_trial(self) -> None:
@@ -157,7 +178,8 @@ class TrainingMemory(Memory):
 
     def _begin_batch(self, micro_batch: MicroBatch) -> None:
         self.exceeded = False
-        self.holds = self._num_trials > 0 or micro_batch.batch_size > self._largest_batch
+        # Alone, nobody has to be asked and nothing is sent.
+        self.holds = self._alone or self._num_trials > 0 or micro_batch.batch_size > self._largest_batch
         self._largest_batch = max(self._largest_batch, micro_batch.batch_size)
         if micro_batch.batch_number <= self._last_batch:  # the first pass is over
             self._watches = self._watches and self._varies
@@ -176,7 +198,7 @@ class TrainingMemory(Memory):
 
     def _may_try_again(self) -> bool:
         is_early = self._watches and not self._micro_batch.piece.is_last  # type: ignore[union-attr]
-        return self.holds or self._alone or is_early
+        return self.holds or is_early
 
     def must_redo(self) -> bool:
         """Return whether the batch has to be done again, on all processes alike; asked after each micro-batch.
@@ -188,9 +210,11 @@ class TrainingMemory(Memory):
         if not self.holds:
             self._ask(True)  # where the others ask, before their last micro-batch
         self._num_trials = max(self._num_trials - 1, 0)
-        return self.exceeded_anywhere()
+        exceeded, varies = self.exceeded_anywhere(len(self._sizes_of_samples) > 1)
+        self._varies = self._varies or varies
+        return exceeded
 
     def finer(self) -> Layout:
-        """Return, and go on with, twice as many micro-batches, whose memory is new."""
+        """Return a layout with twice as many micro-batches, whose memory is new."""
         self._begin_trial()
         return super().finer()

@@ -414,6 +414,80 @@ def test_bitwise_agrees_with_the_default_to_rounding():
     assert losses(bitwise=True) == pytest.approx(losses(), rel=1e-10)
 
 
+# --- models that place or change their memory in unusual ways ---------------------------------------------------------
+
+
+class Unusual(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.first, self.last = kind, nn.Linear(5, 8), nn.Linear(8, 3)
+        if kind == "buffer of a parameter":
+            self.register_buffer("same", self.first.weight.detach())
+        if kind == "two parameters in one memory":
+            self.second = nn.Linear(5, 8)
+            self.second.weight = nn.Parameter(self.first.weight.data)
+        if kind == "gaps":
+            self.gaps = nn.Parameter(torch.randn(8, 16)[:, ::2])
+        if kind in ("counts", "sums"):
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64 if kind == "counts" else torch.float32))
+        if kind.startswith("grows"):
+            self.register_buffer("cache", torch.zeros(0, dtype=torch.int64 if kind == "grows whole" else torch.float32))
+
+    def forward(self, inputs):
+        outputs = torch.tanh(self.first(inputs))
+        if self.kind == "buffer of a parameter":
+            outputs = outputs + inputs @ self.same.t()
+        if self.kind == "two parameters in one memory":
+            outputs = outputs + self.second(inputs)
+        if self.kind == "gaps":
+            outputs = outputs @ self.gaps
+        if self.kind in ("counts", "sums"):
+            self.seen += 1
+            outputs = outputs * (1 + 0.01 * self.seen)
+        if self.kind.startswith("grows"):
+            length = int(inputs[:, 0].abs().max() * 10)  # another one in each micro-batch
+            if length > len(self.cache):
+                self.cache = torch.arange(length, dtype=self.cache.dtype)
+            outputs = outputs + self.cache[:1]
+        return self.last(outputs)
+
+
+UNUSUAL = (
+    "buffer of a parameter",
+    "two parameters in one memory",
+    "gaps",
+    "counts",
+    "sums",
+    "grows whole",
+    "grows float",
+)
+
+
+def train_unusual(bitwise=True):
+    results = []
+    for kind in UNUSUAL:
+        torch.manual_seed(0)
+        model = Unusual(kind)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = quiet(bitwise=bitwise, num_micro_batches=6)
+        trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), config=config)
+        history = trainer.fit(loader_of(make_data(37)), loader_of(make_data(29), 8, shuffle=False))
+        found = outcome(trainer, history)
+        if kind.startswith("grows"):  # each process keeps its own cache
+            found = found["history"], bits(dict(model.named_parameters()))
+        results.append(found)
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_unusual_memory_has_the_same_bits(num_processes):
+    reference = train_unusual()
+    for results in on_processes(num_processes, train_unusual):
+        for kind, one, other in zip(UNUSUAL, reference, results, strict=True):
+            assert one == other, kind
+
+
 # --- what cannot be the same is refused -------------------------------------------------------------------------------
 
 
@@ -437,6 +511,9 @@ def test_layers_over_processes_and_sparse_gradients_are_refused():
     data = TensorDataset(torch.randint(0, 7, (8, 3)), torch.randint(0, 3, (8,)))
     with pytest.raises(ValueError, match=r"0\.weight has a sparse one"):
         trainer.fit(DataLoader(data, 4))
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0), nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(ValueError, match="max_norm"):
+        Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss(), config=quiet(bitwise=True))
     with pytest.raises(ValueError, match="fp8"):
         TrainConfig(bitwise=True, mixed_precision="fp8")
     with pytest.raises(ValueError, match="bitwise must be True or False"):

@@ -554,3 +554,16 @@ def test_a_metric_that_cannot_be_merged_is_refused_before_training():
         Metrics({"all": torchmetrics.MetricCollection([torchmetrics.MeanSquaredError()])})
     with pytest.raises(TypeError, match="metrics must be a dictionary of names and metrics, got list"):
         Metrics([correct])
+
+
+def test_micro_batches_of_classes_that_weigh_nothing_do_no_harm():
+    def losses(num_micro_batches):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 2)
+        loss_fn = torch.nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0]))
+        data = TensorDataset(torch.randn(64, 5), (torch.arange(64) % 32 >= 8).long())
+        config = quiet(num_micro_batches=num_micro_batches)
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, config=config)
+        return trainer.fit(DataLoader(data, 32)).train_losses
+
+    assert losses(8) == pytest.approx(losses(1), rel=1e-5)

@@ -282,6 +282,92 @@ def test_the_function_of_the_tutorials_cuts_finer_and_keeps_it(capsys):
     assert model.num_failed == 2 and "cut into 4 micro-batches" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("failing", [1, 6, 19, 20])
+def test_buffers_count_every_batch_once_whenever_memory_runs_out(failing):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner, self.num_calls = nn.BatchNorm1d(5).double(), make_model(torch.float64), 0
+
+        def forward(self, inputs):
+            outputs = self.norm(inputs)
+            self.num_calls += 1
+            if self.num_calls == failing:
+                raise torch.OutOfMemoryError("out of memory")
+            return self.inner(outputs)
+
+    model = Late()
+    fit(model, loader_of(make_data(320, torch.float64), 16), num_epochs=1)
+    assert model.norm.num_batches_tracked == 20
+
+
+class Rare(Ragged):
+    """Few samples, two of them long: a pass has no more batches than are tried at first."""
+
+    def __len__(self):
+        return 28
+
+    def __getitem__(self, index):
+        return torch.full((40 if index in (3, 17) else 4,), 0.1, dtype=torch.float64), index % 3
+
+
+def fit_rare(limit):
+    model = OverLength(limit)
+    return fit(model, DataLoader(Rare(), 7, shuffle=True, collate_fn=pad), num_epochs=6), model.guard.num_failed
+
+
+@pytest.mark.distributed
+def test_short_passes_over_ragged_samples_are_watched_on():
+    reference, _ = fit_rare(10**6)
+    results = on_processes(2, fit_rare, 150)
+    assert sum(num_failed for _, num_failed in results) >= 1
+    for result, _ in results:
+        assert_same(reference, result, torch.float64)
+
+
+def test_an_interrupted_batch_is_forgotten():
+    def train_twice(is_interrupted):
+        model = Small(limit=40, kind="batchnorm")  # cuts into 2
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        loader = loader_of(make_data(32, torch.float64), 16, shuffle=False)
+        loss_fn = nn.CrossEntropyLoss()
+        train_model(loader, model, loss_fn, optimizer)
+        if is_interrupted:
+            before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            model.from_call, model.limit, model.error = model.num_calls + 1, 0, KeyboardInterrupt()
+            with pytest.raises(KeyboardInterrupt):
+                train_model(loader, model, loss_fn, optimizer)
+            model.limit = 10**6
+            model.load_state_dict(before, strict=False)
+        train_model(loader, model, loss_fn, optimizer)
+        return [buffer for _, buffer in model.named_buffers()]
+
+    for one, other in zip(train_twice(True), train_twice(False), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class ReadOnce(IterableDataset):
+    def __init__(self, data):
+        self.iterator = iter(data)
+
+    def __iter__(self):
+        return self.iterator
+
+
+def test_a_stream_that_cannot_be_read_again_is_told():
+    class Limited(nn.Linear):
+        def forward(self, inputs):
+            if len(inputs) > 4:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().forward(inputs)
+
+    model = Limited(5, 3)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=quiet())
+    for method in (trainer.evaluate, trainer.predict):
+        with pytest.raises(RuntimeError, match="stream cannot be read again"):
+            method(DataLoader(ReadOnce(make_data(37)), 8))
+
+
 def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="unrelated"):
         fit(Small(limit=10, error=RuntimeError("unrelated")))
