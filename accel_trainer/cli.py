@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .parity import Row
@@ -53,8 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--num_epochs", type=_at_least_one, default=2, help="epochs of each run (default: 2)")
     parity.add_argument("--max_steps", type=_at_least_one, help="steps of each run at most (default: no limit)")
     parity.add_argument("--seed", type=int, default=0, help="seed of each run (default: 0)")
-    parity.add_argument("--format", choices=("table", "json"), default="table", help="how to print (default: table)")
-    parity.add_argument("--markdown", action="store_true", help="print a Markdown table, for a README or an issue")
+    parity.add_argument(
+        "--timeout", type=_at_least_one, default=1800, help="seconds that one run may take (default: 1800)"
+    )
+    printed = parity.add_mutually_exclusive_group()
+    printed.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="(default: table)")
+    printed.add_argument(
+        "--markdown", dest="format", action="store_const", const="markdown", help="a table for a README or an issue"
+    )
     return parser
 
 
@@ -69,13 +77,15 @@ def _at_least_one(text: str) -> int:
 
 
 def _parity(options: argparse.Namespace) -> int:
+    import torch
+
     from .config import TrainConfig
-    from .parity import compare
-    from .run_functions import find_run_function
+    from .errors import ProcessFailedError
+    from .parity import Parity, plan
 
     try:
         if options.run is not None:
-            find_run_function(options.run)
+            _check_run_function(options.run)
         config = TrainConfig(
             num_epochs=options.num_epochs,
             max_steps=options.max_steps,
@@ -84,16 +94,49 @@ def _parity(options: argparse.Namespace) -> int:
             restore_best=False,
         )
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cases = plan(options.run, options.processes, options.num_micro_batches, num_gpus)
     rows: list[Row] = []
-    for row in compare(options.run, config, options.processes, options.num_micro_batches, _say):
-        rows.append(row)
-    if options.format == "json":
-        print(json.dumps([row.to_dict() for row in rows], indent=2))
-    else:
-        print((_markdown if options.markdown else _table)(rows))
+    try:
+        with _ended_by_sigterm():
+            rows.extend(Parity(config, _say, options.timeout).rows(cases))
+    except ProcessFailedError as error:
+        return _fail(f"the run fails under the first layout already, one process: {error}")
+    except KeyboardInterrupt:
+        _say("Interrupted.")
+    print({"table": _table, "markdown": _markdown, "json": _json}[options.format](rows))
+    if len(rows) < len(cases) and not any(row.case.promise == "cut" and row.kept is None for row in rows):
+        return 130
     return 1 if any(row.kept is False for row in rows) else 0
+
+
+def _check_run_function(name: str) -> None:
+    """Refuse a run function that cannot be found or imported, before anything runs."""
+    from .run_functions import find_run_function
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            find_run_function(name)
+    except (ValueError, SystemExit):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name.partition(':')[0]} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _fail(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that no process is left behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: str) -> None:
@@ -114,6 +157,29 @@ def _cells(row: Row) -> list[str]:
     return [row.case.layout, row.case.device, *numbers, row.weights[:12], row.verdict]
 
 
+def _json(rows: list[Row]) -> str:
+    from .history import encode
+
+    return json.dumps([encode(row.to_dict()) for row in rows], indent=2)
+
+
+def _table(rows: list[Row]) -> str:
+    lines: list[str] = []
+    for name, cells in _blocks(rows):
+        widths = [max(len(text) for text in column) for column in zip(_TITLES, *cells, strict=True)]
+        lines += ["", name]
+        for line in [_TITLES, *cells]:
+            lines.append("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    return "\n".join([*lines, "", *_notes(rows), _summary(rows)])
+
+
+def _markdown(rows: list[Row]) -> str:
+    lines: list[str] = []
+    for name, cells in _blocks(rows):
+        lines += [f"`{name}`", "", _line(_TITLES), _line(["---"] * len(_TITLES)), *map(_line, cells), ""]
+    return "\n".join([*lines, *_notes(rows), _summary(rows)])
+
+
 def _blocks(rows: list[Row]) -> list[tuple[str, list[list[str]]]]:
     """Return the rows of each run function under its name."""
     blocks: dict[str, list[list[str]]] = {}
@@ -122,24 +188,22 @@ def _blocks(rows: list[Row]) -> list[tuple[str, list[list[str]]]]:
     return list(blocks.items())
 
 
-def _table(rows: list[Row]) -> str:
-    lines: list[str] = []
-    for name, cells in _blocks(rows):
-        widths = [max(len(text) for text in column) for column in zip(_TITLES, *cells, strict=True)]
-        lines += ["", name] + ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-                  for line in [list(_TITLES), *cells]]  # fmt: skip
-    return "\n".join([*lines, "", _summary(rows)])
+def _line(cells: Sequence[str]) -> str:
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
-def _markdown(rows: list[Row]) -> str:
-    lines: list[str] = []
-    for name, cells in _blocks(rows):
-        lines += [f"`{name}`", "", _line(_TITLES), _line(["---"] * len(_TITLES)), *map(_line, cells), ""]
-    return "\n".join([*lines, _summary(rows)])
+def _notes(rows: list[Row]) -> list[str]:
+    """Return where rows part from the row they are compared with, each below its layout."""
+    notes: list[str] = []
+    for row in rows:
+        if row.explanation:
+            notes += [f"{row.case.device}, {row.case.layout}: {row.verdict}", *_indented(row.explanation), ""]
+    return notes
 
 
-def _line(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _indented(text: str) -> list[str]:
+    return [f"    {line}" for line in text.strip().splitlines()]
 
 
 def _summary(rows: list[Row]) -> str:

@@ -8,6 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -19,18 +20,23 @@ _GRACE_SECONDS = 15.0  # for the others to end after one has failed
 
 
 def run_on_processes(
-    num_processes: int, function: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None
+    num_processes: int,
+    function: Callable[..., Any],
+    *args: Any,
+    environment: Mapping[str, str] | None = None,
+    timeout: float | None = None,
 ) -> list[Any]:
     """Call a function in new processes, which form a group, and return what each returned.
 
     They are forked from a server that has imported this package and nothing else of the user's: that takes a tenth of
-    a second each, and leaves the devices untouched until the function uses them.
+    a second each, and leaves the devices untouched until the function uses them. None outlives the call.
 
     Args:
         num_processes: How many.
         function: Importable by name; so are its arguments and its result plain data.
         *args: For the function.
         environment: Variables to add to this process's own.
+        timeout: Seconds that it may take; `None` for no limit.
 
     Raises:
         ProcessFailedError: With the traceback of the process that failed first.
@@ -38,22 +44,24 @@ def run_on_processes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "accel_trainer.trainer"])
     port = str(_free_port())
-    pipes: dict[Any, Any] = {}
-    for rank in range(num_processes):
-        variables = _variables(rank, num_processes, port) | dict(environment or {})
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(sender, variables, function, args))
-        process.start()
-        sender.close()
-        pipes[receiver] = process
+    start_method = multiprocessing.get_start_method()  # of the loader workers; a child's own would be the server's
+    processes: dict[Any, Any] = {}
     try:
-        return _collect(pipes)
+        for rank in range(num_processes):
+            variables = _variables(rank, num_processes, port) | dict(environment or {})
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(sender, start_method, variables, function, args))
+            process.start()
+            processes[receiver] = process
+            sender.close()
+        return _collect(processes, None if timeout is None else time.monotonic() + timeout)
+    except BaseException:
+        for process in processes.values():
+            process.kill()
+        raise
     finally:
-        for process in pipes.values():
-            process.join(timeout=_GRACE_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        for process in processes.values():
+            process.join()
 
 
 def _variables(rank: int, num_processes: int, port: str) -> dict[str, str]:
@@ -72,46 +80,64 @@ def _free_port() -> int:
         return port
 
 
-def _child(sender: Connection, variables: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+@dataclass(frozen=True)
+class _Failure:
+    """Why a process has no result; `is_consequence` if it only tells of another's failure."""
+
+    message: str
+    is_consequence: bool
+
+
+def _child(
+    sender: Connection,
+    start_method: str,
+    variables: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     os.environ.clear()
     os.environ.update(variables)
+    multiprocessing.set_start_method(start_method, force=True)
     if "OMP_NUM_THREADS" in variables:  # read when torch was imported, in the server
         import torch
 
         torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     try:
-        outcome = True, function(*args)
+        outcome = function(*args)
     except BaseException as error:
-        outcome = (
-            False,
-            (isinstance(error, ProcessFailedError), f"{type(error).__name__}: {error}", traceback.format_exc()),
-        )
+        text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        outcome = _Failure(text, isinstance(error, ProcessFailedError))
     sender.send(outcome)
     sender.close()
 
 
-def _collect(pipes: dict[Any, Any]) -> list[Any]:
+def _collect(processes: dict[Any, Any], deadline: float | None) -> list[Any]:
     """Return the results in the order of the processes; wait for the others a little when one has failed."""
-    results: dict[Any, Any] = {}
-    failures: list[tuple[bool, str, str]] = []
-    deadline = None
-    while len(results) + len(failures) < len(pipes):
-        waiting = [pipe for pipe in pipes if pipe not in results and not pipe.closed]
-        ready: list[Any] = wait(waiting, timeout=None if deadline is None else max(deadline - time.monotonic(), 0))
+    outcomes: dict[Any, Any] = {}
+    while len(outcomes) < len(processes):
+        left = None if deadline is None else max(deadline - time.monotonic(), 0)
+        ready: list[Any] = wait([pipe for pipe in processes if pipe not in outcomes], timeout=left)
         if not ready:
             break
         for pipe in ready:
-            try:
-                is_done, outcome = pipe.recv()
-            except EOFError:
-                is_done, outcome = False, (True, "ended without a word", "")
-            if is_done:
-                results[pipe] = outcome
-            else:
-                failures.append(outcome)
-                pipe.close()
-                deadline = deadline or time.monotonic() + _GRACE_SECONDS
-    if failures or len(results) < len(pipes):
-        first = min(failures, key=lambda failure: failure[0])  # one that is not the consequence of another
-        raise ProcessFailedError(first[1] + ("\n" + first[2] if first[2] else ""))
-    return [results[pipe] for pipe in pipes]
+            outcomes[pipe] = _received(pipe, processes[pipe])
+            if isinstance(outcomes[pipe], _Failure):
+                grace = time.monotonic() + _GRACE_SECONDS
+                deadline = grace if deadline is None else min(deadline, grace)
+    failures = [outcome for outcome in outcomes.values() if isinstance(outcome, _Failure)]
+    if failures:
+        causes = [failure for failure in failures if not failure.is_consequence]
+        raise ProcessFailedError((causes or failures)[0].message)
+    if len(outcomes) < len(processes):
+        raise ProcessFailedError("It did not end within the time limit.")
+    return [outcomes[pipe] for pipe in processes]
+
+
+def _received(pipe: Any, process: Any) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join(timeout=1.0)
+        code = process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        return _Failure(f"A process {how}, without an error of Python.", is_consequence=False)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from .config import TrainConfig
 from .errors import ProcessFailedError
 from .launching import run_on_processes
-from .recording import Divergence, Recorder, digest, first_divergence
+from .recording import Divergence, Place, Recorder, Trace, digest, first_divergence
 from .run_functions import make_run
 from .trainer import Trainer
 
-__all__ = ["Case", "Parity", "Row", "compare", "plan"]
+__all__ = ["BUILT_IN", "Case", "Parity", "Row", "plan"]
 
-# Largest relative difference of a loss that a promise allows, in single and in double precision.
+BUILT_IN = "accel_trainer.digits:fixed_cut", "accel_trainer.digits:free_cut"
+
+# Largest relative difference of a loss that a promise allows, in single and in double precision. A metric may differ
+# by more: one sample on the edge between two classes is a large step.
 TOLERANCES = {"rounding": (1e-5, 1e-10), "device": (1e-3, 1e-8), "precision": (5e-2, 5e-2)}
+_METRIC_TOLERANCE = {"rounding": 2e-2, "device": 5e-2, "precision": 0.2}
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,10 @@ class Case:
         bitwise: Whether bits are asked for.
         precision: `no` or `bf16`.
         gpu: Index of the GPU, `all`, or `None` for the CPU.
-        promise: `reference` (nothing), `bits`, `rounding`, `precision`, `device` (another kind of hardware), or `cut`
-            (rounding, if neither model nor data look at the micro-batch or at chance).
-        reference: Place of the case that this one is compared with.
-        again: Whether it repeats that case.
+        promise: What is compared with the reference: `bits`, `rounding`, `precision`, `device` (another kind of
+            hardware), or `cut` (rounding, unless the model or its data look at the micro-batch or at chance).
+        reference: The case that this one is compared with; `None` without a promise.
+        is_again: Whether it repeats that case.
     """
 
     run: str
@@ -47,28 +52,30 @@ class Case:
     bitwise: bool = False
     precision: str = "no"
     gpu: int | str | None = None
-    promise: str = "reference"
-    reference: int = 0
-    again: bool = False
+    promise: str = "none"
+    reference: Case | None = None
+    is_again: bool = False
 
     @property
     def layout(self) -> str:
         """The layout in words."""
-        cut = (
-            "one micro-batch each"
-            if self.num_micro_batches is None
-            else _counted(self.num_micro_batches, "micro-batch")
-        )
+        number = self.num_micro_batches
+        cut = "1 micro-batch per process" if number is None else _counted(number, "micro-batch")
         words = [_counted(self.num_processes, "process"), cut]
         words += ["bitwise"] if self.bitwise else []
         words += ["bf16"] if self.precision == "bf16" else []
-        words += ["again"] if self.again else []
+        words += ["again"] if self.is_again else []
         return ", ".join(words)
 
     @property
     def device(self) -> str:
         """The device in words."""
         return "CPU" if self.gpu is None else "all GPUs" if self.gpu == "all" else f"GPU {self.gpu}"
+
+    @property
+    def num_pieces(self) -> int:
+        """Micro-batches of a batch."""
+        return self.num_micro_batches or self.num_processes
 
 
 @dataclass(frozen=True)
@@ -77,29 +84,35 @@ class Row:
 
     Attributes:
         case: Which it was.
+        kept: Whether the promise was kept; `None` if there is none.
+        verdict: That in words.
+        explanation: Where it first parts from its reference; empty where it does not.
         seconds: How long `fit` took.
         train_loss: Of the last epoch.
         test_loss: Of the last epoch; `None` without a test loader.
-        difference: Greatest relative difference of a loss, of any epoch, from the first row with this run function.
+        difference: Greatest relative difference of a loss, of any epoch, from the first row of this run function.
         weights: Digest of the weights and buffers.
         optimizer: Digest of the optimizer's state.
-        kept: Whether the promise was kept; `None` if there is none.
-        verdict: That in words.
     """
 
     case: Case
-    seconds: float
-    train_loss: float
-    test_loss: float | None
-    difference: float
-    weights: str
-    optimizer: str
     kept: bool | None
     verdict: str
+    explanation: str = ""
+    seconds: float = math.nan
+    train_loss: float = math.nan
+    test_loss: float | None = None
+    difference: float = math.nan
+    weights: str = ""
+    optimizer: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
-        return {**asdict(self), "layout": self.case.layout, "device": self.case.device}
+        case, reference = self.case, self.case.reference
+        compared_with = None if reference is None else {"layout": reference.layout, "device": reference.device}
+        of_case = {"run": case.run, "layout": case.layout, "device": case.device, "promise": case.promise}
+        of_row = {name: value for name, value in vars(self).items() if name != "case"}
+        return {**of_case, "compared_with": compared_with, **of_row}
 
 
 def _counted(number: int, noun: str) -> str:
@@ -109,64 +122,63 @@ def _counted(number: int, noun: str) -> str:
 # --- which cases ------------------------------------------------------------------------------------------------------
 
 
-def plan(name: str, num_processes: Iterable[int], num_micro_batches: int, num_gpus: int) -> list[Case]:
-    """Return the cases of a run function with a fixed number of micro-batches, each after the one it is compared with.
+def plan(name: str | None, num_processes: Iterable[int], num_micro_batches: int, num_gpus: int) -> list[Case]:
+    """Return the cases to run, each after the one it is compared with.
 
     Args:
-        name: Of the run function.
+        name: Of the user's run function; `None` for the built-in ones.
         num_processes: Numbers of CPU processes to try beside one.
-        num_micro_batches: The fixed number.
+        num_micro_batches: The fixed number of most cases.
         num_gpus: GPUs of this machine.
     """
-    several = [number for number in num_processes if number > 1]
-    cases: list[Case] = []
-
-    def add(number: int, **choices: Any) -> int:
-        cases.append(Case(name, number, num_micro_batches, **choices))
-        return len(cases) - 1
-
-    def add_block(numbers: list[int], gpu: int | str | None, promise: str, reference: int) -> None:
-        plain = add(1, gpu=gpu, promise=promise, reference=reference)
-        for number in numbers:
-            add(number, gpu="all" if gpu is not None else None, promise="rounding", reference=plain)
-        exact = add(1, bitwise=True, gpu=gpu, promise="rounding", reference=plain)
-        add(1, bitwise=True, gpu=gpu, promise="bits", reference=exact, again=True)
-        for number in numbers:
-            add(number, bitwise=True, gpu="all" if gpu is not None else None, promise="bits", reference=exact)
-        low = add(1, bitwise=True, precision="bf16", gpu=gpu, promise="precision", reference=plain)
-        for number in numbers[:1]:
-            add(
-                number,
-                bitwise=True,
-                precision="bf16",
-                gpu="all" if gpu is not None else None,
-                promise="bits",
-                reference=low,
-            )
-
-    add_block(several, None, "reference", 0)
+    several = sorted({number for number in num_processes if number > 1})
+    fixed, free = (name, name) if name else BUILT_IN
+    cases = _with_fixed_cut(Case(fixed, 1, num_micro_batches), several, None)
+    first_gpu: Case | None = None
     for gpu in range(num_gpus):
         # Random layers draw other numbers on another kind of device, so a GPU is compared with the first GPU.
-        first = next((place for place, case in enumerate(cases) if case.gpu is not None), len(cases))
-        add_block([num_gpus] if num_gpus > 1 and gpu == 0 else [], gpu, "rounding" if gpu else "reference", first)
-    return cases
+        promise = "none" if first_gpu is None else "rounding"
+        first = Case(fixed, 1, num_micro_batches, gpu=gpu, promise=promise, reference=first_gpu)
+        cases += _with_fixed_cut(first, [num_gpus] if num_gpus > 1 and gpu == 0 else [], "all")
+        first_gpu = first_gpu or first
+    return cases + _with_free_cut(free, several, num_gpus, cases[0] if name else None)
 
 
-def plan_cuts(name: str, num_processes: Iterable[int], num_gpus: int, is_known: bool) -> list[Case]:
-    """Return the cases of a run function with other numbers of micro-batches.
+def _with_fixed_cut(first: Case, numbers: list[int], others_gpu: str | None) -> list[Case]:
+    """Return the cases of one kind of device: both strengths on one and several processes, and bf16."""
+    plain = replace(first, promise="rounding", reference=first)
+    exact = replace(plain, bitwise=True)
+    low = replace(exact, precision="bf16", promise="precision")
+
+    def on(number: int, case: Case, **changes: Any) -> Case:
+        return replace(case, num_processes=number, gpu=others_gpu, **changes)
+
+    return [
+        first,
+        *(on(number, plain) for number in numbers),
+        exact,
+        replace(exact, promise="bits", reference=exact, is_again=True),
+        *(on(number, exact, promise="bits", reference=exact) for number in numbers),
+        low,
+        *(on(number, low, promise="bits", reference=low) for number in numbers[:1]),
+    ]
+
+
+def _with_free_cut(name: str, several: list[int], num_gpus: int, known: Case | None) -> list[Case]:
+    """Return the cases with other numbers of micro-batches.
 
     Args:
         name: Of the run function.
-        num_processes: Numbers of CPU processes to try beside one.
+        several: Numbers of CPU processes above one.
         num_gpus: GPUs of this machine.
-        is_known: Whether its model and data are known to look neither at their micro-batch nor at chance.
+        known: A case of a run of which it is not known whether it looks at its micro-batch or at chance.
     """
-    several = [number for number in num_processes if number > 1]
-    cases = [Case(name, 1, 1), Case(name, 1, 3, promise="rounding" if is_known else "cut")]
-    cases += [Case(name, 1, 8, promise="rounding")]
-    cases += [Case(name, number, None, promise="rounding") for number in several]
-    cases += [Case(name, number, number + 3, promise="rounding") for number in several[:1]]
-    return cases + [Case(name, 1, 1, gpu=gpu, promise="device") for gpu in range(num_gpus)]
+    whole = Case(name, 1, 1, promise="cut", reference=known) if known else Case(name, 1, 1)
+    same = replace(whole, promise="rounding", reference=known or whole)
+    cases = [whole, replace(same, num_micro_batches=3)]
+    cases += [replace(same, num_processes=number, num_micro_batches=None) for number in several]
+    cases += [replace(same, num_processes=number, num_micro_batches=number + 3) for number in several[:1]]
+    return cases + [replace(same, gpu=gpu, promise="device") for gpu in range(num_gpus)]
 
 
 # --- running one ------------------------------------------------------------------------------------------------------
@@ -191,34 +203,38 @@ def run_here(name: str, config: TrainConfig, records: bool, look_at: int | None)
         name: Of the run function.
         config: Of the run.
         records: Whether to record the steps.
-        look_at: A step whose module outputs are recorded too.
+        look_at: A step in which the output of every module is recorded too.
     """
     torch.backends.cudnn.allow_tf32 = False  # convolutions in the precision that the row says
-    arguments, loaders = make_run(name, config)
-    trainer = _RecordingTrainer(**arguments, config=config)
-    trainer.recorder = Recorder(look_at) if records else None
-    started = time.perf_counter()
-    history = trainer.fit(loaders["train_loader"], loaders.get("test_loader"))
-    seconds = time.perf_counter() - started
+    with contextlib.redirect_stdout(sys.stderr):
+        arguments, loaders = make_run(name, config)
+        trainer = _RecordingTrainer(**arguments, config=config)
+        trainer.recorder = Recorder(look_at) if records else None
+        started = time.perf_counter()
+        history = trainer.fit(loaders["train_loader"], loaders.get("test_loader"))
+        seconds = time.perf_counter() - started
     states = trainer.optimizer.state_dict()["state"]  # type: ignore[union-attr]
     return {
         "seconds": seconds,
         "train_losses": history.train_losses,
         "test_losses": history.test_losses,
         "metrics": history.metrics,
-        "weights": digest(dict(_named_tensors(trainer.model.state_dict().items(), ""))),
-        "optimizer": digest(dict(_named_tensors(states.items(), ""))),
+        "weights": digest(dict(_named_tensors(trainer.model.state_dict(), ""))),
+        "optimizer": digest(dict(_named_tensors(states, ""))),
         "is_double": any(parameter.dtype == torch.float64 for parameter in trainer.model.parameters()),
         "trace": trainer.recorder.trace if trainer.recorder else None,
     }
 
 
-def _named_tensors(items: Iterable[tuple[Any, Any]], prefix: str) -> Iterable[tuple[str, torch.Tensor]]:
-    for name, value in items:
+def _named_tensors(nested: dict[Any, Any], prefix: str) -> Iterable[tuple[str, torch.Tensor]]:
+    for name, value in nested.items():
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{name}", value
         elif isinstance(value, dict):
-            yield from _named_tensors(value.items(), f"{prefix}{name}.")
+            yield from _named_tensors(value, f"{prefix}{name}.")
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
 
 
 class Parity:
@@ -227,10 +243,35 @@ class Parity:
     Args:
         config: What the run function is given; layout and precision are set per case.
         announce: Called with a line before each case.
+        timeout: Seconds that a case may take; `None` for no limit.
     """
 
-    def __init__(self, config: TrainConfig, announce: Callable[[str], None] = lambda text: None) -> None:
-        self._config, self._announce = config, announce
+    def __init__(
+        self, config: TrainConfig, announce: Callable[[str], None] = lambda text: None, timeout: float | None = None
+    ) -> None:
+        self._config, self._announce, self._timeout = config, announce, timeout
+
+    def rows(self, cases: list[Case]) -> Iterator[Row]:
+        """Yield the row of each case, in order.
+
+        Raises:
+            ProcessFailedError: The first case fails: the run function itself does not work.
+        """
+        results: dict[Case, dict[str, Any]] = {}
+        first: dict[str, dict[str, Any]] = {}
+        for case in cases:
+            self._announce(f"{case.device}, {case.layout} ...")
+            try:
+                result = results[case] = self.run(case)
+            except ProcessFailedError as error:
+                if not results:
+                    raise
+                yield Row(case, False, "FAILED", str(error))
+                continue
+            row = self._row(case, result, results, first.setdefault(case.run, result))
+            yield row
+            if case.promise == "cut" and row.kept is None:
+                return  # nothing is promised of the cases that follow
 
     def run(self, case: Case, records: bool = False, look_at: int | None = None) -> dict[str, Any]:
         """Return what the main process of a case gives, with the records of all processes."""
@@ -243,204 +284,187 @@ class Parity:
         environment = {"ACCELERATE_USE_CPU": "true"} if case.gpu is None else {}
         if isinstance(case.gpu, int):
             environment["CUDA_VISIBLE_DEVICES"] = str(case.gpu)
-        arguments = (case.run, config, records, look_at)
-        results = run_on_processes(case.num_processes, run_here, *arguments, environment=environment)
-        if records:
-            for other in results[1:]:
-                results[0]["trace"] = other["trace"] | results[0]["trace"]
+        results = run_on_processes(
+            case.num_processes,
+            run_here,
+            *(case.run, config, records, look_at),
+            environment=environment,
+            timeout=self._timeout,
+        )
         main: dict[str, Any] = results[0]
+        for other in results[1:]:
+            if other["weights"] != main["weights"]:
+                raise ProcessFailedError("The processes end with different weights or buffers.")
+            if records:
+                main["trace"] = other["trace"] | main["trace"]
         return main
 
-    def rows(self, cases: list[Case]) -> Iterable[Row]:
-        """Yield the row of each case, in order."""
-        results: list[dict[str, Any] | None] = []
-        first: dict[str, dict[str, Any]] = {}
-        for case in cases:
-            self._announce(f"{case.device}, {case.layout} ...")
-            try:
-                result = self.run(case)
-            except ProcessFailedError as error:
-                results.append(None)
-                nan = float("nan")
-                yield Row(case, nan, nan, None, nan, "", "", False, f"FAILED: {str(error).splitlines()[0]}")
-                continue
-            results.append(result)
-            reference = result if case.promise == "reference" else results[case.reference]
-            kept, verdict = self._judge(case, cases[case.reference], result, reference)
-            yield Row(
-                case=case,
-                seconds=result["seconds"],
-                train_loss=result["train_losses"][-1],
-                test_loss=result["test_losses"][-1] if result["test_losses"] else None,
-                difference=_difference(first.setdefault(case.run, result), result),
-                weights=result["weights"],
-                optimizer=result["optimizer"],
-                kept=kept,
-                verdict=verdict,
-            )
+    def _row(
+        self, case: Case, result: dict[str, Any], results: dict[Case, dict[str, Any]], first: dict[str, Any]
+    ) -> Row:
+        kept, verdict, explanation = self._judge(case, result, results)
+        return Row(
+            case=case,
+            kept=kept,
+            verdict=verdict,
+            explanation=explanation,
+            seconds=result["seconds"],
+            train_loss=result["train_losses"][-1],
+            test_loss=result["test_losses"][-1] if result["test_losses"] else None,
+            difference=_apart(first, result, "train_losses", "test_losses"),
+            weights=result["weights"],
+            optimizer=result["optimizer"],
+        )
 
     def _judge(
-        self, case: Case, reference_case: Case, result: dict[str, Any], reference: Any
-    ) -> tuple[bool | None, str]:
-        if case.promise == "reference":
-            return None, "reference"
+        self, case: Case, result: dict[str, Any], results: dict[Case, dict[str, Any]]
+    ) -> tuple[bool | None, str, str]:
+        """Return whether the promise is kept, that in words, and where it is broken."""
+        if case.reference is None:
+            return None, "reference", ""
+        reference = results.get(case.reference)
         if reference is None:
-            return False, "not compared: its reference failed"
+            return False, "not compared", "The row it is compared with failed."
         if case.promise == "bits":
-            if all(
-                result[name] == reference[name]
-                for name in ("train_losses", "test_losses", "metrics", "weights", "optimizer")
-            ):
-                return True, "same bits"
-            return False, "BROKEN, other bits: " + self._explain(reference_case, case, 0.0)
-        bound = "rounding" if case.promise == "cut" else case.promise
-        tolerance = TOLERANCES[bound][result["is_double"]]
-        difference = _difference(reference, result)
-        if difference <= tolerance:
-            return True, f"within {bound} ({tolerance:g})"
+            if not _differing(reference, result):
+                return True, "same bits", ""
+            return False, "BROKEN: other bits", self._explain(case, 0.0)
+        promise = "rounding" if case.promise == "cut" else case.promise
+        tolerance = TOLERANCES[promise][result["is_double"]]
+        apart = _apart(reference, result, "train_losses", "test_losses")
+        of_metrics = _apart(reference["metrics"], result["metrics"], *reference["metrics"])
+        if apart <= tolerance and of_metrics <= _METRIC_TOLERANCE[promise]:
+            return True, f"within {promise} ({tolerance:g})", ""
         if case.promise == "cut":
-            return None, "no promise: it depends on the cut already on one process"
-        return False, f"BROKEN, {difference:.1e} > {tolerance:g}: " + self._explain(reference_case, case, tolerance)
+            return None, f"no promise: {max(apart, of_metrics):.1e}", _ON_THE_CUT
+        explanation = self._explain(case, tolerance)
+        if _SCALED_UP in explanation:
+            return None, f"no promise: {apart:.1e}", explanation
+        verdict = (
+            f"BROKEN: {apart:.1e} > {tolerance:g}" if apart > tolerance else f"BROKEN: a metric by {of_metrics:.1e}"
+        )
+        return False, verdict, explanation
 
     # --- where they part ----------------------------------------------------------------------------------------------
 
-    def _explain(self, reference: Case, case: Case, tolerance: float) -> str:
-        """Run both once more, recorded, and say where they first part."""
-        self._announce("  the promise is broken; looking for the first divergence ...")
-        same_cut = _num_pieces(reference) == _num_pieces(case)
-        one, other = (self.run(which, records=True)["trace"] for which in (reference, case))
-        # A drift may stay below the promise's own bound in every single step.
-        for bound in [tolerance * factor for factor in (100, 10, 1, 0.1, 0.01)] if tolerance else [0.0]:
-            found = first_divergence(one, other, bound, same_cut)
+    def _explain(self, case: Case, tolerance: float) -> str:
+        """Run a case and its reference once more, recorded, and say where they first part."""
+        self._announce("  differs; running both again to find where ...")
+        try:
+            one, other = (self.run(which, records=True) for which in (case.reference, case))  # type: ignore[arg-type]
+            return self._first_difference(case, one, other, tolerance)
+        except ProcessFailedError as error:
+            return f"It could not be found out where: {str(error).splitlines()[0]}"
+
+    def _first_difference(self, case: Case, one: dict[str, Any], other: dict[str, Any], tolerance: float) -> str:
+        same_cut = case.num_pieces == case.reference.num_pieces  # type: ignore[union-attr]
+        # A fault is far above rounding; a drift is below the promise's own bound in every single step.
+        for bound in [100 * tolerance, 10 * tolerance, tolerance, 0.1 * tolerance] if tolerance else [0.0]:
+            found = first_divergence(one["trace"], other["trace"], bound, same_cut)
             if found is not None:
-                break
-        else:
-            return "no step differs when both are run again: something in it depends on time or on chance."
-        module = ""
+                return self._told(case, found, bound, one["trace"])
+        names = [name for name in one["metrics"] if _apart(one["metrics"], other["metrics"], name) > tolerance]
+        if names:
+            return (
+                f"All steps and test losses agree, but not the metric {', '.join(names)}: does it look at the process?"
+            )
+        return "Run again, the two do not differ: something depends on time or on chance."
+
+    def _told(self, case: Case, found: Divergence, bound: float, one: Trace) -> str:
+        """Say where two runs part, and what to look at."""
         if found.place.kind == "loss":
-            one, other = (self.run(which, True, found.place.step)["trace"] for which in (reference, case))
-            closer = first_divergence(one, other, bound, same_cut)
-            module = closer.place.name if closer is not None and closer.place.kind == "module" else ""
-        return _told(found, module)
+            found = self._module(case, found.place.step, bound) or found
+        kind, name = found.place.kind, found.place.name
+        hint = kind
+        if kind == "gradient" and case.num_pieces != case.reference.num_pieces:  # type: ignore[union-attr]
+            hint = "gradient, other cut"
+        if kind == "weights" and found.place.step == 0:
+            hint = "weights, at the start"
+        elif kind == "weights" and bound and _is_rounding(one, found.place):
+            return f"{_where(found)}: {_SCALED_UP} {name}. {_HINTS['weights, scaled up']}"
+        size = "" if "batch" in kind else f" by {found.difference:.1e} (relative)"
+        return f"{_where(found)}: {_NOUNS[kind].format(name or 'the model')} differs{size}. {_HINTS[hint]}"
+
+    def _module(self, case: Case, step: int, bound: float) -> Divergence | None:
+        """Return the first module whose output differs in a step."""
+        one, other = (self.run(which, True, step)["trace"] for which in (case.reference, case))  # type: ignore[arg-type]
+        found = first_divergence(one, other, bound, same_cut=True)
+        return found if found is not None and found.place.kind == "module" else None
 
 
-def _num_pieces(case: Case) -> int:
-    return case.num_micro_batches or case.num_processes
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return the greatest relative difference of a loss; infinity where one is not finite or missing."""
-    losses = [result["train_losses"] + result["test_losses"] for result in (one, other)]
-    if len(losses[0]) != len(losses[1]):
-        return float("inf")
-    apart = [abs(a - b) / max(abs(a), 1e-300) if a != b else 0.0 for a, b in zip(*losses, strict=True)]
-    return max((value if value == value else float("inf") for value in apart), default=0.0)
-
-
-def _told(found: Divergence, module: str) -> str:
-    """Say where two runs part, and what to look at."""
-    place = found.place
-    where = f"step {place.step}"
-    if place.micro_batch >= 0:
-        where += f", micro-batch {place.micro_batch}"
-    others = f" (and {found.num_others} more)" if found.num_others else ""
-    if place.kind == "batch":
-        return (
-            f"{where}: the batch content differs{others}. The dataset gives other samples or draws other random "
-            "numbers: does it have a generator of its own, or look at the process?"
-        )
-    if place.kind == "loss" and module:
-        return (
-            f"{where}: the output of module {module!r} differs, on the same batch, weights and buffers. Does it keep "
-            "state outside its buffers, or look at the process?"
-        )
-    if place.kind == "loss":
-        return (
-            f"{where}: the loss differs{others}, on the same batch, weights and buffers, and so do no outputs of "
-            "modules. Does the loss look at the process, or keep a state?"
-        )
-    if place.kind == "gradient":
-        return (
-            f"{where}: the gradient of {place.name} differs{others} by {found.difference:.1e}, though all losses are "
-            "the same. Does a hook change it, or is it averaged per process?"
-        )
-    if place.kind == "buffer":
-        return f"{where}: the buffer {place.name} differs{others} by {found.difference:.1e}, on the same gradients."
-    return f"{where}: the weights {place.name} differ{others} after the update, on the same gradients and buffers."
-
-
-# --- a run to compare -------------------------------------------------------------------------------------------------
-
-
-def digits(config: TrainConfig) -> dict[str, Any]:
-    """Return a run on scikit-learn's handwritten digits with BatchNorm and dropout; nothing in it divides anything."""
-    layers = [
-        nn.Conv2d(1, 12, 3, padding=1),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.2),
-    ]
-    return _digits_run(nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *layers, nn.Linear(12 * 16, 10)))
-
-
-def digits_any_cut(config: TrainConfig) -> dict[str, Any]:
-    """Return the same run without the layers that look at their batch or at chance."""
-    layers = [nn.Conv2d(1, 12, 3, padding=1), nn.GroupNorm(3, 12), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
-    return _digits_run(nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *layers, nn.Linear(12 * 16, 10)))
-
-
-def _digits_run(model: nn.Module) -> dict[str, Any]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ImportError("The built-in run needs scikit-learn: pip install 'accel_trainer[demo]'.") from None
-    data = load_digits()
-    inputs, targets = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
-    train, test = TensorDataset(inputs[:997], targets[:997]), TensorDataset(inputs[997:1298], targets[997:1298])
-    return {
-        "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
-        "loss_fn": nn.CrossEntropyLoss(),
-        "metrics": {"accuracy": lambda outputs, targets: outputs.argmax(1) == targets},
-        "train_loader": DataLoader(train, batch_size=54, shuffle=True),  # 18 batches of 54, one of 25
-        "test_loader": DataLoader(test, batch_size=100),
-    }
-
-
-BUILT_IN = (f"{__name__}:digits", f"{__name__}:digits_any_cut")
-
-
+_SCALED_UP = "only rounding differs until the optimizer scales it up in"
 _ON_THE_CUT = (
-    "Other numbers of micro-batches give other losses, so they are not compared. BatchNorm, dropout, augmentation and "
-    "losses over pairs of samples do that. If there are none, the loss is not a mean over its samples: see weight_fn."
+    "The run depends on the cut already on one process, so other numbers of micro-batches are not compared. BatchNorm, "
+    "dropout, augmentation and losses over pairs of samples do that. If there are none, the loss is not a mean over "
+    "its samples: see weight_fn."
 )
+_NOUNS = {
+    "batch": "the batch content",
+    "test batch": "the content of a test batch",
+    "module": "the output of {}",
+    "loss": "the loss",
+    "test loss": "the test loss",
+    "gradient": "the gradient of {}",
+    "buffer": "the buffer {}",
+    "weights": "the weight {}",
+}
+_HINTS = {
+    "batch": "Does the dataset draw from a generator of its own, or look at the process?",
+    "test batch": "Does the dataset draw from a generator of its own, or look at the process?",
+    "module": "Batch, weights and buffers are the same. Does it keep a state elsewhere, or look at the process?",
+    "loss": "Batch, weights, buffers and the outputs of all modules are the same. Does the loss look at the process?",
+    "test loss": "Weights and test batch are the same. Does model or loss look at the process, or keep a state?",
+    "gradient": "All losses are the same. Does a hook change it, or is it averaged per process?",
+    "gradient, other cut": "Micro-batches of other sizes cannot be compared: look at a row with as many of them.",
+    "buffer": "The gradients are the same. Does something outside the forward change it?",
+    "weights": "The gradients are the same. Does the optimizer or a callback look at the process?",
+    "weights, at the start": "Does make_run look at the process, or draw from a generator of its own?",
+    "weights, scaled up": (
+        "Its true gradient is zero, as that of a bias before BatchNorm is, and an optimizer that divides by the "
+        "gradient's size, such as Adam, makes full steps of the rest. Leave it out (bias=False), or use bitwise=True."
+    ),
+}
 
 
-def compare(
-    name: str | None,
-    config: TrainConfig,
-    num_processes: Iterable[int],
-    num_micro_batches: int,
-    announce: Callable[[str], None],
-) -> Iterable[Row]:
-    """Yield a row for every layout of this machine.
+def _where(found: Divergence) -> str:
+    place = found.place
+    if place.step == 0:
+        return "before the first step"
+    part = f", micro-batch {place.micro_batch}" if place.micro_batch >= 0 else ""
+    # What follows in a forward from a module that differs, differs too.
+    others = f" (and {found.num_others} more there)" if found.num_others and place.kind != "module" else ""
+    return f"{'after ' if place.kind.startswith('test') else ''}step {place.step}{part}{others}"
 
-    Args:
-        name: Of the user's run function; `None` for the built-in runs.
-        config: What it is given.
-        num_processes: Numbers of CPU processes to try beside one.
-        num_micro_batches: The fixed number of the rows that have one.
-        announce: Called with a line before each case.
+
+def _is_rounding(trace: Trace, place: Place) -> bool:
+    """Return whether the gradient of a parameter is nothing but rounding beside that of the others."""
+    gradients = {other.name: mark for other, mark in trace.items() if other[:2] == (place.step, "gradient")}
+    total = math.hypot(*(mark.norm for mark in gradients.values()))
+    return place.name in gradients and gradients[place.name].norm <= 1e-6 * total
+
+
+_COMPARED = ("train_losses", "test_losses", "metrics", "weights", "optimizer")
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return the names of what differs by a bit; nan equals nan."""
+    return [name for name in _COMPARED if repr(one[name]) != repr(other[name])]
+
+
+def _apart(one: dict[str, Any], other: dict[str, Any], *names: str) -> float:
+    """Return the greatest relative difference in some series of numbers.
+
+    It is relative to the number itself, or to a hundredth of the greatest of its series where that is more: a loss
+    that has come down to nothing is compared with what it came from.
     """
-    parity = Parity(config, announce)
-    num_processes = list(num_processes)
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    fixed, free = (name, name) if name else BUILT_IN
-    yield from parity.rows(plan(fixed, num_processes, num_micro_batches, num_gpus))
-    for row in parity.rows(plan_cuts(free, num_processes, num_gpus, is_known=name is None)):
-        yield row
-        if row.case.promise == "cut" and row.kept is None:
-            announce(_ON_THE_CUT)
-            return
+    greatest = 0.0
+    for name in names:
+        pairs = list(zip(one[name], other[name], strict=False))
+        floor = 0.01 * max((abs(a) for a, _ in pairs if math.isfinite(a)), default=0.0)
+        for a, b in pairs:
+            if repr(a) != repr(b):
+                apart = abs(a - b) / max(abs(a), floor, 1e-300)
+                greatest = max(greatest, apart if math.isfinite(apart) else math.inf)
+        if len(one[name]) != len(other[name]):
+            return math.inf
+    return greatest

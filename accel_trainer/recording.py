@@ -22,7 +22,7 @@ from .losses import Forward
 __all__ = ["Divergence", "Mark", "Recorder", "Trace", "digest", "first_divergence"]
 
 # In the order in which one follows from the other within a step.
-KINDS = ("batch", "module", "loss", "gradient", "buffer", "weights")
+KINDS = ("batch", "module", "loss", "gradient", "buffer", "weights", "test batch", "test loss")
 
 
 class Mark(NamedTuple):
@@ -38,7 +38,7 @@ class Mark(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a mark is of: a step (1-based), a kind, a micro-batch (-1 for all), and a name."""
+    """What a mark is of: a step (1-based; 0 before the first), a kind, a micro-batch (-1 for all), and a name."""
 
     step: int
     kind: str
@@ -59,13 +59,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _memory(tensor: Tensor) -> bytes:
-    plain = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-    return bytes(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def mark(tensor: Tensor) -> Mark:
     """Return the mark of a tensor; waits for its device."""
-    values = tensor.detach().cpu()
+    values = (tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()).cpu()
     values = torch.view_as_real(values) if values.is_complex() else values
     numbers = values.double().reshape(-1)
     bits = blake2b(_memory(values), digest_size=8).hexdigest()
@@ -94,21 +93,27 @@ class Recorder:
         """Watch from here on."""
         model = training.prepared.plain
         training.objective = _Watched(training, self)  # type: ignore[assignment]
+        self._after_update(0, model)
         optimizer.register_step_pre_hook(lambda *_: self._before_update(training.state.num_batches, model))
         optimizer.register_step_post_hook(lambda *_: self._after_update(training.state.num_batches, model))
 
     def forward(self, training: Training, model: nn.Module, micro_batch: MicroBatch) -> Forward:
         """Run the objective of a training on a micro-batch and mark what goes in and comes out."""
         objective, step, index = training.objective.inner, training.state.num_batches, micro_batch.piece.index  # type: ignore[attr-defined]
-        if not torch.is_grad_enabled() or not micro_batch.piece.counts:
+        if not micro_batch.piece.counts:
             return objective(model, micro_batch)  # type: ignore[no-any-return]
-        self._add(Place(step, "batch", index, ""), tensors_in(micro_batch.data))
+        is_test = not torch.is_grad_enabled()
+        if is_test:
+            index += micro_batch.batch_number * training.feed.layout.num_micro_batches
+        self._add(Place(step, "test batch" if is_test else "batch", index, ""), tensors_in(micro_batch.data))
         with ExitStack() as hooks:
-            if step == self._look_at:
+            if step == self._look_at and not is_test:
                 for name, module in training.prepared.plain.named_modules():
                     hooks.callback(module.register_forward_hook(self._watch(step, index, name)).remove)
             forward: Forward = objective(model, micro_batch)
-        self._add(Place(step, "loss", index, ""), [forward.loss, torch.as_tensor(forward.weight)])
+        self._add(
+            Place(step, "test loss" if is_test else "loss", index, ""), [forward.loss, torch.as_tensor(forward.weight)]
+        )
         return forward
 
     def _watch(self, step: int, micro_batch: int, name: str) -> Any:

@@ -1,10 +1,13 @@
 """Run functions for the parity command: a sound one, and one with each fault it must name."""
 
+import os
+import time
+
 import numpy
 import torch
 import torch.distributed
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from support import correct, make_data
 
@@ -100,15 +103,122 @@ def of_two_buffers(config):
     return run
 
 
-def breaks(config):
-    run = sound(config)
-    if num_processes() > 1 or True:
-        run["loss_fn"] = lambda outputs, targets: 1 / (rank() - 1) + nn.functional.cross_entropy(outputs, targets)
-    return run
+def breaks_on_one_process(config):
+    def loss_fn(outputs, targets):
+        if rank() == 1:
+            raise ZeroDivisionError("shape a|b")
+        return nn.functional.cross_entropy(outputs, targets)
+
+    return sound(config, loss_fn=loss_fn)
+
+
+def breaks_everywhere(config):
+    raise FileNotFoundError("dataset not found")
+
+
+def dies(config):
+    def loss_fn(outputs, targets):
+        if rank() == 1:
+            os._exit(3)
+        return nn.functional.cross_entropy(outputs, targets)
+
+    return sound(config, loss_fn=loss_fn)
+
+
+def hangs(config):
+    def loss_fn(outputs, targets):
+        if num_processes() > 1:
+            time.sleep(1000)
+        return nn.functional.cross_entropy(outputs, targets)
+
+    return sound(config, loss_fn=loss_fn)
 
 
 def with_dropout(config):
     return sound(config, nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Linear(8, 3)))
+
+
+class FunctionalDropout(nn.Linear):
+    def forward(self, inputs):
+        return nn.functional.dropout(super().forward(inputs), 0.3, self.training)
+
+
+def with_functional_dropout(config):
+    return sound(config, nn.Sequential(FunctionalDropout(5, 8), nn.Linear(8, 3)))
+
+
+def local_dataset_with_a_worker(config):
+    class Local(OwnGenerator):
+        def __getitem__(self, index):
+            inputs, target = self.data[index]
+            return inputs + torch.rand(1), target
+
+    run = sound(config)
+    run["train_loader"] = DataLoader(Local(), batch_size=16, num_workers=1)
+    return run
+
+
+def biased_before_norm(config):
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    run = sound(config, model, data=make_data(320))
+    run["optimizer"] = torch.optim.AdamW(model.parameters(), lr=0.01)
+    run["train_loader"] = DataLoader(make_data(320), batch_size=32, shuffle=True)
+    return run
+
+
+def down_to_zero(config):
+    inputs = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(inputs, inputs @ torch.ones(5, 1))
+    model = nn.Linear(5, 1)
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.5),
+        "loss_fn": nn.MSELoss(),
+        "train_loader": DataLoader(data, batch_size=16, shuffle=True),
+    }
+
+
+def test_loss_is_nan(config):
+    run = sound(config)
+    run["loss_fn"] = lambda outputs, targets: (
+        nn.functional.cross_entropy(outputs, targets) * (1.0 if torch.is_grad_enabled() else float("nan"))
+    )
+    return run
+
+
+def evaluated_by_process(config):
+    def loss_fn(outputs, targets):
+        scale = 1 if torch.is_grad_enabled() else 1 + rank()
+        return nn.functional.cross_entropy(outputs, targets) * scale
+
+    return sound(config, loss_fn=loss_fn)
+
+
+def metric_of_process(config):
+    run = sound(config)
+    run["metrics"] = {"odd": lambda outputs, targets: correct(outputs, targets) + float(rank())}
+    return run
+
+
+def begins_by_process(config):
+    torch.manual_seed(int(os.environ.get("WORLD_SIZE", "1")))
+    return sound(config)
+
+
+def sparse_by_process(config):
+    model = nn.Sequential(nn.EmbeddingBag(7, 4, sparse=True), nn.Linear(4, 3))
+    data = TensorDataset(torch.randint(0, 7, (37, 3)), torch.randint(0, 3, (37,)))
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loss_fn": LossOfProcess(),
+        "train_loader": DataLoader(data, batch_size=16),
+    }
+
+
+def talkative(config):
+    print("this goes to stderr")
+    return sound(config)
 
 
 def misspelt(config):

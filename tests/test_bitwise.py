@@ -181,8 +181,8 @@ def test_random_small_models_have_the_same_bits_on_any_number_of_processes(reque
     references = random_cases(seeds)
     assert random_cases(seeds[:5]) == references[:5], "a rerun differs"
     for place, num_processes in enumerate(NUM_PROCESSES):
-        # Every case runs on two of the numbers; the first ones on all.
-        chosen = [seed for seed in seeds if seed < 5 or place in (seed % 5, (seed + 2) % 5)]
+        # Every case runs on one of the numbers; the first ones on all.
+        chosen = [seed for seed in seeds if seed < 5 or place == seed % 5]
         for results in on_processes(num_processes, random_cases, chosen):
             for seed, result in zip(chosen, results, strict=True):
                 assert result == references[seed], f"case {seed} differs on {num_processes} processes"

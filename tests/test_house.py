@@ -25,7 +25,7 @@ STOREYS = [
     ["gradients"],
     ["losses", "reductions"],
     ["batches"],
-    ["run_functions", "launching"],
+    ["run_functions", "launching", "digits"],
     ["randomness", "history", "state", "config"],
     ["report", "errors"],
 ]

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from accel_trainer import TrainConfig
 from accel_trainer.cli import main
 from accel_trainer.errors import ProcessFailedError
 from accel_trainer.launching import run_on_processes
-from accel_trainer.parity import Case, Parity, plan, plan_cuts
+from accel_trainer.parity import Case, Parity, Row, plan
 from accel_trainer.recording import Mark, Place, digest, first_divergence
 from accel_trainer.run_functions import find_run_function, make_run
 from support import ROOT
@@ -24,52 +25,74 @@ CONFIG = TrainConfig(num_epochs=1, verbose=False, restore_best=False)
 
 def verdict(function, bitwise, num_processes=2, num_micro_batches=4):
     """Return whether the promise is kept on several processes, and what is said of it."""
-    name = f"{RUNS}:{function}"
-    cases = [
-        Case(name, 1, num_micro_batches, bitwise=bitwise),
-        Case(name, num_processes, num_micro_batches, bitwise=bitwise, promise="bits" if bitwise else "rounding"),
-    ]
-    row = list(Parity(CONFIG).rows(cases))[1]
-    return row.kept, row.verdict
+    first = Case(f"{RUNS}:{function}", 1, num_micro_batches, bitwise=bitwise)
+    promise = "bits" if bitwise else "rounding"
+    other = replace(first, num_processes=num_processes, promise=promise, reference=first)
+    row = list(Parity(CONFIG).rows([first, other]))[1]
+    return row.kept, f"{row.verdict}: {row.explanation}" if row.explanation else row.verdict
 
 
 @pytest.mark.parametrize(
     "function, bitwise, told",
     [
-        ("loss_of_process", True, "step 1, micro-batch 2: the loss differs (and 1 more), on the same batch, weights"),
-        ("own_generator", False, "step 1, micro-batch 2: the batch content differs"),
-        ("hidden_state", True, "step 1, micro-batch 2: the output of module '2' differs"),
-        ("averaged_per_process", False, "step 1: the gradient of 0.weight differs (and 3 more) by"),
-        ("of_two_buffers", True, "step 1: the buffer 1.seen differs by 5.0e-01"),
+        ("loss_of_process", True, "step 1, micro-batch 2 (and 1 more there): the loss differs by"),
+        ("own_generator", False, "step 1, micro-batch 2 (and 1 more there): the batch content differs."),
+        ("hidden_state", True, "step 1, micro-batch 2: the output of 2 differs by"),
+        ("averaged_per_process", False, "step 1 (and 3 more there): the gradient of 0.weight differs by"),
+        ("of_two_buffers", True, "step 1: the buffer 1.seen differs by 5.0e-01 (relative)"),
+        ("evaluated_by_process", False, "after step 3, micro-batch 2"),
+        ("metric_of_process", False, "All steps and test losses agree, but not the metric odd:"),
+        ("begins_by_process", True, "before the first step: the weight 0.weight differs by"),
+        ("sparse_by_process", False, "the loss differs by"),
     ],
 )
 def test_each_planted_fault_is_found_and_named(function, bitwise, told):
     kept, said = verdict(function, bitwise)
-    assert not kept and said.startswith("BROKEN")
+    assert kept is False and said.startswith("BROKEN")
     assert told in said
 
 
-def test_a_sound_run_keeps_its_promises_in_both_strengths():
-    assert verdict("sound", False) == (True, "within rounding (1e-05)")
-    assert verdict("sound", True, num_processes=3) == (True, "same bits")
+@pytest.mark.parametrize("function", ["sound", "down_to_zero", "test_loss_is_nan", "local_dataset_with_a_worker"])
+def test_a_sound_run_keeps_its_promises_in_both_strengths(function):
+    assert verdict(function, False) == (True, "within rounding (1e-05)")
+    assert verdict(function, True, num_processes=3) == (True, "same bits")
 
 
-def test_a_run_that_fails_is_a_row_too():
-    kept, said = verdict("breaks", False)
-    assert not kept and said == "FAILED: ZeroDivisionError: division by zero"
+def test_rounding_that_the_optimizer_scales_up_is_told_apart():
+    config = replace(CONFIG, num_epochs=2)
+    first = Case(f"{RUNS}:biased_before_norm", 1, 8)
+    row = list(Parity(config).rows([first, replace(first, num_processes=2, promise="rounding", reference=first)]))[1]
+    assert row.kept is not False
+    assert row.kept or "scales it up in 0.bias" in row.explanation
+
+
+@pytest.mark.parametrize(
+    "function, told",
+    [
+        ("breaks_on_one_process", "ZeroDivisionError: shape a|b"),
+        ("dies", "A process ended with exit code 3, without an error of Python."),
+        ("hangs", "It did not end within the time limit."),
+    ],
+)
+def test_a_run_that_fails_is_a_row_too(function, told):
+    first = Case(f"{RUNS}:{function}", 1, 4)
+    other = replace(first, num_processes=2, promise="rounding", reference=first)
+    rows = list(Parity(CONFIG, timeout=5.0).rows([first, other]))
+    assert (rows[1].kept, rows[1].verdict) == (False, "FAILED")
+    assert rows[1].explanation.startswith(told)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_a_table_and_succeeds(capsys):
-    code = main(["parity", f"{RUNS}:with_dropout", "--processes", "1", "2", "--num_micro_batches", "4"])
+@pytest.mark.parametrize("function", ["with_dropout", "with_functional_dropout"])
+def test_the_command_prints_a_table_and_succeeds(function, capsys):
+    code = main(["parity", f"{RUNS}:{function}", "--processes", "1", "2", "--num_micro_batches", "4"])
     printed = capsys.readouterr()
     assert code == 0
     assert "All 6 promises kept." in printed.out
     assert printed.out.count("same bits") == 3 and printed.out.count("within rounding (1e-05)") == 2
-    assert printed.out.count("no promise: it depends on the cut already on one process") == 1
-    assert "BatchNorm, dropout, augmentation" in printed.err
+    assert "BatchNorm, dropout, augmentation" in " ".join(printed.out.split())
 
 
 def test_the_command_fails_with_a_broken_promise_and_speaks_json(capsys):
@@ -79,9 +102,23 @@ def test_the_command_fails_with_a_broken_promise_and_speaks_json(capsys):
     assert code == 1
     by_layout = {(row["layout"], row["device"]): row for row in rows}
     broken = by_layout["2 processes, 8 micro-batches", "CPU"]
-    assert not broken["kept"] and "step 1, micro-batch 4: the loss differs" in broken["verdict"]
+    assert broken["kept"] is False and "step 1, micro-batch 4" in broken["explanation"]
+    assert broken["compared_with"] == {"layout": "1 process, 8 micro-batches", "device": "CPU"}
     assert by_layout["1 process, 3 micro-batches", "CPU"]["kept"]
     assert len(broken["weights"]) == 16 and broken["train_loss"] > 0
+
+
+def test_json_has_no_bare_nan(capsys):
+    options = ["--processes", "1", "--max_steps", "1", "--format", "json", "--timeout", "20"]
+    assert main(["parity", f"{RUNS}:test_loss_is_nan", *options]) == 0
+    rows = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"bare {name}"))
+    assert {row["test_loss"] for row in rows} == {"nan"}
+
+
+def test_a_run_function_that_fails_is_told_once(capsys):
+    assert main(["parity", f"{RUNS}:breaks_everywhere"]) == 2
+    printed = capsys.readouterr()
+    assert "FileNotFoundError: dataset not found" in printed.err and not printed.out
 
 
 def run_command(*arguments):
@@ -90,10 +127,11 @@ def run_command(*arguments):
 
 
 def test_the_command_line_itself_with_a_markdown_table():
-    done = run_command("parity", "faulty_runs:sound", "--processes", "1", "--max_steps", "2", "--markdown")
+    done = run_command("parity", "faulty_runs:talkative", "--processes", "1", "--max_steps", "2", "--markdown")
     assert done.returncode == 0, done.stderr
+    assert "this goes to stderr" in done.stderr and "this goes to stderr" not in done.stdout
     lines = done.stdout.splitlines()
-    assert lines[0] == "`faulty_runs:sound`"
+    assert lines[0] == "`faulty_runs:talkative`"
     assert lines[2].startswith("| layout | device | seconds | train loss | test loss |") and lines[3].startswith(
         "| --- |"
     )
@@ -104,6 +142,7 @@ def test_wrong_arguments_get_one_line(capsys):
     for name, told in (
         ("faulty_runs", "named as my_module:make_run"),
         ("no_such_module:make_run", "There is no module 'no_such_module'"),
+        (str(ROOT / "tests" / "no_import.py") + ":run", "no_import.py cannot be imported: RuntimeError: on purpose"),
         (f"{RUNS}:sund", "has no function 'sund'. Did you mean 'sound'?"),
         ("nowhere.py:sound", "There is no file 'nowhere.py'"),
     ):
@@ -128,13 +167,24 @@ def test_a_run_function_must_return_what_a_run_needs():
 # --- its parts --------------------------------------------------------------------------------------------------------
 
 
-def test_every_case_comes_after_the_one_it_is_compared_with():
-    for cases in (plan("run", [1, 2, 3, 4], 8, 2), plan_cuts("run", [1, 2, 3, 4], 2, True), plan("run", [], 8, 0)):
+@pytest.mark.parametrize("name", [None, "my:run"])
+def test_every_case_comes_after_the_one_it_is_compared_with(name):
+    for num_gpus in (0, 1, 2):
+        cases = plan(name, [3, 2, 1, 2], 8, num_gpus)
+        assert len(set(cases)) == len(cases)
         for place, case in enumerate(cases):
-            assert case.reference < place or case.promise == "reference"
+            assert (case.promise == "none") == (case.reference is None)
+            assert case.reference is None or case.reference in cases[:place]
             if case.promise == "bits":
-                assert cases[case.reference].bitwise and cases[case.reference].precision == case.precision
-    assert {case.device for case in plan("run", [2], 8, 2)} == {"CPU", "GPU 0", "GPU 1", "all GPUs"}
+                assert case.reference.bitwise and case.reference.precision == case.precision
+    assert {case.device for case in cases} == {"CPU", "GPU 0", "GPU 1", "all GPUs"}
+
+
+def test_a_row_becomes_plain_data():
+    case = Case("run", 2, None, promise="rounding", reference=Case("run", 1, 1))
+    row = Row(case, True, "within rounding").to_dict()
+    assert row["layout"] == "2 processes, 1 micro-batch per process"
+    assert row["compared_with"]["layout"] == "1 process, 1 micro-batch" and "case" not in row
 
 
 def marks(**values):
@@ -171,6 +221,6 @@ def test_the_whole_plan_is_kept_by_a_sound_run(capsys):
 @pytest.mark.gpu
 def test_the_first_20_steps_on_a_gpu_are_those_of_the_cpu():
     parity = Parity(TrainConfig(num_epochs=20, steps_per_epoch=1, verbose=False, restore_best=False))
-    cpu, gpu = (parity.run(Case("accel_trainer.parity:digits_any_cut", 1, 1, gpu=index)) for index in (None, 0))
+    cpu, gpu = (parity.run(Case("accel_trainer.digits:free_cut", 1, 1, gpu=index)) for index in (None, 0))
     assert gpu["train_losses"] == pytest.approx(cpu["train_losses"], rel=1e-5)
     assert gpu["test_losses"] == pytest.approx(cpu["test_losses"], rel=1e-5)

@@ -1,0 +1,3 @@
+"""A script that fails when it is imported."""
+
+raise RuntimeError("on purpose")
