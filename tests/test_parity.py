@@ -52,7 +52,7 @@ def test_each_planted_fault_is_found_and_named(function, bitwise, told):
     assert told in said
 
 
-@pytest.mark.parametrize("function", ["sound", "down_to_zero", "test_loss_is_nan", "local_dataset_with_a_worker"])
+@pytest.mark.parametrize("function", ["sound", "down_to_zero", "nan_on_test", "local_dataset_with_a_worker"])
 def test_a_sound_run_keeps_its_promises_in_both_strengths(function):
     assert verdict(function, False) == (True, "within rounding (1e-05)")
     assert verdict(function, True, num_processes=3) == (True, "same bits")
@@ -110,7 +110,7 @@ def test_the_command_fails_with_a_broken_promise_and_speaks_json(capsys):
 
 def test_json_has_no_bare_nan(capsys):
     options = ["--processes", "1", "--max_steps", "1", "--format", "json", "--timeout", "20"]
-    assert main(["parity", f"{RUNS}:test_loss_is_nan", *options]) == 0
+    assert main(["parity", f"{RUNS}:nan_on_test", *options]) == 0
     rows = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"bare {name}"))
     assert {row["test_loss"] for row in rows} == {"nan"}
 
@@ -138,11 +138,13 @@ def test_the_command_line_itself_with_a_markdown_table():
     assert any("same bits |" in line for line in lines)
 
 
-def test_wrong_arguments_get_one_line(capsys):
+def test_wrong_arguments_get_one_line(tmp_path, capsys):
+    broken = tmp_path / "no_import.py"
+    broken.write_text('raise RuntimeError("on purpose")')
     for name, told in (
         ("faulty_runs", "named as my_module:make_run"),
         ("no_such_module:make_run", "There is no module 'no_such_module'"),
-        (str(ROOT / "tests" / "no_import.py") + ":run", "no_import.py cannot be imported: RuntimeError: on purpose"),
+        (f"{broken}:run", "no_import.py cannot be imported: RuntimeError: on purpose"),
         (f"{RUNS}:sund", "has no function 'sund'. Did you mean 'sound'?"),
         ("nowhere.py:sound", "There is no file 'nowhere.py'"),
     ):

@@ -1,3 +1,0 @@
-"""A script that fails when it is imported."""
-
-raise RuntimeError("on purpose")
