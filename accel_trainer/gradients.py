@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -295,8 +295,12 @@ class Buffers:
         # One micro-batch on one process moves the buffers as a plain loop does.
         return not self._owners or (self.layout.num_processes == 1 and self.layout.num_micro_batches == 1)
 
+    def _at(self, place: int) -> Tensor:
+        module, name = self._owners[place]
+        return module._buffers[name]  # type: ignore[return-value]
+
     def _now(self) -> list[Tensor]:
-        return [module._buffers[name] for module, name in self._owners]  # type: ignore[misc]
+        return [self._at(place) for place in range(len(self._owners))]
 
     def begin(self) -> None:
         """Begin an epoch: forget a batch that an interrupt has left unfinished."""
@@ -339,9 +343,10 @@ class Buffers:
             self._whole = {place: now[place].clone() for place in range(len(now)) if place not in self._averaged}
         if micro_batch.piece.counts and self._averaged:
             changes = [
-                now[place] - _finite(start[place]) if now[place].shape == start[place].shape else None
-                for place in self._averaged
+                now[place] - _finite(start[place]) if self._is_steady(place) else None for place in self._averaged
             ]
+            if self._may_grow:
+                changes.append(self._grown(self._averaged))
             self._sum.add(micro_batch.piece.index, changes)
 
     @torch.no_grad()
@@ -354,33 +359,52 @@ class Buffers:
         start, self._start = self._start, None
         if self._idle or start is None:
             return
-        now = self._now()
-        is_bitwise = isinstance(self._sum, TreeSum)
-        caches = self._caches() if is_bitwise and self._may_grow else set()
         if self._averaged:
-            like = [start[place] for place in self._averaged]
-            left_out = {index for index, place in enumerate(self._averaged) if place in caches}
-            moved = self._sum.total(num_micro_batches, like, left_out)
-            for place, change in zip(self._averaged, moved, strict=True):
-                if change is not None and now[place].shape == change.shape:
-                    torch.add(_finite(start[place]), change / num_micro_batches, out=now[place])
-        if is_bitwise and self.layout.num_processes > 1:
-            # The main process has the first micro-batch of all.
-            share_from_main([whole for place, whole in self._whole.items() if place not in caches])
+            self._average(start, num_micro_batches)
+        if isinstance(self._sum, TreeSum) and self.layout.num_processes > 1 and self._whole:
+            self._share_whole()
         for place, whole in self._whole.items():
-            if now[place].shape == whole.shape:
-                now[place].copy_(whole)
+            if self._is_steady(place) and whole.shape == self._shapes[place]:
+                self._at(place).copy_(whole)
 
-    def _caches(self) -> set[int]:
-        """Return the places of the buffers that have changed their shape on any process."""
-        flags = [now.shape != shape for now, shape in zip(self._now(), self._shapes, strict=True)]
-        return {place for place, changed in enumerate(self._any_process(*flags)) if changed}
+    def _average(self, start: list[Tensor], num_micro_batches: int) -> None:
+        like = [self._slot(start, place) for place in self._averaged]
+        if self._may_grow:
+            like.append(self._grown(self._averaged))
+        moved = self._sum.total(num_micro_batches, like)
+        grown = moved.pop() if self._may_grow else None
+        for index, (place, change) in enumerate(zip(self._averaged, moved, strict=True)):
+            if change is not None and self._is_steady(place):
+                now, average = self._at(place), _finite(start[place]) + change / num_micro_batches
+                now.copy_(average if grown is None else torch.where(grown[index] == 0, average, now))
+
+    def _share_whole(self) -> None:
+        """Take over what the first micro-batch of all, the main process's, has made of the whole-number buffers."""
+        places, grown = list(self._whole), self._grown(self._whole)
+        slots = [self._slot(self._whole, place).clone() for place in places]
+        share_from_main([*slots, grown])
+        for index, (place, slot) in enumerate(zip(places, slots, strict=True)):
+            if self._is_steady(place):
+                self._whole[place] = torch.where(grown[index] == 0, slot, self._whole[place])
+
+    def _is_steady(self, place: int) -> bool:
+        return self._at(place).shape == self._shapes[place]
+
+    def _slot(self, values: Sequence[Tensor] | dict[int, Tensor], place: int) -> Tensor:
+        """Return the values of a buffer, or zeros where it is a cache: every process sends as much as the others."""
+        value, shape = values[place], self._shapes[place]
+        return value if value.shape == shape else value.new_zeros(shape)
+
+    def _grown(self, places: Iterable[int]) -> Tensor:
+        """Return for each of these places 1 where the buffer is a cache by now."""
+        device = self._at(0).device
+        return torch.tensor([not self._is_steady(place) for place in places], dtype=torch.float32, device=device)
 
     def share(self) -> None:
         """Make the buffers those of the main process, before an evaluation and a save."""
         if self.layout.num_processes > 1 and self._owners:
-            caches = self._caches()
-            share_from_main([buffer for place, buffer in enumerate(self._now()) if place not in caches])
+            are_caches = self._any_process(*(not self._is_steady(place) for place in range(len(self._owners))))
+            share_from_main([now for now, is_cache in zip(self._now(), are_caches, strict=True) if not is_cache])
 
 
 class FixedBuffers:

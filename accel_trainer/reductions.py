@@ -8,7 +8,7 @@ left is exchanged, and the owner of each slice of the result adds it up in the o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -98,20 +98,17 @@ class ChainSum:
         """Forget what was added."""
         self._sum = None
 
-    def total(
-        self, num_micro_batches: int, like: Sequence[Tensor], left_out: Collection[int] = ()
-    ) -> list[Tensor | None]:
+    def total(self, num_micro_batches: int, like: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the sums over all processes, and begin anew.
 
         Args:
             num_micro_batches: Those of the batch that have samples.
             like: Tensors of the same shapes.
-            left_out: Places in the lists that are not summed over the processes.
         """
         total, self._sum = self._sum or [None] * len(like), None
         if self._several:
             filled = [torch.zeros_like(one) if part is None else part for part, one in zip(total, like, strict=True)]
-            add_over_processes([tensor for place, tensor in enumerate(filled) if place not in left_out])
+            add_over_processes(filled)
             total = list(filled)
         return total
 
@@ -150,23 +147,17 @@ class TreeSum:
         """Forget what was added."""
         self._nodes = []
 
-    def total(
-        self, num_micro_batches: int, like: Sequence[Tensor], left_out: Collection[int] = ()
-    ) -> list[Tensor | None]:
+    def total(self, num_micro_batches: int, like: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the sums over all processes, and begin anew.
 
         Args:
             num_micro_batches: Those of the batch that have samples.
             like: Tensors of the same shapes and strides.
-            left_out: Places in the lists that are not summed over the processes.
         """
         nodes, self._nodes = self._nodes, []
         if self._layout.num_processes == 1:
             return _fold(nodes)
-        mine = [
-            place not in left_out and any(node.tensors[place] is not None for node in nodes)
-            for place in range(len(like))
-        ]
+        mine = [any(node.tensors[place] is not None for node in nodes) for place in range(len(like))]
         present = any_process(mine, self._host_group)
         # The result has the strides of what was added, so that a norm over it adds in the same order everywhere.
         targets = [_first(nodes, place, like[place]) if present[place] else None for place in range(len(like))]

@@ -1,6 +1,7 @@
 """What every test shares: a clean Accelerate state, and few threads."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,8 @@ import torch._dynamo  # forked processes would each import it, at the first opti
 from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell gives that to what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

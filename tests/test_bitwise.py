@@ -476,6 +476,11 @@ def train_unusual(bitwise=True):
         if kind.startswith("grows"):  # each process keeps its own cache
             found = found["history"], bits(dict(model.named_parameters()))
         results.append(found)
+    if not bitwise:
+        return [
+            result[0] if kind.startswith("grows") else result["history"]
+            for kind, result in zip(UNUSUAL, results, strict=True)
+        ]
     return results
 
 
@@ -486,6 +491,14 @@ def test_unusual_memory_has_the_same_bits(num_processes):
     for results in on_processes(num_processes, train_unusual):
         for kind, one, other in zip(UNUSUAL, reference, results, strict=True):
             assert one == other, kind
+
+
+@pytest.mark.distributed
+def test_caches_of_other_sizes_on_each_process_do_no_harm_by_default_either():
+    reference = train_unusual(bitwise=False)
+    for results in on_processes(3, train_unusual, False):
+        for kind, one, other in zip(UNUSUAL, reference, results, strict=True):
+            assert other[0] == pytest.approx(one[0], rel=1e-5), kind
 
 
 # --- what cannot be the same is refused -------------------------------------------------------------------------------
