@@ -102,7 +102,7 @@ def _parity(options: argparse.Namespace) -> int:
         with _ended_by_sigterm():
             rows.extend(Parity(config, _say, options.timeout).rows(cases))
     except ProcessFailedError as error:
-        return _fail(f"the run fails under the first layout already, one process: {error}")
+        return _fail(f"the run fails under the first layout already, one process: {error}{_hint(str(error))}")
     except KeyboardInterrupt:
         _say("Interrupted.")
     print({"table": _table, "markdown": _markdown, "json": _json}[options.format](rows))
@@ -122,6 +122,12 @@ def _check_run_function(name: str) -> None:
         raise
     except Exception as error:
         raise ValueError(f"{name.partition(':')[0]} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _hint(error: str) -> str:
+    if "Expected more than 1 value per channel" in error:
+        return "BatchNorm needs two samples in every micro-batch: use a smaller --num_micro_batches, or drop_last=True."
+    return ""
 
 
 def _fail(text: str) -> int:
@@ -198,14 +204,15 @@ def _notes(rows: list[Row]) -> list[str]:
     notes: list[str] = []
     for row in rows:
         if row.explanation:
-            notes += [f"{row.case.device}, {row.case.layout}: {row.verdict}", *_indented(row.explanation), ""]
+            lines = row.explanation.strip().splitlines()
+            shown = lines if len(lines) <= 6 else [lines[0], *lines[-5:]]  # of a traceback
+            notes += [f"{row.case.device}, {row.case.layout}: {row.verdict}", *(f"    {line}" for line in shown), ""]
     return notes
-
-
-def _indented(text: str) -> list[str]:
-    return [f"    {line}" for line in text.strip().splitlines()]
 
 
 def _summary(rows: list[Row]) -> str:
     broken, kept = (sum(row.kept is value for row in rows) for value in (False, True))
-    return f"{broken} of {broken + kept} promises broken." if broken else f"All {kept} promises kept."
+    unjudged = sum(row.kept is None and row.case.promise not in ("none", "cut") for row in rows)
+    also = f" {unjudged} could not be judged: see above." if unjudged else ""
+    told = f"{broken} of {broken + kept} promises broken." if broken else f"{kept} of {kept} promises kept."
+    return told + also

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -264,7 +265,7 @@ class Buffers:
     A chain of updates, as a plain accumulation loop makes it, would depend on how many processes share the batch.
     Here BatchNorm's running statistics move once per step, by the mean of what the non-empty micro-batches would
     make of them; whole-number buffers, such as its counter, advance once per step. A buffer that has changed its shape
-    since the beginning is a cache: each process keeps its own.
+    since the beginning is a cache: each process keeps its own until the end of the epoch, when all get the largest.
 
     Args:
         model: The user's model.
@@ -287,6 +288,7 @@ class Buffers:
         self._shapes = [buffer.shape for buffer in self._now()]
         self._averaged = [place for place, buffer in enumerate(self._now()) if _averages(buffer)]
         self._may_grow = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self._owners)
+        self._missing = torch.empty(0)  # in place of a buffer that has been set to None
         self._start: list[Tensor] | None = None  # the buffers at the start of the batch under way
         self._whole: dict[int, Tensor] = {}  # place of a whole-number buffer -> what the first micro-batch made of it
 
@@ -297,7 +299,8 @@ class Buffers:
 
     def _at(self, place: int) -> Tensor:
         module, name = self._owners[place]
-        return module._buffers[name]  # type: ignore[return-value]
+        buffer = module._buffers[name]
+        return self._missing if buffer is None else buffer
 
     def _now(self) -> list[Tensor]:
         return [self._at(place) for place in range(len(self._owners))]
@@ -361,8 +364,8 @@ class Buffers:
             return
         if self._averaged:
             self._average(start, num_micro_batches)
-        if isinstance(self._sum, TreeSum) and self.layout.num_processes > 1 and self._whole:
-            self._share_whole()
+        if self.layout.num_processes > 1 and self._may_grow and self._whole:
+            self._share_whole()  # those of torch's own layers are counters, equal everywhere
         for place, whole in self._whole.items():
             if self._is_steady(place) and whole.shape == self._shapes[place]:
                 self._at(place).copy_(whole)
@@ -405,6 +408,18 @@ class Buffers:
         if self.layout.num_processes > 1 and self._owners:
             are_caches = self._any_process(*(not self._is_steady(place) for place in range(len(self._owners))))
             share_from_main([now for now, is_cache in zip(self._now(), are_caches, strict=True) if not is_cache])
+            for (module, name), is_cache in zip(self._owners, are_caches, strict=True):
+                if is_cache:
+                    self._share_cache(module, name)
+
+    def _share_cache(self, module: nn.Module, name: str) -> None:
+        mine = module._buffers[name]
+        copies = gather_object([None if mine is None else mine.cpu()])
+        largest = max((copy for copy in copies if copy is not None), key=Tensor.numel, default=None)
+        if largest is not None and (mine is None or largest.numel() > mine.numel()):
+            module._buffers[name] = largest.to(
+                next(module.parameters(), largest).device if mine is None else mine.device
+            )
 
 
 class FixedBuffers:

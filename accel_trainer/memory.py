@@ -47,9 +47,9 @@ class Memory:
         if self._may_recut and self._may_try_again():
             self.exceeded = True
             if self._num_samples == 1:
-                self._single = self._advice()
+                self._single = self._advice(error)
             return True
-        raise torch.OutOfMemoryError(self._advice()) from error
+        raise torch.OutOfMemoryError(self._advice(error)) from error
 
     @property
     def layout(self) -> Layout:
@@ -95,24 +95,29 @@ class Memory:
         piece = self._micro_batch.piece  # type: ignore[union-attr]
         return piece.stop - piece.start
 
-    def _advice(self) -> str:
+    def _advice(self, error: BaseException) -> str:
+        # Not the error itself: its traceback would hold the tensors of the forward.
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         if self._num_samples == 1:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(self._micro_batch.data))  # type: ignore[union-attr]
             return (
                 f"Out of memory: a single sample does not fit (shapes {shapes}). No cut of the batch helps: use a "
-                "smaller model, smaller samples, lower precision, or recompute activations."
+                f"smaller model, smaller samples, lower precision, or recompute activations. ({said})"
             )
         number = self.layout.num_micro_batches
         return (
             f"Out of memory with num_micro_batches={number}: {self._num_samples} samples of a batch of "
-            f"{self._micro_batch.batch_size} do not fit at a time. Set num_micro_batches={2 * number} in TrainConfig."  # type: ignore[union-attr]
+            f"{self._micro_batch.batch_size} do not fit at a time. "  # type: ignore[union-attr]
+            f"Set num_micro_batches={2 * number} in TrainConfig. ({said})"
         )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
+    # Accelerate counts that status too, which a wrong argument of a convolution gives as well.
+    is_other = "CUDNN_STATUS_NOT_SUPPORTED" in str(error)
+    return isinstance(error, Exception) and not is_other and bool(should_reduce_batch_size(error))
 
 
 def until_it_fits(hardware: Hardware, feed: Feed) -> Iterator[Memory]:

@@ -27,6 +27,7 @@ _OF_TRAINER = (
     "compute_loss",
     "weight_fn",
     "accelerator",
+    "config",
 )
 _NEEDED = ("model", "optimizer", "train_loader")
 
@@ -83,6 +84,8 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def make_run(name: str, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Call a run function, with the generators seeded, and return the arguments for `Trainer` and the loaders.
+
+    It may return a `config` of its own, best made of the one that it is given.
 
     Raises:
         ValueError: It does not return what a run needs.

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 
 import numpy
 import torch
@@ -9,6 +10,7 @@ import torch.distributed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from accel_trainer import Callback, StopTraining
 from support import correct, make_data
 
 
@@ -214,6 +216,59 @@ def sparse_by_process(config):
         "loss_fn": LossOfProcess(),
         "train_loader": DataLoader(data, batch_size=16),
     }
+
+
+class Slightly(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs) * (1 + 1e-3 * rank())
+
+
+def slightly_by_process(config):
+    return sound(config, nn.Sequential(Slightly(5, 8), nn.Linear(8, 3)))
+
+
+def parts_at_the_end(config):
+    """A callback changes the weights after the last check."""
+
+    class Last(Callback):
+        def on_fit_end(self, trainer):
+            with torch.no_grad():
+                trainer.model[0].weight += rank()
+
+    run = sound(config)
+    run["callbacks"] = [Last()]
+    return run
+
+
+class CountsWhole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs):
+        if self.training:
+            self.seen += (inputs > 0).sum()
+        return inputs * (1 + 1e-3 * self.seen)
+
+
+def counts_whole(config):
+    return sound(config, nn.Sequential(nn.Linear(5, 8), CountsWhole(), nn.Linear(8, 3)))
+
+
+def own_config(config):
+    run = sound(config)
+    run["config"] = replace(config, max_grad_norm=0.1, bitwise=False, num_micro_batches=1)
+    return run
+
+
+def stops_at_once(config):
+    class Stop(Callback):
+        def on_step_end(self, trainer):
+            raise StopTraining("enough")
+
+    run = sound(config)
+    run["callbacks"] = [Stop()]
+    return run
 
 
 def talkative(config):
