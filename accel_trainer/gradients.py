@@ -215,8 +215,7 @@ class TreeGradients(Gradients):
         if not self._weighs_samples:
             leaf.append(self._as_weight(forward.weight).clone())
         self._sum.add(micro_batch.piece.index, leaf)
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.clear()
 
     def finish(self, batch_size: int) -> None:
         """Make the gradients those of the mean over the batch, on every process."""
@@ -283,8 +282,7 @@ class Buffers:
     ) -> None:
         self.layout = layout
         self._sum, self._any_process = changes, any_process
-        owners = {id(buffer): (module, name) for module in model.modules() for name, buffer in module._buffers.items()}
-        self._owners = [owner for owner in owners.values() if _is_plain(owner[0]._buffers[owner[1]])]
+        self._owners = _owners_of_buffers(model)
         self._shapes = [buffer.shape for buffer in self._now()]
         self._averaged = [place for place, buffer in enumerate(self._now()) if _averages(buffer)]
         self._may_grow = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self._owners)
@@ -432,9 +430,8 @@ class FixedBuffers:
     def __init__(self, model: nn.Module) -> None:
         self._kept = [
             (module, name, buffer, buffer._version, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and _is_plain(buffer)
+            for module, name in _owners_of_buffers(model)
+            if (buffer := module._buffers[name]) is not None
         ]
 
     @torch.no_grad()
@@ -446,6 +443,12 @@ class FixedBuffers:
             if not is_same and now is not None and now.shape == values.shape:
                 module._buffers[name] = buffer.copy_(values) if buffer.shape == values.shape else values.clone()
                 self._kept[place] = module, name, buffer, buffer._version, values
+
+
+def _owners_of_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return where each plain buffer of a model hangs; one that several modules share, once."""
+    owners = {id(buffer): (module, name) for module in model.modules() for name, buffer in module._buffers.items()}
+    return [(module, name) for module, name in owners.values() if _is_plain(module._buffers[name])]
 
 
 def _is_plain(buffer: Tensor | None) -> bool:

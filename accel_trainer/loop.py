@@ -153,7 +153,7 @@ def take_step(training: Training, batch_size: int, ledger: Ledger) -> None:
     """Update the weights with the gradients of one batch."""
     config, state, prepared = training.config, training.state, training.prepared
     training.gradients.finish(batch_size)
-    training.buffers.finish(min(batch_size, training.memory.layout.num_micro_batches))
+    training.buffers.finish(min(batch_size, training.feed.layout.num_micro_batches))
     if config.max_grad_norm is not None:
         norm = prepared.clip(training.gradients.parameters, config.max_grad_norm)
         training.norm_sum = training.norm_sum + norm.to(widest_float(norm.device))

@@ -108,7 +108,9 @@ class Objective:
         _check_reduction(loss_fn)
         self.loss_fn, self.compute_loss, self.weight_fn = loss_fn, compute_loss, weight_fn
         self._divisor = _divisor_of(loss_fn) if weight_fn is None else None
-        self._has_weightless_class = self._divisor is not None and _has_weightless_class(loss_fn)
+        weight = None if self._divisor is None else self._divisor.keywords["weight"]
+        # torch's gradient of a micro-batch of no other class is nan.
+        self._has_weightless_class = weight is not None and bool((weight == 0).any())
         # Whether all processes know the weights beforehand, from the number of samples alone.
         self.weighs_samples = compute_loss is None and weight_fn is None and self._divisor is None
 
@@ -236,7 +238,7 @@ def _check_reduction(loss_fn: Any) -> None:
         )
 
 
-def _divisor_of(loss_fn: Any) -> Callable[[Any], Weight] | None:
+def _divisor_of(loss_fn: Any) -> functools.partial[Weight] | None:
     """Return what computes, from the targets, the number that this loss divides by; `None`: the number of samples."""
     function, keywords = _unwrap_partial(loss_fn)
     if function in (F.cross_entropy, F.nll_loss):
@@ -246,13 +248,6 @@ def _divisor_of(loss_fn: Any) -> Callable[[Any], Weight] | None:
     else:
         return None
     return functools.partial(_class_divisor, weight=weight, ignore_index=ignore_index, loss_fn=function)
-
-
-def _has_weightless_class(loss_fn: Any) -> bool:
-    """Return whether a class has weight zero: torch's gradient of a micro-batch with no other is nan."""
-    function, keywords = _unwrap_partial(loss_fn)
-    weight = keywords.get("weight", getattr(function, "weight", None))
-    return isinstance(weight, Tensor) and bool((weight == 0).any())
 
 
 def _class_divisor(targets: Any, weight: Tensor | None, ignore_index: int, loss_fn: Any) -> Weight:

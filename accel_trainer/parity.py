@@ -77,6 +77,11 @@ class Case:
         """Micro-batches of a batch."""
         return self.num_micro_batches or self.num_processes
 
+    @property
+    def has_same_cut(self) -> bool:
+        """Whether the reference cuts its batches alike."""
+        return self.reference is not None and self.num_pieces == self.reference.num_pieces
+
 
 @dataclass(frozen=True)
 class Row:
@@ -347,7 +352,7 @@ class Parity:
         if not result["agrees"]:
             return False, "BROKEN: the processes part", self._explain(case, 0.0)
         if case.promise == "bits":
-            if not _differing(reference, result):
+            if _has_same_bits(reference, result):
                 return True, "same bits", ""
             return False, "BROKEN: other bits", self._explain(case, 0.0)
         promise = "rounding" if case.promise == "cut" else case.promise
@@ -372,13 +377,15 @@ class Parity:
         """Run a case and its reference once more, recorded, and say where they first part."""
         self._announce("  differs; running both again to find where ...")
         try:
-            one, other = (self.run(which, records=True) for which in (case.reference, case))  # type: ignore[arg-type]
-            return self._first_difference(case, one, other, tolerance)
+            return self._first_difference(case, *self._run_both(case), tolerance)
         except ProcessFailedError as error:
             return f"It could not be found out where: {str(error).splitlines()[0]}"
 
+    def _run_both(self, case: Case, look_at: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what the reference of a case and the case itself give, recorded."""
+        return self.run(case.reference, True, look_at), self.run(case, True, look_at)  # type: ignore[arg-type]
+
     def _first_difference(self, case: Case, one: dict[str, Any], other: dict[str, Any], tolerance: float) -> str:
-        same_cut = case.num_pieces == case.reference.num_pieces  # type: ignore[union-attr]
         if other["parted"] is not None:
             place = other["parted"].place
             what = _NOUNS[place.kind].format(place.name)
@@ -387,7 +394,7 @@ class Parity:
             return "The processes part after the last step: does a callback change the model?"
         # A fault is far above rounding; a drift is below the promise's own bound in every single step.
         for bound in [10 * tolerance, tolerance, 0.1 * tolerance] if tolerance else [0.0]:
-            found = first_divergence(one["trace"], other["trace"], bound, same_cut)
+            found = first_divergence(one["trace"], other["trace"], bound, case.has_same_cut)
             if found is not None:
                 return self._told(case, found, bound, one["trace"])
         names = [name for name in one["metrics"] if _apart(one["metrics"], other["metrics"], name) > tolerance]
@@ -399,13 +406,12 @@ class Parity:
 
     def _told(self, case: Case, found: Divergence, bound: float, one: Trace) -> str:
         """Say where two runs part, and what to look at."""
-        same_cut = case.num_pieces == case.reference.num_pieces  # type: ignore[union-attr]
-        if found.place.kind in ("loss", "gradient") and same_cut:
+        if found.place.kind in ("loss", "gradient") and case.has_same_cut:
             # A fault of a module may be smaller in the loss than in what it does to the gradients.
             found = self._module(case, found.place.step, bound / 10) or found
         kind, name = found.place.kind, found.place.name
         hint = kind
-        if kind == "gradient" and not same_cut:
+        if kind == "gradient" and not case.has_same_cut:
             hint = "gradient, other cut"
         if kind == "weights" and found.place.step == 0:
             hint = "weights, at the start"
@@ -417,8 +423,8 @@ class Parity:
 
     def _module(self, case: Case, step: int, bound: float) -> Divergence | None:
         """Return the first module whose output differs in a step."""
-        one, other = (self.run(which, True, step)["trace"] for which in (case.reference, case))  # type: ignore[arg-type]
-        found = first_divergence(one, other, bound, same_cut=True)
+        one, other = self._run_both(case, step)
+        found = first_divergence(one["trace"], other["trace"], bound, same_cut=True)
         return found if found is not None and found.place.kind == "module" else None
 
 
@@ -476,9 +482,9 @@ def _is_rounding(trace: Trace, place: Place) -> bool:
 _COMPARED = ("train_losses", "test_losses", "metrics", "weights", "optimizer")
 
 
-def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return the names of what differs by a bit; nan equals nan."""
-    return [name for name in _COMPARED if repr(one[name]) != repr(other[name])]
+def _has_same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether nothing differs by a bit; nan equals nan."""
+    return all(repr(one[name]) == repr(other[name]) for name in _COMPARED)
 
 
 def _apart(one: dict[str, Any], other: dict[str, Any], *names: str) -> float:

@@ -58,13 +58,17 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
+def _on_host(tensor: Tensor) -> Tensor:
+    return (tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()).cpu()
+
+
 def _memory(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return bytes(_on_host(tensor).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def mark(tensor: Tensor) -> Mark:
     """Return the mark of a tensor; waits for its device."""
-    values = (tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()).cpu()
+    values = _on_host(tensor)
     values = torch.view_as_real(values) if values.is_complex() else values
     numbers = values.double().reshape(-1)
     bits = blake2b(_memory(values), digest_size=8).hexdigest()

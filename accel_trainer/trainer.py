@@ -174,9 +174,14 @@ class Trainer:
         num_steps = _num_steps(config, train_loader)
         self._rewind(optimizer)
         schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
-        announce = say if hardware.is_main and config.verbose else _silent
-        train_feed = self._feed(train_loader, hardware, "train_loader")
-        test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader")
+        announce = self._announcer(hardware)
+
+        def on_recut(name: str, num_micro_batches: int) -> None:
+            announce(loop.told_of_recut(name, num_micro_batches))
+            _write_config(run)
+
+        train_feed = self._feed(train_loader, hardware, "train_loader", on_recut)
+        test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader", on_recut)
         plain_state(self.model)  # refuses what could not be saved
         prepared = Prepared(hardware, self.model, optimizer)
         training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, train_feed)
@@ -201,9 +206,6 @@ class Trainer:
         if folder is not None:
             folder.write_json("environment.json", describe_environment(hardware.describe()))
             _write_config(run)
-        for name, feed in (("train_loader", train_feed), ("test_loader", test_feed)):
-            if feed is not None and feed.on_recut is not None:
-                feed.on_recut = functools.partial(_take_note_of_recut, run, name)
         return run
 
     def _run(self, run: loop.Run) -> None:
@@ -320,17 +322,21 @@ class Trainer:
             with prepared.attached():
                 yield prepared
 
-    def _feed(self, loader: DataLoader[Any], hardware: Hardware, name: str) -> Feed:
+    def _announcer(self, hardware: Hardware) -> Callable[[str], None]:
+        return say if hardware.is_main and self.config.verbose else _silent
+
+    def _feed(
+        self, loader: DataLoader[Any], hardware: Hardware, name: str, on_recut: Callable[[str, int], None] | None = None
+    ) -> Feed:
+        def tell(name: str, num_micro_batches: int) -> None:
+            self._announcer(hardware)(loop.told_of_recut(name, num_micro_batches))
+
         layout = hardware.layout(self.config.num_micro_batches)
         is_fixed = self.config.num_micro_batches is not None or self.config.bitwise
-        on_recut = None if is_fixed else functools.partial(self._tell_recut, hardware, name)
-        feed = Feed(loader, layout, self.config.seed, hardware.device.type == "cuda", on_recut)
+        noted = None if is_fixed else functools.partial(on_recut or tell, name)
+        feed = Feed(loader, layout, self.config.seed, hardware.device.type == "cuda", noted)
         feed.check_same_everywhere(name)
         return feed
-
-    def _tell_recut(self, hardware: Hardware, name: str, num_micro_batches: int) -> None:
-        if hardware.is_main and self.config.verbose:
-            say(loop.told_of_recut(name, num_micro_batches))
 
 
 _HINTS = {
@@ -372,11 +378,6 @@ def _write_config(run: loop.Run) -> None:
         "monitor": run.monitor,
     }
     run.folder.write_json("config.json", {"asked": asdict(training.config), "resolved": resolved})
-
-
-def _take_note_of_recut(run: loop.Run, name: str, num_micro_batches: int) -> None:
-    run.announce(loop.told_of_recut(name, num_micro_batches))
-    _write_config(run)
 
 
 def finish(run: loop.Run) -> None:

@@ -218,6 +218,7 @@ def test_a_digest_depends_on_every_bit_and_name():
     zero, negative = torch.zeros(2), torch.tensor([0.0, -0.0])
     digests = {digest({"a": zero}), digest({"a": negative}), digest({"b": zero}), digest({"a": zero.double()})}
     assert len(digests) == 4 and digest({"a": zero.clone()}) in digests
+    assert digest({"a": zero.to_sparse()}) in digests  # the state of an optimizer may be sparse
 
 
 def test_the_processes_bring_back_results_and_the_first_error():
