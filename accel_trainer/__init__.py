@@ -15,15 +15,16 @@ Example:
 """
 
 from .callbacks import Callback
-from .checkpoints import load_best
 from .config import TrainConfig
-from .errors import HardwareError, NonFiniteError, ProcessFailedError, StopTraining
+from .errors import CheckpointError, HardwareError, NonFiniteError, ProcessFailedError, StopTraining
 from .history import History
 from .loop import evaluate_model, train_model
 from .trainer import Trainer
+from .weights import load_best
 
 __all__ = [
     "Callback",
+    "CheckpointError",
     "HardwareError",
     "History",
     "NonFiniteError",

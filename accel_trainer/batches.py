@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -138,13 +139,16 @@ def _sampler(loader: DataLoader[Any]) -> Any:
     return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
 
 
-def index_batches(loader: DataLoader[Any], seed: int, epoch: int) -> Iterator[torch.Tensor | Sequence[Any]]:
+def index_batches(
+    loader: DataLoader[Any], seed: int, epoch: int, first_batch: int = 0
+) -> Iterator[torch.Tensor | Sequence[Any]]:
     """Yield the indices of each batch of this epoch: a pure function of (loader, seed, epoch).
 
     Args:
         loader: A loader of a map-style dataset.
         seed: The user's seed.
         epoch: Pass over the data, 1-based.
+        first_batch: Where to begin, 0-based; a sampler that is not torch's own draws the indices before it too.
     """
     sampler = _sampler(loader)
     inner = getattr(sampler, "sampler", sampler)
@@ -157,11 +161,12 @@ def index_batches(loader: DataLoader[Any], seed: int, epoch: int) -> Iterator[to
     order = _own_order(inner, seed) if type(sampler) is BatchSampler else None
     if order is None:
         # The generator of a sampler sits in the batch sampler or in the sampler inside.
-        yield from SeededIterator(sampler if own is None else _Drawing(sampler, own), seed)
+        drawn = SeededIterator(sampler if own is None else _Drawing(sampler, own), seed)
+        yield from itertools.islice(drawn, first_batch, None)
     else:
         size: int = sampler.batch_size
         end = len(order) - len(order) % size if sampler.drop_last else len(order)
-        for start in range(0, end, size):
+        for start in range(first_batch * size, end, size):
             yield order[start : start + size]
 
 
@@ -316,6 +321,40 @@ class _Requests:
         return self.pending
 
 
+class _WorkerInit:
+    """Shelter a loader worker from signals that are meant for its parent, then do what the user asks for.
+
+    Schedulers and terminals send them to whole groups of processes. The parent finishes its step and ends its workers;
+    a second SIGTERM is the parent's own.
+    """
+
+    def __init__(self, user: Callable[[int], object] | None) -> None:
+        self._user = user
+
+    def __call__(self, worker: int) -> None:
+        for name in ("SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _leave_next_time)
+        if self._user is not None:
+            self._user(worker)
+
+
+def _leave_next_time(signum: int, frame: object) -> None:
+    signal.signal(signum, signal.SIG_DFL)
+
+
+@contextmanager
+def _sheltered(loader: DataLoader[Any]) -> Iterator[None]:
+    """Let the workers that a loader starts in this block be sheltered."""
+    user = loader.worker_init_fn
+    loader.worker_init_fn = _WorkerInit(user)
+    try:
+        yield
+    finally:
+        loader.worker_init_fn = user
+
+
 class Feed:
     """The micro-batches of this process, epoch by epoch.
 
@@ -361,7 +400,7 @@ class Feed:
             pin_memory=pin_memory,
             num_workers=num_workers,
             timeout=user.timeout if num_workers else 0,
-            worker_init_fn=user.worker_init_fn,
+            worker_init_fn=_WorkerInit(user.worker_init_fn) if num_workers else None,
             multiprocessing_context=user.multiprocessing_context if num_workers else None,
             prefetch_factor=user.prefetch_factor if num_workers else None,
             persistent_workers=user.persistent_workers and num_workers > 0,
@@ -402,18 +441,27 @@ class Feed:
                 f"{name} has other samples on each process. Split and shuffle with a fixed seed, so that all agree."
             )
 
-    def micro_batches(self, epoch: int) -> Generator[MicroBatch]:
+    def micro_batches(self, epoch: int, first_batch: int = 0) -> Generator[MicroBatch]:
         """Yield the micro-batches of this process for one pass over the data.
 
         Args:
             epoch: The pass, 1-based.
+            first_batch: Where to begin, 0-based. Nothing is loaded to be skipped; a stream, which has no addresses,
+                is read from its start.
         """
         if is_stream(self.loader):
-            yield from self._streamed(epoch)
+            yield from self._streamed(epoch, first_batch)
             return
-        first_batch: int | None = 0
-        while first_batch is not None:
-            first_batch = yield from self._in_one_cut(epoch, first_batch)
+        again: int | None = first_batch
+        while again is not None:
+            again = yield from self._in_one_cut(epoch, again)
+
+    def indices_of(self, epoch: int, number: int) -> list[Any] | None:
+        """Return the samples of a batch; `None` for a stream."""
+        if is_stream(self.loader):
+            return None
+        indices = next(index_batches(self.loader, self.seed, epoch, number))
+        return indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
 
     def _in_one_cut(self, epoch: int, first_batch: int) -> Generator[MicroBatch, None, int | None]:
         """Yield until the pass is over, or return the batch to do again when the cut has changed."""
@@ -441,8 +489,7 @@ class Feed:
 
     def _planned(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
         """Yield the micro-batches with their indices in place of their data."""
-        batches = enumerate(index_batches(self.loader, self.seed, epoch))
-        for number, indices in itertools.islice(batches, first_batch, None):
+        for number, indices in enumerate(index_batches(self.loader, self.seed, epoch, first_batch), start=first_batch):
             if not isinstance(indices, torch.Tensor) and not hasattr(indices, "__len__"):
                 raise TypeError(
                     f"With batch_size=None the sampler must yield lists of indices, got {type(indices).__name__}. "
@@ -471,13 +518,17 @@ class Feed:
             return self._fetch_whole(micro_batch.data)
         return self._dataset[self._request(epoch, micro_batch)]
 
-    def _streamed(self, epoch: int) -> Iterator[MicroBatch]:
+    def _streamed(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
         """Read a stream on the main process only, share each batch, and take this process's samples out of it."""
         if hasattr(self.loader.dataset, "set_epoch"):
             self.loader.dataset.set_epoch(epoch - 1)
         is_reader = self.layout.process == 0
-        batches = SeededIterator(self.loader, derive_seed(self.seed, DATA, epoch)) if is_reader else None
-        for number in range(2**63):
+        batches = None
+        if is_reader:
+            with _sheltered(self.loader):
+                read = SeededIterator(self.loader, derive_seed(self.seed, DATA, epoch))
+            batches = itertools.islice(read, first_batch, None)
+        for number in itertools.count(first_batch):
             batch = next(batches, _END) if batches is not None else None
             if self.layout.num_processes > 1:
                 batch = broadcast_object_list([batch])[0]

@@ -1,197 +1,207 @@
-"""The run folder: plain files, whole or not at all, nothing in them that could execute.
+"""The run folder and its checkpoints: plain files, whole or not at all, nothing in them that could execute.
 
-Everything here runs on the main process; only `BestWeights.restore` speaks to the others.
+Everything here runs on the main process.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-import platform
-import subprocess
-import sys
+import re
+import shutil
+import stat
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 
-from .history import History, encode
-from .reductions import share_from_main
+from .errors import CheckpointError
+from .history import History, decode, encode
+from .weights import flush, read_weights, save_tensors
 
-__all__ = ["BestWeights", "RunFolder", "load_best", "plain_state"]
+if os.name == "posix":
+    import fcntl
+
+__all__ = ["Checkpoint", "RunFolder", "Snapshot", "newest_step"]
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+_NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json", "history.jsonl")
+_KNOWN = (*_NEEDED, "progress.safetensors", "best/model.safetensors")
+_STEP = re.compile(r"step_(\d{8,})")
+_LARGEST_JSON = 2**28  # bytes: more is not ours
+_LOCK_SECONDS = 10.0  # for the last of a run that was told to leave
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in memory.
 
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name as the user wrote it, without what compiling inserts anywhere in it.
-
-    Example:
-        >>> plain_name("_orig_mod.layers.0._orig_mod.weight")
-        'layers.0.weight'
+    Attributes:
+        step: Optimizer steps made.
+        tensors: File name -> tensors by name.
+        metadata: Of the weights; goes into the header of their file.
+        state: Everything that is no tensor, as JSON can hold it.
     """
-    return name.replace("_orig_mod.", "")
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    metadata: dict[str, Any]
+    state: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on the disk, but for some kilobytes."""
+        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and persistent buffers of a model under the user's own names; no copies.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on the disk whose files are as they were written."""
 
-    Raises:
-        TypeError: The model keeps an extra state that is not a tensor, which safetensors cannot hold.
-    """
-    state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"The model's state {name!r} is a {type(value).__name__}, and weights are saved as tensors only. "
-                "Keep it in a buffer, or leave it out of get_extra_state()."
-            )
-    return state
+    path: Path
 
+    def read(self) -> Snapshot:
+        """Read it into memory.
 
-def _split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return each tensor once, and under which of those names the tied others are found."""
-    first: dict[tuple[Any, ...], str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in state.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        kept = first.setdefault(place, name) if tensor.numel() else name
-        if kept != name:
-            aliases[name] = kept
-    return {name: tensor for name, tensor in state.items() if name not in aliases}, aliases
+        Raises:
+            CheckpointError: Its content makes no sense.
+        """
+        try:
+            state = _read_json(self.path / "state.json")
+            names = [name for name in _KNOWN if "/" not in name and name.endswith(".safetensors")]
+            tensors = {name: read_weights(self.path / name) for name in names if (self.path / name).exists()}
+            return Snapshot(int(state["run"]["step"]), tensors, {}, state)
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error!r}.") from error
 
 
-def save_weights(path: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
-    """Write the weights as safetensors, beside the file first and then in its place.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, RecursionError, MemoryError)
 
-    Args:
-        path: File to write.
-        model: The user's model.
-        metadata: Plain data to keep in the file's header.
-    """
-    tensors, aliases = _split_aliases(plain_state(model))
-    # Views of one storage are refused by safetensors and strided ones too: both become tensors of their own.
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    beside = path.with_name(path.name + ".part")
-    header = {"format": "pt", "accel_trainer": json.dumps(encode(metadata | {"aliases": aliases}))}
+
+# --- one checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def _write_checkpoint(path: Path, snapshot: Snapshot, history: bytes, best: Path | None) -> None:
+    """Write the files of a checkpoint into a new folder, the manifest last."""
+    path.mkdir()
+    for name, tensors in snapshot.tensors.items():
+        save_tensors(path / name, tensors, snapshot.metadata if name == "model.safetensors" else {})
+    _write(path / "state.json", (json.dumps(encode(snapshot.state)) + "\n").encode())
+    _write(path / "history.jsonl", history)
+    if best is not None:
+        (path / "best").mkdir()
+        _link(best, path / "best" / best.name)
+        flush(path / "best")
+    files = {name: _describe(path / name) for name in _KNOWN if (path / name).exists()}
+    manifest = {"format": _FORMAT, "step": snapshot.step, "files": files}
+    _write(path / _MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    flush(path)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Let a second name stand for a file; where the disk has no links, copy it."""
     try:
-        save_file(own, beside, metadata=header)
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        flush(target)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    flush(path)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside, then put it in its place."""
+    beside = path.with_name(path.name + ".part")
+    _remove(beside)
+    try:
+        _write(beside, content)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file of `save_weights` by name, tied ones under each of theirs."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        aliases = json.loads((file.metadata() or {}).get("accel_trainer", "{}")).get("aliases", {})
-    return tensors | {name: tensors[kept] for name, kept in aliases.items()}
+def _describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest, size = hashlib.sha256(), 0
+        while block := file.read(2**20):
+            digest.update(block)
+            size += len(block)
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _match(state: dict[str, Tensor], model: nn.Module, source: str) -> None:
-    expected = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
-    problems = [
-        *(f"missing {name}" for name in expected if name not in state),
-        *(f"unexpected {name}" for name in state if name not in expected),
-        *(
-            f"{name} is {tuple(state[name].shape)} in the file and {tuple(tensor.shape)} in the model"
-            for name, tensor in expected.items()
-            if name in state and state[name].shape != tensor.shape
-        ),
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path.name} is too large")
+    return decode(json.loads(path.read_text(encoding="utf-8")))
 
 
-@torch.no_grad()
-def _copy_into(model: nn.Module, state: dict[str, Tensor]) -> None:
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(state[plain_name(name)])
-
-
-def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
-    """Give a model the best weights of a run, in place, and return it.
-
-    Args:
-        model: A model of the same architecture, on any device, compiled or wrapped or plain.
-        run_dir: Folder of the run.
-
-    Raises:
-        FileNotFoundError: The folder holds no best weights.
-        ValueError: The file is damaged, or does not fit the model; the message names each difference.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from accel_trainer.checkpoints import RunFolder
-        >>> with tempfile.TemporaryDirectory() as run_dir:
-        ...     saved = RunFolder(run_dir).save_best(torch.nn.Linear(2, 1), {"epoch": 3, "value": 0.1})
-        ...     load_best(torch.nn.Linear(2, 1), run_dir)
-        Linear(in_features=2, out_features=1, bias=True)
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"load_best takes a model and then a run_dir, got {type(model).__name__} first.")
-    path = Path(run_dir) / "best" / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"No best weights in {Path(run_dir)}: {path} does not exist.")
-    inner = model
-    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        inner = inner.module
+def fault_of(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, `None` if every file is as it was written."""
     try:
-        state = read_weights(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    _match(state, inner, str(path))
-    _copy_into(inner, state)
-    return model
+        _check_kind(path, stat.S_ISDIR)
+        _check_kind(path / _MANIFEST, stat.S_ISREG)
+        manifest = _read_json(path / _MANIFEST)
+        if manifest["format"] != _FORMAT:
+            return f"format {manifest['format']!r} is not known to this version"
+        if path.name != _name(manifest["step"]):
+            return f"its manifest is that of step {manifest['step']!r}"
+        files = manifest["files"]
+        wrong = [name for name in files if name not in _KNOWN] or [name for name in _NEEDED if name not in files]
+        if wrong:
+            return f"its manifest has a wrong list of files ({wrong[0]!r})"
+        for name, expected in files.items():
+            for place in [path / name, *(path / name).parents][: name.count("/") + 1]:
+                _check_kind(place, stat.S_ISREG if place == path / name else stat.S_ISDIR)
+            if (path / name).stat().st_size != expected["size"]:
+                return f"{name} has {(path / name).stat().st_size} bytes in place of {expected['size']}"
+            if _describe(path / name) != expected:
+                return f"the checksum of {name} does not match"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(path)} is missing"
+    except _UNREADABLE as error:
+        return f"it cannot be read ({error})"
+    return None
 
 
-class BestWeights:
-    """The weights of the best epoch, in the run folder or, without one, in host memory of the main process.
+def _check_kind(path: Path, is_kind: Callable[[int], bool]) -> None:
+    """Refuse what is not what it should be, such as a link that leads elsewhere."""
+    if not is_kind(os.lstat(path).st_mode):
+        raise ValueError(f"{path.name} is not a plain {'file' if is_kind is stat.S_ISREG else 'folder'}")
 
-    Args:
-        folder: The run folder, on the main process and if there is one.
-        is_main: Whether this is the main process; the others keep nothing.
-    """
 
-    def __init__(self, folder: RunFolder | None, is_main: bool) -> None:
-        self._folder, self._is_main = folder, is_main
-        self._copy: dict[str, Tensor] | None = None
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
-    def keep(self, model: nn.Module, metadata: dict[str, Any]) -> None:
-        """Keep the present weights as the best so far.
 
-        A folder that cannot be written ends nothing: a warning says so, and the weights stay in memory.
-        """
-        if not self._is_main:
-            return
-        if self._folder is not None and self._folder.save_best(model, metadata):
-            self._copy = None
-        else:
-            self._copy = {name: tensor.detach().cpu().clone() for name, tensor in plain_state(model).items()}
+def _remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
-    def restore(self, model: nn.Module, num_processes: int) -> None:
-        """Give the model the weights kept last, on every process.
 
-        Where the file is gone the model keeps the weights it has, and a warning says so.
-        """
-        if self._is_main:
-            try:
-                kept = self._copy
-                _copy_into(model, kept if kept is not None else self._folder.read_best())  # type: ignore[union-attr]
-            except (OSError, SafetensorError) as error:
-                warnings.warn(f"The best weights are gone, the model keeps the last ones: {error}", stacklevel=2)
-        if num_processes > 1:
-            share_from_main(model.state_dict().values())
+def steps_in(folder: Path) -> list[tuple[int, Path]]:
+    """Return step and place of what is named as a checkpoint in a folder, the newest first."""
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    return sorted(((int(match[1]), path) for path in paths if (match := _STEP.fullmatch(path.name))), reverse=True)
+
+
+def newest_step(run_dir: str | os.PathLike[str]) -> int | None:
+    """Return the step of the newest checkpoint that this process sees, valid or not."""
+    return next((step for step, _ in steps_in(Path(run_dir) / "checkpoints")), None)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -202,60 +212,254 @@ class RunFolder:
 
     Args:
         run_dir: The folder; made if need be.
+        resume: `False` for a new run, `True` to continue one, `"auto"` for the one or the other.
+        keep: Checkpoints that stay.
+
+    Attributes:
+        resumed: The checkpoint to go on from; `None` for a new run.
+        passed_over: Newer checkpoints that cannot be used, each with what is wrong with it.
 
     Raises:
-        FileExistsError: The folder holds a run already.
+        FileExistsError: The folder holds a run already, or one that is still going on.
+        FileNotFoundError: There is nothing to continue.
+        CheckpointError: There are checkpoints, and none can be used.
         OSError: The folder cannot be made or written.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
-        self.path = Path(run_dir)
-        for name in ("config.json", "history.jsonl", "best"):
+    def __init__(self, run_dir: str | os.PathLike[str], resume: bool | str = False, keep: int = 2) -> None:
+        self.path, self._keep = Path(run_dir), keep
+        self.best_path = self.path / "best" / "model.safetensors"
+        self._checkpoints = self.path / "checkpoints"
+        self._lines: list[bytes] = []  # of the history
+        self._is_complete = True  # whether the file has them all
+        self._failing: set[str] = set()
+        self._lock: Any = None
+        self.resumed: Checkpoint | None = None
+        self.passed_over: list[str] = []
+        if not resume:
+            self._check_unused()
+        elif self.path.is_dir():
+            self._take_lock()
+            self._clean()
+            self.resumed = self._newest()
+        if resume is True and self.resumed is None:
+            raise FileNotFoundError(f'run_dir {self.path} has no checkpoint to go on from. resume="auto" begins anew.')
+
+    def _check_unused(self) -> None:
+        for name in ("config.json", "history.jsonl", "best", "checkpoints"):
             if (self.path / name).exists():
                 raise FileExistsError(
-                    f"run_dir {self.path} holds a run already ({name}). Give another run_dir, or remove the folder."
+                    f'run_dir {self.path} holds a run already ({name}). Continue it with resume="auto", give another '
+                    "run_dir, or remove the folder."
                 )
+
+    def open(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder ready to write: empty for a new run, as it was then for one that goes on.
+
+        Args:
+            identity: What makes the run the one that it is; a new run does not take the folder of another.
+        """
         try:
-            (self.path / "best").mkdir(parents=True)
-            (self.path / "history.jsonl").touch()
+            if self.resumed is None:
+                self._check_same_run(identity)
+                for name in ("config.json", "history.jsonl", "best", "preempted.json", "nonfinite.json"):
+                    _remove(self.path / name)
+            self.best_path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if self.resumed is not None:
+                self._go_back_to(self.resumed)
+            _write_whole(self.path / "history.jsonl", b"".join(self._lines))
+        except FileExistsError:
+            raise
         except OSError as error:
             reason = error.strerror or error
             raise type(error)(
                 f"run_dir {self.path} cannot be written: {reason}. Give a run_dir in a folder that can."
             ) from error
-        self.best_path = self.path / "best" / "model.safetensors"
+
+    def _check_same_run(self, identity: Mapping[str, Any]) -> None:
+        """Refuse to begin anew, for want of a checkpoint, in the folder of another run."""
+        with suppress(*_UNREADABLE):
+            before = _read_json(self.path / "config.json")["identity"]
+            changed = [name for name in before if before[name] != decode(encode(identity)).get(name)]
+            if changed:
+                raise FileExistsError(
+                    f"run_dir {self.path} holds another run, without a checkpoint ({', '.join(changed)} differ). Give "
+                    "another run_dir, or remove the folder."
+                ) from None
+
+    def _take_lock(self) -> None:
+        """Let no second run write here; the system gives the lock back when this process ends, however that is."""
+        if os.name != "posix" or self._lock is not None:
+            return
+        lock = os.fdopen(os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    break  # this disk knows no locks
+                if time.monotonic() > deadline:
+                    raise FileExistsError(
+                        f"A run is going on in run_dir {self.path}: another process holds its lock. Wait for it or end "
+                        "it, or give another run_dir."
+                    ) from None
+                time.sleep(0.2)
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def discard(self) -> None:
-        """Remove the files of a run that has measured nothing, and the folder unless it holds others."""
+        """Remove the files of a run that has measured and saved nothing, and the folder unless it holds others."""
+        self.close()
+        if steps_in(self._checkpoints):
+            return
         with suppress(OSError):
-            for path in [self.path / name for name in ("config.json", "environment.json", "history.jsonl")]:
-                path.unlink(missing_ok=True)
-            (self.path / "best").rmdir()
-            self.path.rmdir()
+            for name in ("config.json", "environment.json", "history.jsonl", "preempted.json", ".lock"):
+                _remove(self.path / name)
+            for name in ("best", "checkpoints", ""):
+                if (self.path / name).is_dir():
+                    (self.path / name).rmdir()
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file of the folder."""
-        self._attempt(name, lambda: _write_whole(self.path / name, json.dumps(encode(content), indent=2) + "\n"))
+    # --- which checkpoint ---------------------------------------------------------------------------------------------
+
+    def _clean(self) -> None:
+        """Remove what a crash has left half done."""
+        with suppress(OSError):
+            for path in [*self.path.glob("*.part"), *self.path.glob("best/*.part"), *self._checkpoints.glob(".*.part")]:
+                _remove(path)
+            for path in self._checkpoints.glob(".*.old"):
+                in_place = self._checkpoints / path.name[1 : -len(".old")]
+                if _STEP.fullmatch(in_place.name) and not os.path.lexists(in_place):
+                    os.rename(path, in_place)  # its successor had not come
+                else:
+                    _remove(path)
+
+    def _newest(self) -> Checkpoint | None:
+        for _, path in steps_in(self._checkpoints):
+            fault = fault_of(path)
+            if fault is None:
+                return Checkpoint(path)
+            self.passed_over.append(f"{path.name}: {fault}")
+        if self.passed_over:
+            faults = "; ".join(self.passed_over)
+            raise CheckpointError(
+                f"No checkpoint in {self._checkpoints} can be used ({faults}). To begin anew, remove the folder."
+            )
+        return None
+
+    def _go_back_to(self, checkpoint: Checkpoint) -> None:
+        """Put history and best weights back to what they were."""
+        self._lines = (checkpoint.path / "history.jsonl").read_bytes().splitlines(keepends=True)
+        best = checkpoint.path / "best" / self.best_path.name
+        _remove(self.best_path)
+        if best.exists():
+            _link(best, self.best_path)
+        for name in ("preempted.json", "nonfinite.json"):
+            _remove(self.path / name)
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def check_room(self, num_bytes: int) -> None:
+        """Refuse to begin what the disk has no room for.
+
+        Raises:
+            OSError: With the numbers.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            told = f"{num_bytes / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {told}")
+
+    def save_best(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write the best weights.
+
+        Raises:
+            OSError: They could not be written.
+        """
+        beside = self.best_path.with_name(self.best_path.name + ".part")
+        self.best_path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(beside)
+        try:
+            save_tensors(beside, tensors, metadata)
+            os.replace(beside, self.best_path)
+            flush(self.best_path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def save_checkpoint(self, snapshot: Snapshot, history: bytes) -> Path:
+        """Write a checkpoint, whole or not at all, and remove the ones too many.
+
+        Raises:
+            OSError: It could not be written; the others are untouched.
+        """
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self.check_room(snapshot.num_bytes)
+        path = self._checkpoints / _name(snapshot.step)
+        beside, aside = (self._checkpoints / f".{path.name}.{ending}" for ending in ("part", "old"))
+        _remove(beside)
+        try:
+            _write_checkpoint(beside, snapshot, history, self.best_path if self.best_path.exists() else None)
+            if os.path.lexists(path):  # of the same step, but not as far: the epoch has ended since
+                _remove(aside)
+                os.rename(path, aside)
+            os.rename(beside, path)
+            flush(self._checkpoints)
+        finally:
+            with suppress(OSError):
+                _remove(beside)
+        with suppress(OSError):
+            _remove(aside)
+            self._remove_others(snapshot.step)
+        return path
+
+    def _remove_others(self, step: int) -> None:
+        """Keep this checkpoint and those before it that are still wanted; newer ones are of a time that never was."""
+        steps = steps_in(self._checkpoints)
+        wanted = [path for number, path in steps if number <= step][: self._keep]
+        for _, path in steps:
+            if path not in wanted:
+                aside = self._checkpoints / f".{path.name}.part"  # a kill in between leaves nothing half there
+                os.rename(path, aside)
+                _remove(aside)
+
+    @property
+    def history(self) -> bytes:
+        """The lines of `history.jsonl` so far."""
+        return b"".join(self._lines)
 
     def append_history(self, row: dict[str, Any]) -> None:
-        """Append a line to `history.jsonl`."""
+        """Append a line to `history.jsonl`, and what could not be written before."""
+        line = (json.dumps(encode(row)) + "\n").encode()
+        self._lines.append(line)
 
         def append() -> None:
-            line = json.dumps(encode(row)) + "\n"
-            with open(self.path / "history.jsonl", "ab", buffering=0) as file:
+            path = self.path / "history.jsonl"
+            if not self._is_complete or not path.is_file():
+                self.path.mkdir(parents=True, exist_ok=True)
+                _write_whole(path, self.history)
+                return
+            with open(path, "ab", buffering=0) as file:
                 size = file.tell()
                 try:
-                    if file.write(line.encode()) < len(line.encode()):
+                    if file.write(line) < len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 except OSError:
                     file.truncate(size)  # no half line: the next one would be glued to it
                     raise
 
-        self._attempt("history.jsonl", append)
+        self._is_complete = self.attempt("history.jsonl", append)
 
-    def save_best(self, model: nn.Module, metadata: dict[str, Any]) -> bool:
-        """Write the best weights and return whether that succeeded."""
-        return self._attempt("best/model.safetensors", lambda: save_weights(self.best_path, model, metadata))
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file of the folder."""
+        text = json.dumps(encode(content), indent=2) + "\n"
+        self.attempt(name, lambda: _write_whole(self.path / name, text.encode()))
 
     def read_best(self) -> dict[str, Tensor]:
         """Return the best weights by name."""
@@ -270,64 +474,25 @@ class RunFolder:
             os.replace(beside, self.path / "losses.png")
 
         try:
-            self._attempt("losses.png", draw)
+            self.attempt("losses.png", draw)
         except ModuleNotFoundError as error:
             warnings.warn(f"No losses.png: {error}", stacklevel=2)
 
-    def _attempt(self, name: str, write: Callable[[], None]) -> bool:
-        """Write; a disk that is full or gone is no error of the training."""
+    def attempt(self, name: str, write: Callable[[], object]) -> bool:
+        """Write, and return whether that succeeded; a disk that is full or gone is no error of the training."""
         try:
             write()
         except (OSError, SafetensorError) as error:
-            warnings.warn(f"Could not write {self.path / name}: {error}. The training goes on.", stacklevel=3)
+            self.note(name, error)
             return False
+        self.note(name, None)
         return True
 
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def describe_environment(hardware: str) -> dict[str, Any]:
-    """Return what `environment.json` holds: hardware, versions, git commit, command line.
-
-    Args:
-        hardware: The line that is printed at the start.
-    """
-    names = ("accel_trainer", "torch", "accelerate", "safetensors", "datasets", "numpy")
-    return {
-        "hardware": hardware,
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: found for name in names if (found := _version(name)) is not None},
-        "git_commit": _git_commit(),
-        "command": sys.orig_argv,
-        "environment": {name: value for name, value in sorted(os.environ.items()) if _matters(name)},
-    }
-
-
-def _matters(variable: str) -> bool:
-    return variable in ("WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES") or variable.startswith("ACCELERATE_")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Return the commit of the working folder, marked when there are uncommitted changes; `None` without git."""
-    try:
-        commit, changes = (
-            subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + (" with changes" if changes else "")
+    def note(self, name: str, error: Exception | None) -> None:
+        """Take in how a write has ended; the first failure of each name in a row is a warning."""
+        if error is None:
+            self._failing.discard(name)
+        elif name not in self._failing:
+            self._failing.add(name)
+            told = f"Could not write {self.path / name}: {error}. The training goes on, and the next save tries again."
+            warnings.warn(told, stacklevel=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ _CHOICES = {
     "mode": ("min", "max"),
     "mixed_precision": (None, "no", "fp16", "bf16", "fp8"),
     "schedule_every": ("step", "epoch"),
-    "on_nonfinite": ("raise", "ignore"),
+    "on_nonfinite": ("raise", "skip", "ignore"),
 }
 _AT_LEAST_ONE = (
     "num_epochs",
@@ -23,6 +24,7 @@ _AT_LEAST_ONE = (
     "num_micro_batches",
     "num_threads",
     "report_every",
+    "keep_checkpoints",
 )
 
 
@@ -55,11 +57,17 @@ class TrainConfig:
             `ReduceLROnPlateau` always steps per epoch.
         seed: Decides the order of the samples, dropout and augmentation; from 0 to 2**63 - 1.
         restore_best: Give the model the weights of the best epoch at the end; false keeps the last.
-        run_dir: Folder for config, history, best weights and picture; `None` writes nothing.
+        run_dir: Folder for config, history, best weights, checkpoints and picture; `None` writes nothing.
+        resume: `False` for a new run; `True` to go on from the newest valid checkpoint of `run_dir`; `"auto"` to do
+            so where there is one and to begin anew where there is none.
+        checkpoint_every: Steps between two checkpoints, at least 1, or minutes as `"10min"`; `None` makes one at
+            the end of each epoch. The end of the run makes one too.
+        keep_checkpoints: Checkpoints that stay, at least 1; the best weights are kept apart from them.
         report_every: Steps between two read-backs of the loss, for the bar and the check for non-finite values.
         time_limit_seconds: Stop at the first step after this many seconds, greater than 0; `None` sets no limit.
-        on_nonfinite: When the train loss becomes nan or infinite: `raise` an error within `report_every`
-            steps, or `ignore` it and record it.
+        on_nonfinite: When the train loss or the gradient becomes nan or infinite: `raise` an error within
+            `report_every` steps; `skip` the update of that batch, which costs one read-back per step; or `ignore` it.
+            The history shows it.
         find_unused_parameters: Set it when a step can leave some parameters without a gradient that
             had one in the first step. Costs the overlap of communication and backward.
         verbose: Print the hardware, a line per epoch and the end of the run, on the main process.
@@ -88,9 +96,12 @@ class TrainConfig:
     seed: int = 0
     restore_best: bool = True
     run_dir: str | os.PathLike[str] | None = None
+    resume: bool | Literal["auto"] = False
+    checkpoint_every: int | str | None = None
+    keep_checkpoints: int = 2
     report_every: int = 50
     time_limit_seconds: float | None = None
-    on_nonfinite: Literal["raise", "ignore"] = "raise"
+    on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
     find_unused_parameters: bool = False
     verbose: bool = True
 
@@ -116,8 +127,21 @@ class TrainConfig:
             raise ValueError(f"monitor must be a name, got {self.monitor!r}.")
         if self.run_dir is not None and not isinstance(self.run_dir, (str, os.PathLike)):
             raise ValueError(f"run_dir must be a path or None, got {self.run_dir!r}.")
+        self._check_checkpoints()
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}.")
+
+    def _check_checkpoints(self) -> None:
+        if self.resume not in (True, False, "auto") or type(self.resume) not in (bool, str):
+            raise ValueError(f"resume must be True, False or 'auto', got {self.resume!r}.")
+        every = self.checkpoint_every
+        minutes = re.fullmatch(r"(\d+(?:\.\d+)?)min", every) if isinstance(every, str) else None
+        is_steps = type(every) is int and every >= 1
+        if not (every is None or is_steps or (minutes and float(minutes[1]) > 0)):
+            raise ValueError(f"checkpoint_every must be steps, minutes such as '10min', or None, got {every!r}.")
+        for name, is_set in (("resume", self.resume), ("checkpoint_every", every is not None)):
+            if is_set and self.run_dir is None:
+                raise ValueError(f"{name} needs a run_dir, where the checkpoints are.")
 
 
 def _is_number(value: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["HardwareError", "NonFiniteError", "ProcessFailedError", "StopTraining"]
+__all__ = ["CheckpointError", "HardwareError", "NonFiniteError", "ProcessFailedError", "StopTraining"]
 
 
 class StopTraining(Exception):
@@ -24,12 +24,22 @@ class StopTraining(Exception):
         self.reason = reason
 
 
+class CheckpointError(ValueError):
+    """No checkpoint of a run folder can be used, or the one to go on from is of another run."""
+
+
 class HardwareError(RuntimeError):
     """The launch asks for something that this machine or this package cannot do."""
 
 
 class NonFiniteError(ArithmeticError):
-    """A train loss became infinite or not a number, and `on_nonfinite="raise"`."""
+    """A train loss or the weights became infinite or not a number, and `on_nonfinite="raise"`.
+
+    Attributes:
+        place: Pass over the data, 1-based, and number in it, 0-based, of the batch; `None` if it is not known.
+    """
+
+    place: tuple[int, int] | None = None
 
 
 class ProcessFailedError(RuntimeError):

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -203,7 +204,29 @@ def _build(mixed_precision: str | None, factory: Callable[[], Accelerator] | Non
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = several and not torch.accelerator.is_available()
     _check_precision(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    if cpu or _asks_for_cpu():
+        _meet_after_restart()
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+
+
+def _asks_for_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+
+
+def _meet_after_restart() -> None:
+    """Form the group of processes that a launcher has started again.
+
+    The store outlives them, and gloo would find in it the addresses of those that are gone: each attempt gets names of
+    its own (huggingface/accelerate and torch up to 2.13 leave them out).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
+    prefixed = torch.distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo", store=prefixed, rank=rank, world_size=size)
 
 
 def _check_built(accelerator: Accelerator, mixed_precision: str | None) -> None:
@@ -246,8 +269,7 @@ def possible_precisions(device_type: str) -> list[str]:
 def _check_precision(precision: str, device_type: str | None = None) -> None:
     if device_type is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
-        device_type = "cpu" if found is None or forced_cpu else found.type
+        device_type = "cpu" if found is None or _asks_for_cpu() else found.type
     possible = possible_precisions(device_type)
     if precision not in possible:
         raise HardwareError(
@@ -267,7 +289,7 @@ def _precision_source(mixed_precision: str | None, factory: object) -> str:
 
 
 def _device_source(device: torch.device) -> str:
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
+    if _asks_for_cpu():
         return "asked for by ACCELERATE_USE_CPU"
     return "no accelerator found" if device.type == "cpu" and not torch.accelerator.is_available() else "found"
 

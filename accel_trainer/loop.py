@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,16 +19,17 @@ from torch.utils.data import DataLoader
 
 from .batches import Feed, MicroBatch, check_loader
 from .callbacks import say
-from .checkpoints import BestWeights, RunFolder
+from .checkpoints import RunFolder
 from .config import TrainConfig
 from .errors import NonFiniteError
 from .gradients import Buffers, FixedBuffers, Gradients, TreeGradients
 from .hardware import Hardware, Prepared, check_model, check_optimizer
 from .history import History
-from .losses import Fault, Ledger, Metrics, Objective, Totals, check_loss, inputs_of, widest_float
+from .losses import Fault, Ledger, Metrics, Objective, Totals, check_loss, finite, inputs_of, widest_float
 from .memory import TrainingMemory, until_it_fits
 from .randomness import EVALUATION, TRAINING, derive_seed, preserved
 from .reductions import ChainSum, TreeSum
+from .saving import Saver
 from .schedules import Schedule
 from .state import RunState
 from .stopping import Stopping, shared_failure
@@ -39,7 +39,13 @@ __all__ = ["Run", "Training", "evaluate", "evaluate_model", "fit", "predict", "t
 
 @dataclass
 class Training:
-    """What makes optimizer steps: the parts that `train_epoch` puts in order."""
+    """What makes optimizer steps: the parts that `train_epoch` puts in order.
+
+    Attributes:
+        ledger: The losses of the epoch under way.
+        seconds_before: What the epoch under way took before it was interrupted.
+        batches: Number of each batch since the last report -> its pass over the data and place there.
+    """
 
     config: TrainConfig
     hardware: Hardware
@@ -52,9 +58,32 @@ class Training:
     stopping: Stopping
     state: RunState
     feed: Feed
+    ledger: Ledger
     call: Callable[[str], None] = lambda hook: None
+    before_batch: Callable[[], None] = lambda: None
     norm_sum: Any = 0.0
     num_norms: int = 0
+    started: float = 0.0
+    seconds_before: float = 0.0
+    batches: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Begin an epoch, or go on with the one under way."""
+        if epoch != self.state.epoch:
+            self.state.epoch, self.ledger, self.seconds_before = epoch, Ledger(self.hardware.process), 0.0
+            self.norm_sum, self.num_norms = 0.0, 0
+        self.started = time.perf_counter()
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Seconds that the epoch under way has taken so far."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def cut_into(self, num_micro_batches: int) -> None:
+        """Cut the batch under way and all that follow into so many micro-batches."""
+        layout = self.feed.layout._replace(num_micro_batches=num_micro_batches)
+        self.gradients.layout = self.buffers.layout = layout
+        self.feed.recut(layout)
 
 
 @dataclass
@@ -65,7 +94,7 @@ class Run:
     test_feed: Feed | None
     metrics: Metrics
     history: History
-    best: BestWeights
+    saver: Saver
     folder: RunFolder | None
     monitor: str
     announce: Callable[[str], None]
@@ -74,52 +103,69 @@ class Run:
 def fit(run: Run) -> str:
     """Train until something ends the run and return the reason, in words."""
     training, config, state = run.training, run.training.config, run.training.state
-    for micro_batches in epochs(training.feed, config):
-        state.epoch += 1
-        started = time.perf_counter()
+    while (reason := end_of(run)) is None:
+        training.begin_epoch(run.history.num_epochs + 1)
         training.call("on_epoch_start")
-        train = train_epoch(training, micro_batches)
+        train = train_epoch(training, micro_batches_of_epoch(training))
         if train is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"  # an epoch cut short is not recorded
 
         training.buffers.share()
         check_weights(training)
+        if state.step == config.max_steps:
+            run.saver.save_last()  # not after an epoch cut short: with more steps the run goes on within it
         test = evaluate_epoch(run)
-        value = record(run, train.loss, test, time.perf_counter() - started)
-        if state.judge(value, config.mode, config.min_delta):
-            run.best.keep(training.prepared.plain, {"epoch": state.epoch, run.monitor: value})
+        if test is None:
+            return f"{training.stopping.reason} in epoch {state.epoch}"
+        value = record(run, train.loss, test)
+        if finite(training.prepared.plain.parameters()) and state.judge(value, config.mode, config.min_delta):
+            run.saver.keep_best({"epoch": state.epoch, run.monitor: value})
         training.schedule.after_epoch(value)
         report_epoch(run)
         with evaluation_mode(training.prepared.plain):  # a callback may look at the model, and change its modes
             training.call("on_epoch_end")
+        run.saver.after_epoch()
+    return reason
 
-        if training.stopping.agree():
-            return f"{training.stopping.reason} after epoch {state.epoch}"
-        if config.patience is not None and state.num_bad_epochs >= config.patience:
-            return f"no improvement of {run.monitor} for {config.patience} epochs"
-        if state.step == config.max_steps:
-            return f"max_steps={config.max_steps} reached"
-    return f"all {config.num_epochs} epochs done"
+
+def end_of(run: Run) -> str | None:
+    """Return why the run ends here, between two epochs, or `None`; all processes call it together."""
+    training, config, state = run.training, run.training.config, run.training.state
+    if state.finished is not None:
+        return state.finished
+    if training.stopping.agree():
+        where = "in" if state.epoch > run.history.num_epochs else "after"
+        return f"{training.stopping.reason} {where} epoch {state.epoch}"
+    if state.epoch > run.history.num_epochs:
+        return None  # resumed within it
+    if config.patience is not None and state.num_bad_epochs >= config.patience:
+        return f"no improvement of {run.monitor} for {config.patience} epochs"
+    if config.max_steps is not None and state.step >= config.max_steps:
+        return f"max_steps={config.max_steps} reached"
+    if state.epoch >= config.num_epochs:
+        return f"all {config.num_epochs} epochs done"
+    return None
 
 
 def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Totals | None:
     """Make the optimizer steps of one epoch and return its mean loss; `None` if the run ends within it."""
     hardware, model, state = training.hardware, training.prepared.model, training.state
     gradients, buffers, memory = training.gradients, training.buffers, training.memory
-    ledger = Ledger(hardware.process)
+    ledger = training.ledger
     gradients.begin()
     buffers.begin()
     with closing(micro_batches):
         for micro_batch in micro_batches:
             if micro_batch.piece.is_first:
-                if not training.stopping.may_start(state.step + 1):
+                if not training.stopping.may_go_on():
                     return None
+                training.before_batch()
                 state.num_batches += 1
             hardware.set_generators(
                 derive_seed(training.config.seed, TRAINING, state.num_batches, micro_batch.piece.index)
             )
             attempt = memory.attempt(micro_batch)
-            buffers.before(micro_batch, memory.holds)
+            buffers.before(micro_batch, memory.holds or training.config.on_nonfinite == "skip")
             with attempt, gradients.context(micro_batch, memory.holds):
                 micro_batch.data = hardware.place(micro_batch.data)
                 forward = training.objective(model, micro_batch)
@@ -130,7 +176,7 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
             if memory.must_redo():
                 cut_finer(training, ledger)
             elif micro_batch.piece.is_last:
-                take_step(training, micro_batch.batch_size, ledger)
+                take_step(training, micro_batch, ledger)
                 if state.step == training.config.max_steps:
                     break
     totals = ledger.exchange()
@@ -144,24 +190,31 @@ def cut_finer(training: Training, ledger: Ledger) -> None:
     training.buffers.undo()
     ledger.drop(training.state.num_batches)
     training.state.num_batches -= 1
-    layout = training.memory.finer()
-    training.gradients.layout = training.buffers.layout = layout
-    training.feed.recut(layout)
+    training.cut_into(training.memory.finer().num_micro_batches)
 
 
-def take_step(training: Training, batch_size: int, ledger: Ledger) -> None:
-    """Update the weights with the gradients of one batch."""
+def take_step(training: Training, micro_batch: MicroBatch, ledger: Ledger) -> None:
+    """Update the weights with the gradients of one batch, whose last micro-batch is given."""
     config, state, prepared = training.config, training.state, training.prepared
-    training.gradients.finish(batch_size)
-    training.buffers.finish(min(batch_size, training.feed.layout.num_micro_batches))
+    state.position = micro_batch.batch_number + 1
+    training.batches[state.num_batches] = state.data_pass, micro_batch.batch_number
+    training.gradients.finish(micro_batch.batch_size)
+    norm = None
     if config.max_grad_norm is not None:
         norm = prepared.clip(training.gradients.parameters, config.max_grad_norm)
-        training.norm_sum = training.norm_sum + norm.to(widest_float(norm.device))
-        training.num_norms += 1
+    if config.on_nonfinite == "skip" and must_skip(training, norm):
+        training.buffers.undo()
+        training.gradients.clear()
+        state.num_skipped += 1
+        return
+    training.buffers.finish(min(micro_batch.batch_size, training.feed.layout.num_micro_batches))
     updated = prepared.step()
     training.gradients.clear()
     if not updated:
         return
+    if norm is not None:
+        training.norm_sum = training.norm_sum + norm.to(widest_float(norm.device))
+        training.num_norms += 1
     state.step += 1
     training.schedule.after_step()
     if state.step % config.report_every == 0:
@@ -170,8 +223,13 @@ def take_step(training: Training, batch_size: int, ledger: Ledger) -> None:
     training.call("on_step_end")
 
 
-def evaluate(prepared: Prepared, objective: Objective, feed: Feed, metrics: Metrics) -> dict[str, float]:
-    """Return the loss and metrics over all samples of a loader, the same numbers on every process."""
+def evaluate(
+    prepared: Prepared, objective: Objective, feed: Feed, metrics: Metrics, stopping: Stopping | None = None
+) -> dict[str, float] | None:
+    """Return the loss and metrics over all samples of a loader, the same numbers on every process.
+
+    With a `stopping`, the end of the run cuts it short on all processes alike, and `None` is returned.
+    """
     hardware = prepared.hardware
     objective.to(hardware.device)
     for memory in until_it_fits(hardware, feed):
@@ -179,6 +237,8 @@ def evaluate(prepared: Prepared, objective: Objective, feed: Feed, metrics: Metr
         ledger = Ledger(hardware.process, metrics.totalled)
         with evaluation_pass(prepared, feed) as micro_batches:
             for micro_batch in micro_batches:
+                if stopping is not None and micro_batch.piece.is_first and stopping.interrupts():
+                    return None
                 if memory.exceeded or not micro_batch.piece.counts:
                     continue  # nothing is exchanged before the end, so nobody has to stand in
                 hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
@@ -274,23 +334,35 @@ def join(parts: list[Any]) -> Any:
 # --- the parts of an epoch --------------------------------------------------------------------------------------------
 
 
-def epochs(feed: Feed, config: TrainConfig) -> Iterator[Generator[MicroBatch]]:
-    """Yield the micro-batches of each epoch: a pass over the data, or `steps_per_epoch` batches of an endless one."""
+def micro_batches_of_epoch(training: Training) -> Generator[MicroBatch]:
+    """Yield what is left of this epoch: of a pass over the data, or of `steps_per_epoch` batches of an endless one."""
+    config, state = training.config, training.state
+    if config.max_steps is not None and state.step >= config.max_steps:
+        return  # resumed at its end
     if config.steps_per_epoch is None:
-        for epoch in range(1, config.num_epochs + 1):
-            yield _not_empty(feed.micro_batches(epoch))
+        if state.data_pass != state.epoch:
+            state.data_pass, state.position = state.epoch, 0
+        yield from _rest_of_pass(training)
         return
-    endless = itertools.chain.from_iterable(_not_empty(feed.micro_batches(epoch)) for epoch in itertools.count(1))
-    for _ in range(config.num_epochs):
-        yield _first_batches(endless, config.steps_per_epoch, feed)
+    num_left = config.steps_per_epoch * state.epoch - state.num_batches
+    if num_left:
+        yield from _first_batches(_passes(training), num_left, training.feed)
 
 
-def _not_empty(micro_batches: Generator[MicroBatch]) -> Generator[MicroBatch]:
+def _rest_of_pass(training: Training) -> Generator[MicroBatch]:
+    state = training.state
+    begins_within = state.position > 0
     micro_batch = None
-    for micro_batch in micro_batches:
+    for micro_batch in training.feed.micro_batches(state.data_pass, state.position):
         yield micro_batch
-    if micro_batch is None:
+    if micro_batch is None and not begins_within:
         raise ValueError("train_loader yields no batch (a stream that can be read once only is used up after a pass).")
+
+
+def _passes(training: Training) -> Generator[MicroBatch]:
+    while True:
+        yield from _rest_of_pass(training)
+        training.state.data_pass, training.state.position = training.state.data_pass + 1, 0
 
 
 def _first_batches(micro_batches: Iterable[MicroBatch], num_batches: int, feed: Feed) -> Generator[MicroBatch]:
@@ -347,25 +419,25 @@ def _each(micro_batches: Iterable[MicroBatch], then: Callable[[], None]) -> Iter
 
 
 def evaluate_epoch(run: Run) -> dict[str, float] | None:
-    """Return the scores of the test set; `None` without one."""
+    """Return the scores of the test set, none without one; `None` if the run ends within it."""
     if run.test_feed is None:
-        return None
-    return evaluate(run.training.prepared, run.training.objective, run.test_feed, run.metrics)
+        return {}
+    training = run.training
+    return evaluate(training.prepared, training.objective, run.test_feed, run.metrics, training.stopping)
 
 
-def record(run: Run, train_loss: float, test: dict[str, float] | None, seconds: float) -> float:
+def record(run: Run, train_loss: float, test: dict[str, float]) -> float:
     """Write the epoch to the history and return its monitored value."""
     training, history = run.training, run.history
-    scores = dict(test) if test is not None else {}
+    scores = dict(test)
     history.record(
         train_loss=train_loss,
         test_loss=scores.pop("loss", None),
         learning_rate=training.schedule.learning_rate,
         grad_norm=float(training.norm_sum) / training.num_norms if training.num_norms else None,
-        epoch_seconds=seconds,
+        epoch_seconds=training.epoch_seconds,
         metrics=scores,
     )
-    training.norm_sum, training.num_norms = 0.0, 0
     if run.monitor == "train_loss":
         return train_loss
     return history.test_losses[-1] if run.monitor == "test_loss" else scores[run.monitor]
@@ -382,17 +454,43 @@ def report_epoch(run: Run) -> None:
     run.announce(f"Epoch {state.epoch}/{run.training.config.num_epochs} - Train Loss: {row['train_loss']:.4f}{test}")
 
 
+def must_skip(training: Training, norm: Tensor | None) -> bool:
+    """Return, on all processes alike, whether a loss of this batch or its gradient is not finite: one read-back."""
+    is_finite = training.ledger.last_batch_is_finite()
+    # What overflows in fp16 is skipped by the scaler, which then lowers its scale.
+    if training.hardware.accelerator.scaler is None:
+        gradients = (one.grad for one in training.gradients.parameters if one.grad is not None)
+        is_finite = is_finite & (finite(gradients) if norm is None else norm.isfinite())
+    return training.hardware.any_process(not is_finite)[0]
+
+
+_ADVICE = "Lower the learning rate, set max_grad_norm, or look at the data."
+
+
 def check_finite(training: Training, fault: Fault | None) -> None:
-    """End the run, on all processes alike, when a train loss is not finite.
+    """End the run, on all processes alike, when a train loss or the weights are not finite.
 
     Raises:
-        NonFiniteError: With the step and the process of the first such loss.
+        NonFiniteError: With the step and the process of the first such loss, and the first such parameters.
     """
-    if fault is not None and training.config.on_nonfinite == "raise":
-        raise NonFiniteError(
-            f"Train loss became {fault.value} in epoch {training.state.epoch}, step {fault.batch}, process "
-            f"{fault.process}. Lower the learning rate, set max_grad_norm, or look at the data."
-        )
+    recent, training.batches = training.batches, {}
+    if training.config.on_nonfinite != "raise":
+        return
+    model, state = training.prepared.plain, training.state
+    if fault is None and finite(model.parameters()):
+        return
+    named = [(name, one) for name, one in model.named_parameters() if not finite([one])]
+    names = ", ".join(name for name, _ in named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+    in_weights = f" Not finite by now: {names}." if named else ""
+    first = f"epoch {state.epoch}, step "
+    if fault is None:
+        first += f"{min(recent, default=state.step)} to {state.step}: a gradient became nan or infinite."
+        raise NonFiniteError(f"In {first}{in_weights} {_ADVICE}")
+    error = NonFiniteError(
+        f"Train loss became {fault.value} in {first}{fault.batch}, process {fault.process}.{in_weights} {_ADVICE}"
+    )
+    error.place = recent.get(fault.batch)
+    raise error
 
 
 def check_weights(training: Training) -> None:
@@ -531,6 +629,7 @@ def assemble(
         stopping=stopping,
         state=state,
         feed=feed,
+        ledger=Ledger(hardware.process),
     )
 
 
@@ -579,6 +678,7 @@ def train_model(
         feed = session.feed(train_loader, "train_loader")
         training = session.train(model, loss_fn, optimizer, feed)
         session.epochs[train_loader] += 1
+        training.begin_epoch(training.state.epoch + 1)
         with training_mode(model), training.prepared.attached():
             totals = train_epoch(training, feed.micro_batches(session.epochs[train_loader]))
         training.buffers.share()
@@ -608,4 +708,4 @@ def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Call
         feed = session.feed(test_loader, "test_loader")
         prepared = session.evaluating(model)
         with prepared.attached():
-            return evaluate(prepared, Objective(loss_fn), feed, Metrics(None))["loss"]
+            return evaluate(prepared, Objective(loss_fn), feed, Metrics(None))["loss"]  # type: ignore[index]

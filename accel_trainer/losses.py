@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -287,6 +287,18 @@ class Totals:
     fault: Fault | None
 
 
+def finite(tensors: Iterable[Tensor]) -> bool | Tensor:
+    """Return whether all elements of all tensors are finite, as a tensor on their device; `True` of none."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+            dense = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
+            groups.setdefault(tensor.dtype, []).append(dense.detach())
+    # The norm of the largest element: it cannot overflow, and looks at each tensor once.
+    flags = [norm.isfinite() for own in groups.values() for norm in torch._foreach_norm(own, math.inf)]
+    return torch.stack(flags).all() if flags else True
+
+
 class Ledger:
     """Collect loss and weight of every micro-batch on the device; exchange and average them once, on the host.
 
@@ -305,7 +317,7 @@ class Ledger:
         self._places: list[tuple[int, int]] = []
         self._open: list[tuple[Any, ...]] = []  # loss, weight, count, then a total per metric
         self._blocks: list[Tensor] = []
-        self._rows: list[numpy.ndarray[Any, Any]] = []  # on the host
+        self._rows: list[numpy.ndarray[Any, Any]] = []  # of all processes, in the order of the batches
         self._num_read = self._num_reported = 0
 
     def add(self, batch: int, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
@@ -329,6 +341,15 @@ class Ledger:
             self._places.pop()
             self._open.pop()
 
+    def last_batch_is_finite(self) -> bool | Tensor:
+        """Return whether the losses of the last batch are finite on this process; those that weigh nothing may not."""
+        rows = [row for place, row in zip(reversed(self._places), reversed(self._open), strict=False)
+                if place[0] == self._places[-1][0]]  # fmt: skip
+        flag: bool | Tensor = True
+        for loss, weight, *_ in rows:
+            flag = flag & (loss.isfinite() | (torch.as_tensor(weight, device=loss.device) == 0))
+        return flag
+
     def _close(self) -> None:
         if self._open:
             device = self._open[0][0].device
@@ -337,14 +358,25 @@ class Ledger:
             self._open = []
 
     def _read(self) -> None:
-        """Bring to the host what has come since the last read: one read-back."""
+        """Exchange what has come since the last read: one read-back, and one small exchange."""
         self._close()
+        mine = []
         if self._blocks:
             read = torch.cat(self._blocks).cpu().numpy().astype(numpy.float64, copy=False)
             places = numpy.array(self._places[self._num_read :], dtype=numpy.float64)
             process = numpy.full((len(read), 1), self._process, dtype=numpy.float64)
-            self._rows.append(numpy.hstack([places, process, read]))
+            mine.append(numpy.hstack([places, process, read]))
             self._blocks, self._num_read = [], len(self._places)
+        self._rows.append(_of_everyone(mine, _COUNT + 1 + len(self._metrics)))
+
+    def rows(self) -> numpy.ndarray[Any, Any]:
+        """Return all that was added, on all processes, for `restore`; every process calls it at the same place."""
+        self._read()
+        return numpy.vstack(self._rows)
+
+    def restore(self, rows: numpy.ndarray[Any, Any]) -> None:
+        """Take in what `rows` returned, before anything is added."""
+        self._rows, self._num_reported = [rows], 1
 
     def report(self) -> tuple[float, Fault | None]:
         """Return the mean loss since the last report, and the first loss in it that is not finite.
@@ -352,16 +384,14 @@ class Ledger:
         Every process calls it after the same step. Costs one read-back, and one small exchange.
         """
         self._read()
-        new = self._rows[self._num_reported :]
+        rows = numpy.vstack(self._rows[self._num_reported :])
         self._num_reported = len(self._rows)
-        rows = _of_everyone(new)
         loss, weight = _sums(rows)
         return (loss / weight if weight else math.nan), _first_fault(rows)
 
     def exchange(self) -> Totals:
         """Return the means over all micro-batches of all processes; waits for the device."""
-        self._read()
-        rows = _of_everyone(self._rows)
+        rows = self.rows()
         loss, weight = _sums(rows)
         count = float(rows[:, _COUNT].sum())
         metrics = {
@@ -373,12 +403,11 @@ class Ledger:
 
 # The columns of the exchanged rows; a total per metric follows.
 _BATCH, _INDEX, _PROCESS, _LOSS, _WEIGHT, _COUNT = range(6)
-_NO_ROWS = numpy.zeros((0, 6))
 
 
-def _of_everyone(rows: list[numpy.ndarray[Any, Any]]) -> numpy.ndarray[Any, Any]:
+def _of_everyone(rows: list[numpy.ndarray[Any, Any]], num_columns: int) -> numpy.ndarray[Any, Any]:
     """Return the rows of all processes in the order of the batches and of the micro-batches in them."""
-    everyone = numpy.vstack([part for part in gather_object(rows) if len(part)] or [_NO_ROWS])
+    everyone = numpy.vstack([numpy.zeros((0, num_columns)), *gather_object(rows)])
     ordered: numpy.ndarray[Any, Any] = everyone[numpy.lexsort((everyone[:, _INDEX], everyone[:, _BATCH]))]
     return ordered
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .batches import MicroBatch, tensors_in
-from .checkpoints import plain_name
 from .loop import Training
 from .losses import Forward
+from .weights import plain_name
 
 __all__ = ["Divergence", "Mark", "Recorder", "Trace", "digest", "first_divergence"]
 

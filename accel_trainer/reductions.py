@@ -38,11 +38,16 @@ def add_over_processes(tensors: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def share_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite each tensor, in place, with the main process's, many in one message."""
+def share_from_main(tensors: Iterable[Tensor], group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Overwrite each tensor, in place, with the main process's, many in one message.
+
+    Args:
+        tensors: As many on every process, of the same shapes.
+        group: All processes, by the way that these tensors can be sent; `None` for the default group.
+    """
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        torch.distributed.broadcast(_bytes(flat), src=0)
+        torch.distributed.broadcast(_bytes(flat), src=0, group=group)
         _unflatten(flat, bucket)
 
 

@@ -38,8 +38,9 @@ class Schedule:
         num_steps: int | None = None,
         num_epochs: int = 1,
     ) -> None:
+        self.total: int | None = None  # what a factory was given
         if scheduler is not None and not hasattr(scheduler, "step"):
-            total = num_steps if every == "step" else num_epochs
+            self.total = total = num_steps if every == "step" else num_epochs
             if total is None:
                 raise ValueError(
                     "The scheduler is made for a number of steps, and the train loader has no length: "
@@ -72,6 +73,37 @@ class Schedule:
             self.scheduler.step(value)
         elif self._per_epoch:
             self._step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes."""
+        own = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"total": self.total, "learning_rate": self.learning_rate, "scheduler": own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; the optimizer has its learning rates already."""
+        self.learning_rate = state["learning_rate"]
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+    def is_made_for_another(self, total: int | None) -> bool:
+        """Return whether a factory has made this schedule for another total than the one given."""
+        return self.total is not None and not self._on_plateau and self.total != total
+
+    def catch_up(self, num_steps: int, num_epochs: int) -> list[dict[str, Any]]:
+        """Step as often as a run of another length has by now, and return the optimizer's settings then.
+
+        Args:
+            num_steps: Updates made.
+            num_epochs: Epochs recorded.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch expects an update before each
+            for _ in range(num_steps if self._per_step else num_epochs if self._per_epoch else 0):
+                self._step()
+        self.learning_rate = self._current()
+        return [
+            {name: value for name, value in group.items() if name != "params"} for group in self._optimizer.param_groups
+        ]
 
     def _step(self) -> None:
         if not isinstance(self.scheduler, OneCycleLR):

@@ -15,20 +15,28 @@ class RunState:
     Attributes:
         epoch: The epoch under way or just finished, 1-based; 0 before the first.
         step: Optimizer updates that really happened.
-        num_batches: Batches trained on, those included whose update was skipped for fp16 overflow.
+        num_batches: Batches trained on, those included whose update was skipped.
+        num_skipped: Batches whose update was skipped because loss or gradient was not finite.
+        data_pass: The pass over the data that is under way, 1-based.
+        position: Batches of it that are done.
         best_epoch: The epoch of the best monitored value, 1-based; `None` while no value was finite.
         best_value: That value.
         num_bad_epochs: Epochs in a row without improvement.
         recent_loss: Mean train loss over the steps since the last report, for display.
+        finished: Why a callback has ended the run; `None` if none has.
     """
 
     epoch: int = 0
     step: int = 0
     num_batches: int = 0
+    num_skipped: int = 0
+    data_pass: int = 1
+    position: int = 0
     best_epoch: int | None = None
     best_value: float | None = None
     num_bad_epochs: int = 0
     recent_loss: float = math.nan
+    finished: str | None = None
 
     def judge(self, value: float, mode: str, min_delta: float) -> bool:
         """Take in the monitored value of this epoch and return whether it is the best so far.

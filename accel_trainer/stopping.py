@@ -3,8 +3,9 @@
 Every process of a run has a thread that looks five times a second at the key-value store of the process group. It
 carries two kinds of news, without touching a device and without any collective:
 
-- *stop*: some process wants to end the run (Ctrl-C, time limit, a callback). Each process publishes the last step it
-  has started; from then on nobody starts a further step until all have published; all end after the greatest.
+- *wishes*: some process wants to end the run (a signal, the time limit, a callback) or to save it. Each process
+  publishes how many batches it has begun; from then on nobody begins another until all have published; all end, or
+  save, before the batch after the greatest number.
 - *failure*: some process has left the run with an error. The others name it and end too, instead of waiting in a
   collective for its time-out.
 """
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
 from torch.distributed import distributed_c10d
@@ -30,130 +32,243 @@ from .errors import ProcessFailedError
 __all__ = ["Stopping", "shared_failure"]
 
 _POLL_SECONDS = 0.2
+_VOTE_SECONDS = 20.0  # the threads answer within a poll: who does not is gone
 _GRACE_SECONDS = 3.0  # for the main thread to notice by itself that its peer is gone
 _numbers = itertools.count()
 
 
+class Wish(NamedTuple):
+    """A wish to end the run.
+
+    Attributes:
+        reason: In words.
+        kind: `callback`, whose decision is part of the run, or what interrupts it: `Ctrl-C`, `time limit` or the name
+            of a signal that asks the program to leave.
+    """
+
+    reason: str
+    kind: str
+
+
 class Stopping:
-    """Ask for, and agree on, the step after which a run ends.
+    """Ask for, and agree on, the batch before which a run ends or is saved.
 
     Args:
         board: Where the processes meet; `None` with one process.
         time_limit_seconds: Ask for the end after this long.
+
+    Attributes:
+        save_is_due: Whether the processes have agreed to save here; whoever saves sets it back.
     """
 
     def __init__(self, board: _Board | None, time_limit_seconds: float | None = None) -> None:
         self._board = board
         self._time_limit = time_limit_seconds
         self._deadline = None if time_limit_seconds is None else time.monotonic() + time_limit_seconds
-        self._reason: str | None = None
+        self._wish: Wish | None = None
+        self._agreed: Wish | None = None
+        self._wants_save = False
+        self.save_is_due = False
 
-    def request(self, reason: str) -> None:
+    def request(self, reason: str, kind: str = "callback") -> None:
         """Ask for the end of the run; returns at once and may be called from a signal handler."""
-        if self._reason is None:
-            self._reason = reason
+        if self._wish is None:
+            self._wish = Wish(reason, kind)
             if self._board is not None:
-                self._board.wish = reason
+                self._board.wish = self._wish
 
-    def may_start(self, step: int) -> bool:
-        """Return whether this step is still made; every process gets the same answer for the same step.
+    def request_save(self) -> None:
+        """Ask for a save; one process is enough."""
+        self._wants_save = True
+        if self._board is not None:
+            self._board.wants_save = True
 
-        Args:
-            step: The optimizer step about to begin, 1-based.
+    def may_go_on(self) -> bool:
+        """Return whether the next batch is begun; every process gets the same answer for the same batch.
+
+        Every process calls it before each batch of training and evaluation. It costs less than a microsecond.
         """
+        if self._agreed is not None:
+            return False
         if self._deadline is not None and time.monotonic() > self._deadline:
-            self.request(f"time limit of {self._time_limit:g} seconds reached")
-        if self._board is None:
-            return self._reason is None
-        return self._board.may_start(step)
+            self.request(f"time limit of {self._time_limit:g} seconds reached", "time limit")
+        if self._board is not None:
+            if self._board.may_begin():
+                return True
+            self._settle(self._board.end_round())
+        elif self._wish is not None or self._wants_save:
+            self._settle((self._wish, self._wants_save))
+        return self._agreed is None
+
+    def interrupts(self) -> bool:
+        """Ask `may_go_on` within an evaluation, which the decision of a callback lets come to its end."""
+        return not self.may_go_on() and self.kind != "callback"
 
     def agree(self) -> bool:
         """Return whether the run ends here; every process calls it at the same place (one small exchange)."""
-        if self._board is not None:
+        wishes = gather_object([(self._agreed or self._wish, self._wants_save)]) if self._board else None
+        if wishes is None:
+            self._settle((self._wish, self._wants_save))
+        else:
             # One process may know already what another will only hear here: all must take part.
-            reasons = gather_object([self._board.reason or self._reason])
-            self._board.reason = next((reason for reason in reasons if reason is not None), None)
-        return self.reason is not None
+            first = next((wish for wish, _ in wishes if wish is not None), None)
+            self._settle((first, any(wants_save for _, wants_save in wishes)))
+        return self._agreed is not None
+
+    def _settle(self, decision: tuple[Wish | None, bool]) -> None:
+        wish, save = decision
+        self._agreed = self._agreed or wish
+        if save:
+            self.save_is_due, self._wants_save = True, False
+            if self._board is not None:
+                self._board.wants_save = False
 
     @property
     def reason(self) -> str | None:
         """Why the run ends, once that is agreed."""
-        return self._reason if self._board is None else self._board.reason
+        return None if self._agreed is None else self._agreed.reason
+
+    @property
+    def kind(self) -> str | None:
+        """What ends the run, once that is agreed."""
+        return None if self._agreed is None else self._agreed.kind
 
     @contextmanager
-    def on_interrupt(self) -> Iterator[None]:
-        """Let the first Ctrl-C end the run after the step under way, and the second one at once."""
+    def on_signals(self) -> Iterator[None]:
+        """Let the first signal end the run after the step under way, and a second Ctrl-C at once.
+
+        Ctrl-C, SIGTERM and SIGUSR1 are listened to. At the end the old handlers are put back; one that no end of the
+        run has answered is sent again, to them.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # Python delivers signals to the main thread only
             return
-        before = signal.getsignal(signal.SIGINT)
-        first: list[float] = []
-
-        def interrupt(signum: int, frame: FrameType | None) -> None:
-            now = time.monotonic()
-            # A launcher forwards the Ctrl-C that the terminal has sent already: within a second it is the same one.
-            if first and now - first[0] > 1.0:
-                raise KeyboardInterrupt
-            if not first:
-                first.append(now)
-                self.request("interrupted (Ctrl-C)")
-                os.write(2, b"\nStopping after this step. Ctrl-C again leaves at once.\n")
-
-        if before in (None, signal.SIG_IGN):
-            yield  # set by foreign code, which could not be put back, or not wanted at all
-            return
-        signal.signal(signal.SIGINT, interrupt)
+        listener = _Listener(self)
         try:
+            listener.start()
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            listener.stop()
+
+
+class _Listener:
+    """The signal handlers of one run."""
+
+    _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+    def __init__(self, stopping: Stopping) -> None:
+        self._stopping, self._process = stopping, os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
+        self._first: dict[signal.Signals, float] = {}
+
+    def start(self) -> None:
+        for number in [getattr(signal, name) for name in self._NAMES if hasattr(signal, name)]:
+            before = signal.getsignal(number)
+            if before not in (None, signal.SIG_IGN):  # set by foreign code, which has no way back, or not wanted
+                self._before[number] = before
+                signal.signal(number, self._hear)
+
+    def stop(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        heard = next(iter(self._first), None)
+        if heard is not None and self._stopping.kind is None and sys.exc_info()[0] is None:
+            os.kill(os.getpid(), heard)  # it came too late for the run to end by it
+
+    def _hear(self, signum: int, frame: FrameType | None) -> None:
+        number = signal.Signals(signum)
+        if os.getpid() != self._process:
+            self._hear_in_child(number)
+            return
+        now = time.monotonic()
+        # A launcher forwards the Ctrl-C that the terminal has sent already: within a second it is the same one.
+        if number is signal.SIGINT and number in self._first and now - self._first[number] > 1.0:
+            raise KeyboardInterrupt
+        if number not in self._first:
+            self._first[number] = now
+            is_interrupt = number is signal.SIGINT
+            name = "Ctrl-C" if is_interrupt else number.name
+            self._stopping.request(f"interrupted ({name})", name)
+            again = " Ctrl-C again leaves at once." if is_interrupt else ""
+            os.write(2, f"\n{name}: stopping after this step.{again}\n".encode())
+
+    def _hear_in_child(self, number: signal.Signals) -> None:
+        """Do in a forked child, such as a loader worker, what would be done without this listener."""
+        if number is not signal.SIGINT:  # the parent has it too, and closes its workers
+            signal.signal(number, self._before[number])
+            os.kill(os.getpid(), number)
 
 
 class _Board:
-    """The keys of one run in the store of the process group, and the thread that watches them."""
+    """The keys of one run in the store of the process group, and the thread that watches them.
+
+    Wishes are settled in rounds. Once a process stands, it has published how many batches it has begun, and begins no
+    further one that no other process has begun.
+    """
 
     def __init__(self, process: int, num_processes: int) -> None:
         # All processes make the same calls in the same order, so this number names the same run everywhere.
         store = distributed_c10d._get_default_store()
         self._store = distributed_c10d.PrefixStore(f"accel_trainer/{next(_numbers)}", store)
         self.process, self.num_processes = process, num_processes
-        self.wish: str | None = None
-        self.reason: str | None = None
+        self.wish: Wish | None = None
+        self.wants_save = False
         self._lock = threading.Lock()
-        self._stands = False  # whether some process wants to stop
-        self._started = 0
-        self._last: int | None = None
+        self._round = 0
+        self._stands = False
+        self._num_begun = 0  # batches
+        self._last: int | None = None  # the greatest number of any process, once it is known
+        self._decision: tuple[Wish | None, bool] = (None, False)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="accel_trainer watch", daemon=True)
         self._thread.start()
 
-    # --- stop ---------------------------------------------------------------------------------------------------------
+    # --- wishes -------------------------------------------------------------------------------------------------------
 
-    def may_start(self, step: int) -> bool:
+    def may_begin(self) -> bool:
+        """Return whether the next batch may be begun without a further word; if not, `end_round` says what is due."""
         with self._lock:
-            if not self._stands and self.wish is None:
-                self._started = step
+            if not self._stands and self.wish is None and not self.wants_save:
+                self._num_begun += 1
                 return True
+            number = self._round
         if self._last is None:
-            self._stand()
-            self._agree()
-        return step <= self._last  # type: ignore[operator]
+            self._stand(number)
+            self._read_votes()
+        if self._num_begun < self._last:  # type: ignore[operator]
+            self._num_begun += 1
+            return True
+        return False
 
-    def _stand(self) -> None:
-        """Publish the last step started; from here on this process starts no further one on its own."""
+    def end_round(self) -> tuple[Wish | None, bool]:
+        """Return the wishes of all for this place - an end, a save - and begin the next batch and round."""
         with self._lock:
-            if not self._stands:
-                self._stands = True
-                self._store.set("stop", "1")
-                self._store.set(f"stop/{self.process}", json.dumps([self._started, self.wish]))
+            self._round += 1
+            self._num_begun += 1
+            self._stands, self._last = False, None
+            return self._decision
 
-    def _agree(self) -> None:
-        votes = [json.loads(self._wait_for(f"stop/{process}")) for process in range(self.num_processes)]
-        self._last = max(step for step, _ in votes)
-        self.reason = next(reason for _, reason in votes if reason is not None)
+    def _stand(self, number: int) -> None:
+        """Publish the batches begun; from here on this process begins no further one on its own."""
+        with self._lock:
+            if not self._stands and number == self._round:
+                self._stands = True
+                self._store.set(f"wish/{number}", "1")
+                vote = json.dumps([self._num_begun, self.wish, self.wants_save])
+                self._store.set(f"vote/{number}/{self.process}", vote)
+
+    def _read_votes(self) -> None:
+        votes = [json.loads(self._wait_for(f"vote/{self._round}/{process}")) for process in range(self.num_processes)]
+        wish = next((Wish(*wish) for _, wish, _ in votes if wish is not None), None)
+        self._decision = wish, any(wants_save for _, _, wants_save in votes)
+        self._last = max(num_begun for num_begun, _, _ in votes)
 
     def _wait_for(self, key: str) -> bytes:
+        deadline = time.monotonic() + _VOTE_SECONDS
         while not self._store.check([key]):
+            if time.monotonic() > deadline:
+                process = key.rpartition("/")[2]
+                raise ProcessFailedError(f"Process {process} is gone without a word: it did not answer a wish to stop.")
             time.sleep(0.005)
         return bytes(self._store.get(key))
 
@@ -179,8 +294,9 @@ class _Board:
         while not self._closed.wait(_POLL_SECONDS):
             try:
                 failure = self.failure()
-                if not self._stands and (self.wish is not None or self._store.check(["stop"])):
-                    self._stand()
+                number, wants = self._round, self.wish is not None or self.wants_save
+                if not self._stands and (wants or self._store.check([f"wish/{number}"])):
+                    self._stand(number)
             except RuntimeError as error:
                 failure = (0, f"its store is gone ({type(error).__name__})")
             if failure is not None:
@@ -198,7 +314,8 @@ class _Board:
         """End the thread."""
         self._closed.set()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=2 * _POLL_SECONDS)
+            # A thread that is still in the store when the interpreter ends takes the process down with an abort.
+            self._thread.join(timeout=10.0)
 
 
 def _told(process: int, message: str) -> str:

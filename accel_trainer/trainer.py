@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,19 +19,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler, DataLoader
 
-from . import loop
+from . import loop, resuming
 from .batches import Feed, Layout, check_loader, dataset_order, describe_batch, is_stream, num_batches
 from .callbacks import Callback, Callbacks, ProgressBar, say, wants_bar
-from .checkpoints import BestWeights, RunFolder, describe_environment, plain_state
 from .config import TrainConfig
+from .environment import describe_environment
 from .errors import NonFiniteError
 from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic
 from .history import History
 from .losses import Metrics, Objective
 from .randomness import preserved
+from .saving import Saver
 from .schedules import Schedule, check_scheduler
 from .state import RunState
 from .stopping import Stopping, shared_failure
+from .weights import plain_state
 
 __all__ = ["Trainer"]
 
@@ -120,8 +124,11 @@ class Trainer:
     def fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None = None) -> History:
         """Train, and return the history; the model then holds the weights of the best epoch.
 
-        Each call is a new run from the present weights. The train loader's `batch_size` is what one update sees, on
-        any number of processes.
+        Each call is a new run from the present weights, unless `resume` lets it go on from a checkpoint. The train
+        loader's `batch_size` is what one update sees, on any number of processes.
+
+        A first Ctrl-C, or the time limit, ends the run after the step under way, saves a checkpoint and returns.
+        SIGTERM and SIGUSR1 do the same and leave the program with exit code 143 (0 where the launcher would restart).
 
         Args:
             train_loader: What to train on.
@@ -131,7 +138,8 @@ class Trainer:
             ValueError: Something that cannot be trained; nothing has been then.
             FileExistsError: `run_dir` holds a run already.
             HardwareError: The launch asks for something impossible.
-            NonFiniteError: A train loss became nan or infinite.
+            CheckpointError: There are checkpoints and none can be used, or they are of another run.
+            NonFiniteError: A train loss or the weights became nan or infinite.
             ProcessFailedError: Another process of the run failed.
         """
         if self.optimizer is None:
@@ -142,11 +150,14 @@ class Trainer:
             if hardware.num_processes > 1:
                 self._metrics.check_merging()
             stopping = Stopping(board, self.config.time_limit_seconds)
-            with preserved(*hardware.generators), loop.training_mode(self.model), stopping.on_interrupt():
+            with preserved(*hardware.generators), loop.training_mode(self.model), stopping.on_signals():
                 run = self._prepare_run(hardware, stopping, monitor, self.optimizer, train_loader, test_loader)
-                with run.training.prepared.attached():
+                with run.training.prepared.attached(), _closed_at_the_end(run):
                     self._run(run)
                 self._settings_after = _settings(self.optimizer)
+        if stopping.kind in _LEAVING:
+            restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
+            raise SystemExit(0 if restarts else 143)
         return self.history
 
     def _check_fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> str:
@@ -171,14 +182,16 @@ class Trainer:
         test_loader: DataLoader[Any] | None,
     ) -> loop.Run:
         config, layout = self.config, hardware.layout(self.config.num_micro_batches)
-        num_steps = _num_steps(config, train_loader)
-        self._rewind(optimizer)
-        schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
         announce = self._announcer(hardware)
+        self._rewind(optimizer)
+        identity = self._identity(optimizer, train_loader, test_loader)
+        found = resuming.find(config, hardware, identity, announce)
+        num_steps = _num_steps(config, train_loader)
+        schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
 
         def on_recut(name: str, num_micro_batches: int) -> None:
             announce(loop.told_of_recut(name, num_micro_batches))
-            _write_config(run)
+            _write_config(run, identity)
 
         train_feed = self._feed(train_loader, hardware, "train_loader", on_recut)
         test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader", on_recut)
@@ -192,46 +205,53 @@ class Trainer:
         listeners = Callbacks(callbacks)
         training.call = lambda hook: self._call(listeners, stopping, hook)
 
-        folder = self._open_folder(hardware)
         run = loop.Run(
             training=training,
             test_feed=test_feed,
             metrics=self._metrics,
             history=self.history,
-            best=BestWeights(folder, hardware.is_main),
-            folder=folder,
+            saver=Saver(config, self.model, found.folder, hardware.is_main, stopping, self.state, self.history),
+            folder=found.folder,
             monitor=monitor,
             announce=announce,
         )
-        if folder is not None:
-            folder.write_json("environment.json", describe_environment(hardware.describe()))
-            _write_config(run)
+        resuming.begin(run, found, identity, self._callbacks)
+        if found.folder is not None:
+            found.folder.write_json("environment.json", describe_environment(hardware.describe()))
+            _write_config(run, identity)
         return run
+
+    def _identity(
+        self, optimizer: Optimizer, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None
+    ) -> dict[str, Any]:
+        functions = {
+            "loss": self._objective.loss_fn or self._objective.compute_loss,
+            "weight_fn": self._objective.weight_fn,
+            "scheduler": self._scheduler,
+        }
+        loaders = {"train_loader": train_loader, "test_loader": test_loader}
+        return resuming.identity_of(self.config, self.model, optimizer, functions, loaders, self._metrics.names)
 
     def _run(self, run: loop.Run) -> None:
         history, state = self.history, self.state
-        started = time.perf_counter()
         try:
             run.training.call("on_fit_start")
             history.stop_reason = loop.fit(run)
+            leaves = _save_the_end(run)
         except NonFiniteError as error:
             history.stop_reason = str(error)
-            _record_fault(run, time.perf_counter() - started)
+            _record_fault(run, error)
             raise
         except BaseException as error:
-            if run.folder is not None and not history.num_epochs:
-                run.folder.discard()  # nothing was measured: the next try may have the name
             hint = next((hint for text, hint in _HINTS.items() if text in str(error)), None)
             if hint is not None:
                 raise RuntimeError(hint) from error
             raise
         # Right after the best epoch the model holds its weights already.
         moved_on = not state.best_epoch == state.epoch == history.num_epochs
-        if self.config.restore_best and state.best_epoch is not None and moved_on:
-            run.best.restore(self.model, run.training.hardware.num_processes)
+        if self.config.restore_best and state.best_epoch is not None and moved_on and not leaves:
+            run.saver.restore_best(run.training.hardware.num_processes)
         finish(run)
-        if run.folder is not None and not history.num_epochs:
-            run.folder.discard()
         run.training.call("on_fit_end")
 
     def _rewind(self, optimizer: Optimizer) -> None:
@@ -246,15 +266,6 @@ class Trainer:
                 group.pop("initial_lr", None)
                 group.update(settings)
         self._settings_before = _settings(optimizer)
-
-    def _open_folder(self, hardware: Hardware) -> RunFolder | None:
-        """Return the run folder, on the main process; an error there is raised on all."""
-        run_dir = self.config.run_dir
-        if run_dir is None:
-            return None
-        opened: list[RunFolder] = []
-        hardware.from_main(lambda: opened.append(RunFolder(run_dir)))
-        return opened[0] if opened else None
 
     def _call(self, callbacks: Callbacks, stopping: Stopping, hook: str) -> None:
         reason = callbacks.call(hook, self)
@@ -279,7 +290,7 @@ class Trainer:
             if prepared.hardware.num_processes > 1:
                 self._metrics.check_merging()
             feed = self._feed(loader, prepared.hardware, "loader")
-            return loop.evaluate(prepared, self._objective, feed, self._metrics)
+            return loop.evaluate(prepared, self._objective, feed, self._metrics)  # type: ignore[return-value]
 
     def predict(self, loader: DataLoader[Any]) -> Any:
         """Return the model's outputs for every sample once, in dataset order, in host memory.
@@ -359,7 +370,49 @@ def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layou
     return f"{hardware.describe()}; {describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})"
 
 
-def _write_config(run: loop.Run) -> None:
+_LEAVING = ("SIGTERM", "SIGUSR1")  # what ends the program too
+
+
+@contextmanager
+def _closed_at_the_end(run: loop.Run) -> Iterator[None]:
+    """See the last write through, and leave the folder to others; one that holds nothing is removed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.saver.close(at_once=True)
+        raise
+    except BaseException:
+        run.saver.close()
+        raise
+    else:
+        run.saver.close()
+        if run.folder is not None and run.saver.lost is not None:
+            warnings.warn(f"No checkpoint of this run could be written: {run.saver.lost}", stacklevel=2)
+    finally:
+        if run.folder is not None:
+            run.folder.close()
+            if not run.history.num_epochs:
+                run.folder.discard()  # if it has no checkpoint either: the next try may have the name
+
+
+def _save_the_end(run: loop.Run) -> bool:
+    """Save the last checkpoint, mark an interruption, and return whether the program leaves too."""
+    state, kind = run.training.state, run.training.stopping.kind
+    if kind == "callback":
+        state.finished = run.history.stop_reason
+    if kind != "callback" or run.history.num_epochs:
+        run.saver.save()
+        run.saver.finish()
+    if kind in (None, "callback"):
+        return False
+    if run.folder is not None:
+        mark = {"step": state.step, "epoch": state.epoch, "reason": run.history.stop_reason, "time": time.time()}
+        run.folder.write_json("preempted.json", mark)
+        run.announce(f'Step {state.step} is saved in {run.folder.path}: the same with resume="auto" goes on from it.')
+    return kind in _LEAVING
+
+
+def _write_config(run: loop.Run, identity: dict[str, Any]) -> None:
     """Write what the user asked for and what it was resolved to."""
     if run.folder is None:
         return
@@ -377,7 +430,7 @@ def _write_config(run: loop.Run) -> None:
         "num_steps": _num_steps(training.config, train_loader),
         "monitor": run.monitor,
     }
-    run.folder.write_json("config.json", {"asked": asdict(training.config), "resolved": resolved})
+    run.folder.write_json("config.json", {"asked": asdict(training.config), "resolved": resolved, "identity": identity})
 
 
 def finish(run: loop.Run) -> None:
@@ -401,10 +454,17 @@ def finish(run: loop.Run) -> None:
         run.announce(warning)
 
 
-def _record_fault(run: loop.Run, seconds: float) -> None:
-    """Show the epoch whose loss was not finite in the history, as such."""
-    scores = None if run.test_feed is None else {"loss": math.nan, **dict.fromkeys(run.metrics.names, math.nan)}
-    loop.record(run, math.nan, scores, seconds)
+def _record_fault(run: loop.Run, error: NonFiniteError) -> None:
+    """Show the epoch whose loss was not finite in the history, as such, and leave a note of the batch."""
+    training = run.training
+    if run.folder is not None:
+        number, samples = error.place or (None, None), None
+        if error.place is not None:
+            samples = training.feed.indices_of(*error.place)
+        note = {"error": str(error), "data_pass": number[0], "batch": number[1], "samples": samples}
+        run.folder.write_json("nonfinite.json", note)
+    scores = {} if run.test_feed is None else {"loss": math.nan, **dict.fromkeys(run.metrics.names, math.nan)}
+    loop.record(run, math.nan, scores)
     loop.report_epoch(run)
     finish(run)
 

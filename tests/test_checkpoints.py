@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import accel_trainer.checkpoints as checkpoints
+import accel_trainer.weights as weights
 from accel_trainer import Callback, History, Trainer, load_best
-from accel_trainer.checkpoints import RunFolder, plain_state
+from accel_trainer.checkpoints import RunFolder, fault_of
+from accel_trainer.weights import plain_state
 from support import ROOT, correct, loader_of, make_data, make_model, on_processes, quiet
 
 
@@ -34,7 +35,15 @@ def fit(run_dir, model=None, **choices):
 def test_the_files_of_a_run(tmp_path):
     history, model = fit(tmp_path / "a" / "run", num_epochs=3)
     files = {str(path.relative_to(tmp_path / "a/run")) for path in (tmp_path / "a/run").rglob("*") if path.is_file()}
-    assert files == {"config.json", "environment.json", "history.jsonl", "losses.png", "best/model.safetensors"}
+    checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "history.jsonl", "manifest.json"}
+    assert files == {
+        *("config.json", "environment.json", "history.jsonl", "losses.png", "best/model.safetensors", ".lock"),
+        *(
+            f"checkpoints/step_{step:08d}/{name}"
+            for step in (10, 15)
+            for name in {*checkpoint, "best/model.safetensors"}
+        ),
+    }
     config = json.loads((tmp_path / "a/run/config.json").read_text())
     assert config["asked"]["num_epochs"] == 3 and config["resolved"]["num_steps"] == 15
     environment = json.loads((tmp_path / "a/run/environment.json").read_text())
@@ -56,7 +65,7 @@ def test_without_a_run_dir_nothing_is_written(tmp_path, monkeypatch):
 
 def test_the_best_weights_say_what_they_are_and_load_in_a_new_process(tmp_path):
     history, model = fit(tmp_path / "run", num_epochs=3)
-    header = checkpoints.safe_open(tmp_path / "run/best/model.safetensors", framework="pt").metadata()
+    header = weights.safe_open(tmp_path / "run/best/model.safetensors", framework="pt").metadata()
     kept = json.loads(header["accel_trainer"])
     assert kept == {"epoch": history.best_epoch, "test_loss": history.best_value, "aliases": {}}
     script = (
@@ -96,7 +105,10 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 def test_a_used_run_dir_is_refused_with_the_two_remedies_and_left_alone(tmp_path):
     fit(tmp_path / "run")
     before = (tmp_path / "run/history.jsonl").read_text()
-    with pytest.raises(FileExistsError, match="holds a run already .config.json.. Give another run_dir, or remove"):
+    with pytest.raises(
+        FileExistsError,
+        match="holds a run already .config.json.. Continue it with resume=.auto., give another run_dir, or remove",
+    ):
         fit(tmp_path / "run")
     assert (tmp_path / "run/history.jsonl").read_text() == before
 
@@ -141,25 +153,27 @@ def test_a_used_run_dir_is_one_error_on_every_process(tmp_path):
 # --- a disk that fails ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failing", ["weights", "history"])
-def test_a_full_disk_is_a_warning_and_the_best_weights_stay_in_memory(tmp_path, monkeypatch, failing):
+def test_a_full_disk_is_a_warning_and_the_best_weights_stay_in_memory(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if failing == "weights":
-        monkeypatch.setattr(checkpoints, "save_file", full)
-    else:
-        monkeypatch.setattr(checkpoints, "encode", full)
+    monkeypatch.setattr(weights, "save_file", full)
     expected, plain = fit(None, num_epochs=3)
-    with pytest.warns(UserWarning, match="No space left on device. The training goes on"):
+    with pytest.warns(UserWarning) as told:
         history, model = fit(tmp_path / "run", num_epochs=3)
+    told = [str(one.message) for one in told]
+    assert len(told) == 3 and all(
+        "No space left on device" in one for one in told
+    )  # once for each thing, and at the end
+    assert "best/model.safetensors" in told[0] and "The training goes on" in told[0] and "checkpoints" in told[1]
+    assert told[2].startswith("No checkpoint of this run could be written")
     assert history.train_losses == expected.train_losses
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
-def test_a_folder_that_vanishes_is_a_warning(tmp_path):
+def test_a_folder_that_vanishes_is_made_again(tmp_path):
     import shutil
 
     class Vanish(Callback):
@@ -175,9 +189,11 @@ def test_a_folder_that_vanishes_is_a_warning(tmp_path):
         callbacks=[Vanish()],
         config=quiet(num_epochs=3, run_dir=tmp_path / "run"),
     )
-    with pytest.warns(UserWarning, match="Could not write"):
-        history = trainer.fit(loader_of(make_data(37), 8), loader_of(make_data(11), 4))
+    history = trainer.fit(loader_of(make_data(37), 8), loader_of(make_data(11), 4))
     assert history.num_epochs == 3
+    assert History.load(tmp_path / "run").train_losses == history.train_losses
+    load_best(make_model(), tmp_path / "run")
+    assert fault_of(tmp_path / "run/checkpoints/step_00000015") is None
 
 
 def test_without_matplotlib_there_is_no_picture_and_a_hint(tmp_path, monkeypatch):
@@ -281,13 +297,13 @@ def test_an_extra_state_is_refused_by_name():
 def test_loaded_weights_do_not_hang_on_the_file(tmp_path):
     folder = RunFolder(tmp_path / "run")
     model = make_model()
-    folder.save_best(model, {"epoch": 1})
+    folder.save_best(model.state_dict(), {"epoch": 1})
     loaded = load_best(make_model(), tmp_path / "run")
     kept = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
     for epoch in range(3):
         with torch.no_grad():
             model[0].weight.add_(1)
-        folder.save_best(model, {"epoch": epoch})
+        folder.save_best(model.state_dict(), {"epoch": epoch})
     assert all(torch.equal(kept[name], tensor) for name, tensor in loaded.state_dict().items())
 
 

@@ -1,0 +1,57 @@
+"""What a run ran on: hardware, versions, git commit, command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+__all__ = ["describe_environment"]
+
+
+def describe_environment(hardware: str) -> dict[str, Any]:
+    """Return what `environment.json` holds: hardware, versions, git commit, command line.
+
+    Args:
+        hardware: The line that is printed at the start.
+    """
+    names = ("accel_trainer", "torch", "accelerate", "safetensors", "datasets", "numpy")
+    return {
+        "hardware": hardware,
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in names if (found := _version(name)) is not None},
+        "git_commit": _git_commit(),
+        "command": sys.orig_argv,
+        "environment": {name: value for name, value in sorted(os.environ.items()) if _matters(name)},
+    }
+
+
+def _matters(variable: str) -> bool:
+    return variable in ("WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES") or variable.startswith("ACCELERATE_")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the working folder, marked when there are uncommitted changes; `None` without git."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + (" with changes" if changes else "")

@@ -1,0 +1,467 @@
+"""What a checkpoint holds of a run, and how a run goes on from it: `capture` and `restore`, side by side.
+
+Left out is all that is a function of the position: the order of the samples and the generators.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from .batches import is_stream, num_batches
+from .callbacks import Callback
+from .checkpoints import RunFolder, Snapshot, newest_step
+from .config import TrainConfig
+from .errors import CheckpointError
+from .hardware import Hardware
+from .history import History, decode, encode
+from .loop import Run
+from .losses import finite
+from .packing import pack, unpack
+from .reductions import share_from_main
+from .saving import finish_writes
+from .weights import check_fit, copy_into, plain_name, plain_state, split_aliases
+
+__all__ = ["Found", "begin", "capture", "find", "identity_of", "restore"]
+
+_OPTIMIZER, _PROGRESS = "optimizer.safetensors", "progress.safetensors"
+
+
+# --- which run it is --------------------------------------------------------------------------------------------------
+
+_OF_THE_CONFIG = ("seed", "steps_per_epoch", "monitor", "mode", "max_grad_norm", "schedule_every")
+_TOLD = ("num_micro_batches", "bitwise", "mixed_precision", "num_threads", "patience", "min_delta")
+
+
+def identity_of(
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: Optimizer,
+    functions: Mapping[str, Any],
+    loaders: Mapping[str, DataLoader[Any] | None],
+    metrics: Sequence[str],
+) -> dict[str, Any]:
+    """Return what makes a run the one that it is: with another of these it could not go on.
+
+    Args:
+        config: The user's choices.
+        model: The user's model.
+        optimizer: Its optimizer, with the settings that the run began with.
+        functions: Name of the argument -> loss, weights, scheduler.
+        loaders: `train_loader` and `test_loader`.
+        metrics: Their names.
+    """
+    train_loader = loaders["train_loader"]
+    return {
+        **{name: getattr(config, name) for name in _OF_THE_CONFIG},
+        "batch_size": getattr(train_loader, "batch_size", None),
+        "num_batches": num_batches(train_loader) if train_loader is not None else None,
+        "sampler": _name_of(getattr(train_loader, "sampler", None)),
+        **{f"length of {name}'s dataset": _length(loader) for name, loader in loaders.items()},
+        "metrics": list(metrics),
+        "model": _name_of(model),
+        **{name: _name_of(function) for name, function in functions.items()},
+        "optimizer": _name_of(optimizer),
+        "learning rates": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
+        "weight decays": [float(group.get("weight_decay") or 0) for group in optimizer.param_groups],
+    }
+
+
+def _length(loader: DataLoader[Any] | None) -> int | None:
+    dataset: Any = getattr(loader, "dataset", None)
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _name_of(thing: Any) -> str | None:
+    """Return the qualified name of a function or of an object's class."""
+    if isinstance(thing, partial):
+        return _name_of(thing.func)
+    if thing is None:
+        return None
+    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
+
+
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], source: str) -> None:
+    """Refuse to go on with another run.
+
+    Args:
+        before: `identity_of` the run that was saved.
+        now: That of this one.
+        source: Where the first comes from, for the message.
+
+    Raises:
+        CheckpointError: With each field that differs, old and new.
+    """
+    changes = [
+        f"{name} was {before[name]!r} and is {now.get(name)!r}" for name in before if before[name] != now.get(name)
+    ]
+    if changes:
+        raise CheckpointError(
+            f"{source} is of another run: {'; '.join(changes)}. Set that back, or give another run_dir for a new run. "
+            "Free to change are the processes, num_micro_batches, num_epochs, max_steps and patience."
+        )
+
+
+# --- what is saved ----------------------------------------------------------------------------------------------------
+
+
+def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]) -> Snapshot | None:
+    """Return what a checkpoint of this moment holds, no copies; `None` where weights are not finite.
+
+    All processes call it between two batches; only the main process's result counts.
+    """
+    training, state, model = run.training, run.training.state, run.training.prepared.plain
+    if not finite(model.parameters()):
+        if training.hardware.is_main:
+            warnings.warn("The weights are not finite: no checkpoint is made of them.", stacklevel=2)
+        return None
+    rows = training.ledger.rows() if state.epoch > run.history.num_epochs else None
+    if not training.hardware.is_main:
+        return None
+    weights, aliases = split_aliases(plain_state(model))
+    of_optimizer: dict[str, Tensor] = {}
+    progress = dict(_other_buffers(model))
+    scaler = training.hardware.accelerator.scaler
+    content = {
+        "optimizer": _optimizer_state(training.prepared.optimizer, model, of_optimizer),  # type: ignore[arg-type]
+        "schedule": training.schedule.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "callbacks": {name: callback.state_dict() for name, callback in _stateful(callbacks).items()},
+        "losses": rows if rows is not None and len(rows) else None,
+        "norms": (float(training.norm_sum), training.num_norms),
+        "seconds": training.epoch_seconds,
+    }
+    packed = {name: pack(value, progress, name) for name, value in content.items() if name != "optimizer"}
+    return Snapshot(
+        step=state.step,
+        tensors={
+            "model.safetensors": weights,
+            _OPTIMIZER: of_optimizer,
+            **({_PROGRESS: progress} if progress else {}),
+        },
+        metadata={"aliases": aliases, "step": state.step, "epoch": state.epoch},
+        state={
+            "identity": dict(identity),
+            "told": _told(run),
+            "run": asdict(state),
+            "optimizer": content["optimizer"],
+            **packed,
+            "num_micro_batches": _found_by_memory(run),
+            "frozen": [plain_name(name) for name, one in model.named_parameters() if not one.requires_grad],
+        },
+    )
+
+
+def _told(run: Run) -> dict[str, Any]:
+    config = run.training.config
+    return {"num_processes": run.training.hardware.num_processes} | {name: getattr(config, name) for name in _TOLD}
+
+
+def _found_by_memory(run: Run) -> int | None:
+    """Return the number of micro-batches where it was found by running out of memory."""
+    training = run.training
+    number = training.feed.layout.num_micro_batches
+    default = training.hardware.layout(training.config.num_micro_batches).num_micro_batches
+    return number if number > default else None
+
+
+def _other_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that the user's own files leave out."""
+    own = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name not in own and buffer.layout == torch.strided:
+            yield f"buffers/{plain_name(name)}", buffer
+
+
+def _stateful(callbacks: Sequence[Callback]) -> dict[str, Any]:
+    """Return the callbacks that have a state, by class and place among those of the class."""
+    found: dict[str, Any] = {}
+    for callback in callbacks:
+        if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
+            name = type(callback).__qualname__
+            found[f"{name} {sum(key.rpartition(' ')[0] == name for key in found) + 1}"] = callback
+    return found
+
+
+def _optimizer_state(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    names = _names_of_parameters(optimizer, model)
+    whole = optimizer.state_dict()
+    state = {
+        names[place]: {key: pack(value, tensors, f"{names[place]}/{key}") for key, value in own.items()}
+        for place, own in whole["state"].items()
+    }
+    groups = [
+        {key: pack(value, tensors, f"group {number}/{key}") for key, value in group.items() if key != "params"}
+        | {"params": [names[place] for place in group["params"]]}
+        for number, group in enumerate(whole["param_groups"])
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _names_of_parameters(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """Return the name of each parameter in the order in which the optimizer counts them."""
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+# --- where to go on from ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """The run folder, on the main process, and what a run goes on from, on all."""
+
+    folder: RunFolder | None = None
+    snapshot: Snapshot | None = None
+    history: History | None = None
+    source: str | None = None
+
+
+def find(
+    config: TrainConfig, hardware: Hardware, identity: Mapping[str, Any], announce: Callable[[str], None]
+) -> Found:
+    """Return where a run goes on from; every process calls it, and the main process decides.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none can be used, or they are of another run.
+        FileExistsError: The folder holds a run already.
+        FileNotFoundError: There is nothing to go on from.
+    """
+    if config.run_dir is None:
+        return Found()
+    finish_writes()
+    run_dir = config.run_dir
+    opened: list[Found] = []
+
+    def look() -> str | None:
+        folder = RunFolder(run_dir, config.resume, config.keep_checkpoints)
+        if folder.resumed is None:
+            opened.append(Found(folder))
+            return None
+        snapshot, source = folder.resumed.read(), str(folder.resumed.path)
+        check_identity(snapshot.state["identity"], decode(encode(identity)), source)
+        opened.append(Found(folder, snapshot, History.load(source), source))
+        return source
+
+    seen = newest_step(run_dir) if config.resume else None
+    source = hardware.from_main(look)
+    found = opened[0] if opened else Found(source=source)
+    if found.folder is not None and found.folder.passed_over:
+        warnings.warn(f"Passed over in {found.folder.path}: {'; '.join(found.folder.passed_over)}.", stacklevel=2)
+    if config.resume and hardware.num_processes > 1:
+        _tell_of_disks(gather_object([seen]), source, announce)
+    if source is None:
+        return found
+    snapshot, history = _shared(found, hardware)
+    return Found(found.folder, snapshot, history, source)
+
+
+def _tell_of_disks(seen: list[int | None], source: str | None, announce: Callable[[str], None]) -> None:
+    """Say what the processes do not see alike, where the hosts share no disk."""
+    others = [process for process, step in enumerate(seen) if step != seen[0]]
+    ahead = {process: step for process, step in enumerate(seen) if step is not None and step > (seen[0] or 0)}
+    if others:
+        begins = "sends its checkpoint to all" if source is not None else "has none and begins anew"
+        announce(f"Processes {others} do not see the main process's checkpoints; the main process {begins}.")
+    for process, step in ahead.items():
+        announce(f"Process {process} sees a checkpoint of step {step}, which the main process does not have.")
+
+
+# --- from the main process to all -------------------------------------------------------------------------------------
+
+
+def _shared(found: Found, hardware: Hardware) -> tuple[Snapshot | None, History | None]:
+    """Return on every process what the main process has read: no other needs to see the disk."""
+    snapshot, outline = found.snapshot, None
+    if hardware.num_processes == 1:
+        return snapshot, found.history
+    if snapshot is not None:
+        shapes = {
+            file: {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+            for file, own in snapshot.tensors.items()
+        }
+        outline = (snapshot.step, shapes, snapshot.state, found.history)
+    step, shapes, state, history = broadcast_object_list([outline])[0]
+    if snapshot is None:
+        tensors = {
+            file: {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in own.items()}
+            for file, own in shapes.items()
+        }
+        snapshot = Snapshot(step, tensors, {}, state)
+    everything = [tensor for own in snapshot.tensors.values() for tensor in own.values()]
+    share_from_main(everything, hardware.host_group)
+    return snapshot, history
+
+
+# --- what goes on -----------------------------------------------------------------------------------------------------
+
+
+def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
+    """Make the folder ready, and put the run where it goes on from."""
+    training, folder = run.training, found.folder
+    training.hardware.from_main(lambda: folder.open(identity) if folder is not None else None)
+    if found.snapshot is not None and found.history is not None:
+        restore(run, found.snapshot, found.history, callbacks)
+        done = training.state
+        within = f", {done.position} batches of pass {done.data_pass} over the data done"
+        run.announce(f"Going on from {found.source}: step {done.step}, epoch {done.epoch}{within}.")
+        if is_stream(training.feed.loader) and done.position:
+            run.announce(f"train_loader is a stream: {done.position} batches are read to be passed over.")
+    if folder is not None:
+        _check_room(run, folder)
+    run.saver.start(partial(capture, run, identity, callbacks))
+    training.before_batch = run.saver.before_batch
+
+
+def _check_room(run: Run, folder: RunFolder) -> None:
+    """Warn beforehand of a disk that is too small; the state of the optimizer is not known yet."""
+    parameters = sum(one.nbytes for one in run.training.gradients.parameters)
+    one = sum(tensor.nbytes for tensor in plain_state(run.training.prepared.plain).values()) + 2 * parameters
+    try:
+        folder.check_room(one * (run.training.config.keep_checkpoints + 1))
+    except OSError as error:
+        warnings.warn(f"The checkpoints may find no room in {folder.path}: {error.strerror}.", stacklevel=2)
+
+
+def restore(
+    run: Run,
+    snapshot: Snapshot,
+    history: History,
+    callbacks: Sequence[Callback],
+) -> None:
+    """Put a run where the checkpoint was made; every process calls it.
+
+    Raises:
+        CheckpointError: It is of another model, or optimizer.
+    """
+    training, saved = run.training, snapshot.state
+    try:
+        progress = snapshot.tensors.get(_PROGRESS, {})
+        content = {name: unpack(saved[name], progress) for name in _PACKED}
+        for one in fields(training.state):
+            setattr(training.state, one.name, saved["run"].get(one.name, one.default))
+        for one in fields(history):
+            setattr(run.history, one.name, getattr(history, one.name))
+        _restore_model(training.prepared.plain, snapshot.tensors["model.safetensors"], progress, saved["frozen"])
+        _restore_schedule_and_optimizer(run, content["schedule"], snapshot)
+        if content["scaler"] is not None and training.hardware.accelerator.scaler is not None:
+            training.hardware.accelerator.scaler.load_state_dict(content["scaler"])
+        if content["losses"] is not None:
+            training.ledger.restore(content["losses"].astype(numpy.float64))
+        training.norm_sum, training.num_norms = content["norms"]
+        training.seconds_before = content["seconds"]
+    except (KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"The checkpoint of step {snapshot.step} makes no sense: {error!r}.") from error
+    _restore_callbacks(callbacks, content["callbacks"])
+    if saved["num_micro_batches"] is not None and training.feed.on_recut is not None:
+        training.cut_into(saved["num_micro_batches"])
+    _announce_changes(saved["told"], _told(run), run.announce)
+
+
+_PACKED = ("schedule", "scaler", "callbacks", "losses", "norms", "seconds")
+
+
+@torch.no_grad()
+def _restore_model(
+    model: nn.Module, weights: Mapping[str, Tensor], progress: Mapping[str, Tensor], frozen: Sequence[str]
+) -> None:
+    buffers = {plain_name(name): (name, buffer) for name, buffer in model.named_buffers()}
+    others = {key.removeprefix("buffers/"): tensor for key, tensor in progress.items() if key.startswith("buffers/")}
+    for name, tensor in {**weights, **others}.items():
+        if name in buffers and buffers[name][1].shape != tensor.shape:  # a cache that had grown
+            owner, _, attribute = buffers[name][0].rpartition(".")
+            grown = tensor.to(buffers[name][1].device).clone()
+            model.get_submodule(owner)._buffers[attribute] = grown
+        elif name in others and name in buffers:
+            buffers[name][1].copy_(tensor)
+    try:
+        check_fit(weights, model, "The checkpoint")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    copy_into(model, weights)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = plain_name(name) not in frozen
+
+
+def _restore_schedule_and_optimizer(run: Run, schedule: dict[str, Any], snapshot: Snapshot) -> None:
+    training, optimizer = run.training, run.training.prepared.optimizer
+    settings: list[dict[str, Any]] = []
+    if training.schedule.is_made_for_another(schedule["total"]):
+        settings = training.schedule.catch_up(training.state.step, run.history.num_epochs)
+        run.announce(
+            f"The schedule was made for {schedule['total']} {training.config.schedule_every}s and is now made for "
+            f"{training.schedule.total}: the learning rate goes on as if it had been so from the start."
+        )
+    _restore_optimizer(run, snapshot.state["optimizer"], snapshot.tensors.get(_OPTIMIZER, {}))
+    if not settings:
+        training.schedule.load_state_dict(schedule)
+    for group, own in zip(optimizer.param_groups, settings, strict=False):  # type: ignore[union-attr]
+        group.update(own)
+
+
+def _restore_optimizer(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    optimizer: Optimizer = run.training.prepared.optimizer  # type: ignore[assignment]
+    names = _names_of_parameters(optimizer, run.training.prepared.plain)
+    places = {name: place for place, name in enumerate(names)}
+    before = [group["params"] for group in saved["param_groups"]]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    now = [names[sum(sizes[:number]) : sum(sizes[: number + 1])] for number in range(len(sizes))]
+    if before != now:
+        raise CheckpointError(
+            f"The checkpoint's optimizer has other parameters in its {len(before)} groups than this one in its "
+            f"{len(now)}: build both alike."
+        )
+    state = {places[name]: unpack(own, tensors) for name, own in saved["state"].items()}
+    groups = [
+        unpack({key: value for key, value in group.items() if key != "params"}, tensors)
+        | {"params": [places[name] for name in group["params"]]}
+        for group in saved["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, own in state.items():
+        parameter = parameters[place]
+        optimizer.state[parameter] = _exactly(optimizer.state[parameter], own, parameter)
+
+
+_Value = TypeVar("_Value")
+
+
+def _exactly(loaded: _Value, saved: _Value, parameter: Tensor) -> _Value:
+    """Return what was saved where torch has put it: it casts states to the dtype of the parameter.
+
+    A state of a parameter's shape also gets its strides back, which decide in what order a norm of it adds.
+    """
+    if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
+        like = parameter.detach() if parameter.shape == saved.shape else saved
+        return torch.empty_like(like, dtype=saved.dtype, device=loaded.device).copy_(saved)  # type: ignore[return-value]
+    if isinstance(saved, dict) and isinstance(loaded, dict):
+        return {key: _exactly(loaded[key], value, parameter) for key, value in saved.items()}  # type: ignore[return-value]
+    if isinstance(saved, (list, tuple)) and isinstance(loaded, (list, tuple)):
+        return type(saved)(_exactly(one, other, parameter) for one, other in zip(loaded, saved, strict=True))
+    return saved
+
+
+def _restore_callbacks(callbacks: Sequence[Callback], states: Mapping[str, Any]) -> None:
+    stateful = _stateful(callbacks)
+    for name, state in states.items():
+        if name in stateful:
+            stateful[name].load_state_dict(state)
+        else:
+            warnings.warn(f"The checkpoint has a state of callback {name}, which this run does not have.", stacklevel=2)
+
+
+def _announce_changes(before: Mapping[str, Any], now: Mapping[str, Any], announce: Callable[[str], None]) -> None:
+    changes = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+    if changes:
+        announce(f"Changed since the checkpoint: {', '.join(changes)}.")

@@ -1,0 +1,174 @@
+"""Weights as files: safetensors under the user's own names, tied ones once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .history import encode
+
+__all__ = [
+    "check_fit",
+    "copy_into",
+    "flush",
+    "load_best",
+    "plain_name",
+    "plain_state",
+    "read_weights",
+    "save_tensors",
+    "split_aliases",
+]
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name as the user wrote it, without what compiling inserts anywhere in it.
+
+    Example:
+        >>> plain_name("_orig_mod.layers.0._orig_mod.weight")
+        'layers.0.weight'
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a model under the user's own names; no copies.
+
+    Raises:
+        TypeError: The model keeps an extra state that is not a tensor, which safetensors cannot hold.
+    """
+    state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"The model's state {name!r} is a {type(value).__name__}, and weights are saved as tensors only. "
+                "Keep it in a buffer, or leave it out of get_extra_state()."
+            )
+    return state
+
+
+def split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return each tensor once, and under which of those names the tied others are found."""
+    first: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        kept = first.setdefault(place, name) if tensor.numel() else name
+        if kept != name:
+            aliases[name] = kept
+    return {name: tensor for name, tensor in state.items() if name not in aliases}, aliases
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors and see them through to the disk.
+
+    Args:
+        path: File to write.
+        tensors: On any device; strided ones and views of one storage too.
+        metadata: Plain data to keep in the file's header.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sharing = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
+    own = {  # safetensors refuses views of one storage
+        name: tensor.clone() if sharing[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in plain.items()
+    }
+    save_file(own, path, metadata={"format": "pt", "accel_trainer": json.dumps(encode(metadata))})
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """See a file, or the names in a folder, through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of `save_tensors` by name, tied ones under each of theirs."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        aliases = json.loads((file.metadata() or {}).get("accel_trainer", "{}")).get("aliases", {})
+    return tensors | {name: tensors[kept] for name, kept in aliases.items()}
+
+
+def check_fit(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
+    """Refuse weights of another architecture.
+
+    Args:
+        state: Tensors by name.
+        model: The user's model.
+        source: Where they come from, for the message.
+
+    Raises:
+        ValueError: With every difference.
+    """
+    expected = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    problems = [
+        *(f"missing {name}" for name in expected if name not in state),
+        *(f"unexpected {name}" for name in state if name not in expected),
+        *(
+            f"{name} is {tuple(state[name].shape)} in the file and {tuple(tensor.shape)} in the model"
+            for name, tensor in expected.items()
+            if name in state and state[name].shape != tensor.shape
+        ),
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
+
+
+@torch.no_grad()
+def copy_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model the weights of these names, in place."""
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(state[plain_name(name)])
+
+
+def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
+    """Give a model the best weights of a run, in place, and return it.
+
+    Args:
+        model: A model of the same architecture, on any device, compiled or wrapped or plain.
+        run_dir: Folder of the run.
+
+    Raises:
+        FileNotFoundError: The folder holds no best weights.
+        ValueError: The file is damaged, or does not fit the model; the message names each difference.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from accel_trainer import TrainConfig, Trainer
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(8, 2), torch.ones(8, 1)))
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> with tempfile.TemporaryDirectory() as run_dir:
+        ...     config = TrainConfig(num_epochs=1, run_dir=run_dir, verbose=False)
+        ...     history = Trainer(model, optimizer, torch.nn.MSELoss(), config=config).fit(loader)
+        ...     load_best(torch.nn.Linear(2, 1), run_dir)
+        Linear(in_features=2, out_features=1, bias=True)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_best takes a model and then a run_dir, got {type(model).__name__} first.")
+    path = Path(run_dir) / "best" / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"No best weights in {Path(run_dir)}: {path} does not exist.")
+    inner = model
+    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner = inner.module
+    try:
+        state = read_weights(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    check_fit(state, inner, str(path))
+    copy_into(inner, state)
+    return model
