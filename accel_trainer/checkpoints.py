@@ -204,6 +204,20 @@ def newest_step(run_dir: str | os.PathLike[str]) -> int | None:
     return next((step for step, _ in steps_in(Path(run_dir) / "checkpoints")), None)
 
 
+class _Lock:
+    """A file held open; a lock on it ends with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    __del__ = close  # a run that fails before it begins holds nothing back
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +247,7 @@ class RunFolder:
         self._lines: list[bytes] = []  # of the history
         self._is_complete = True  # whether the file has them all
         self._failing: set[str] = set()
-        self._lock: Any = None
+        self._lock: _Lock | None = None
         self.resumed: Checkpoint | None = None
         self.passed_over: list[str] = []
         if not resume:
@@ -279,24 +293,26 @@ class RunFolder:
 
     def _check_same_run(self, identity: Mapping[str, Any]) -> None:
         """Refuse to begin anew, for want of a checkpoint, in the folder of another run."""
-        with suppress(*_UNREADABLE):
+        try:
             before = _read_json(self.path / "config.json")["identity"]
             changed = [name for name in before if before[name] != decode(encode(identity)).get(name)]
-            if changed:
-                raise FileExistsError(
-                    f"run_dir {self.path} holds another run, without a checkpoint ({', '.join(changed)} differ). Give "
-                    "another run_dir, or remove the folder."
-                ) from None
+        except _UNREADABLE:
+            return  # it did not come as far
+        if changed:
+            raise FileExistsError(
+                f"run_dir {self.path} holds another run, without a checkpoint ({', '.join(changed)} differ). Give "
+                "another run_dir, or remove the folder."
+            )
 
     def _take_lock(self) -> None:
         """Let no second run write here; the system gives the lock back when this process ends, however that is."""
         if os.name != "posix" or self._lock is not None:
             return
-        lock = os.fdopen(os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+        lock = _Lock(self.path / ".lock")
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy
@@ -194,7 +195,7 @@ def _stateful(callbacks: Sequence[Callback]) -> dict[str, Any]:
 
 
 def _optimizer_state(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    names = _names_of_parameters(optimizer, model)
+    names = list(chain.from_iterable(_names_by_group(optimizer, model)))
     whole = optimizer.state_dict()
     state = {
         names[place]: {key: pack(value, tensors, f"{names[place]}/{key}") for key, value in own.items()}
@@ -208,10 +209,10 @@ def _optimizer_state(optimizer: Optimizer, model: nn.Module, tensors: dict[str, 
     return {"state": state, "param_groups": groups}
 
 
-def _names_of_parameters(optimizer: Optimizer, model: nn.Module) -> list[str]:
-    """Return the name of each parameter in the order in which the optimizer counts them."""
+def _names_by_group(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
+    """Return the names of the parameters in each group, in the order in which the optimizer counts them."""
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
 # --- where to go on from ----------------------------------------------------------------------------------------------
@@ -309,6 +310,8 @@ def _shared(found: Found, hardware: Hardware) -> tuple[Snapshot | None, History 
 def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
     """Make the folder ready, and put the run where it goes on from."""
     training, folder = run.training, found.folder
+    if found.snapshot is not None:
+        _check_parts(run, found.snapshot)
     training.hardware.from_main(lambda: folder.open(identity) if folder is not None else None)
     if found.snapshot is not None and found.history is not None:
         restore(run, found.snapshot, found.history, callbacks)
@@ -321,6 +324,24 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
         _check_room(run, folder)
     run.saver.start(partial(capture, run, identity, callbacks))
     training.before_batch = run.saver.before_batch
+
+
+def _check_parts(run: Run, snapshot: Snapshot) -> None:
+    """Refuse a checkpoint of another model or optimizer, before anything is changed."""
+    model: nn.Module = run.training.prepared.plain
+    weights = snapshot.tensors["model.safetensors"]
+    caches = {plain_name(name): buffer for name, buffer in model.named_buffers()}  # may have grown
+    try:
+        check_fit({**weights, **{name: caches[name] for name in caches if name in weights}}, model, "The checkpoint")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    optimizer: Optimizer = run.training.prepared.optimizer  # type: ignore[assignment]
+    before = [group["params"] for group in snapshot.state["optimizer"]["param_groups"]]
+    if before != _names_by_group(optimizer, model):
+        raise CheckpointError(
+            f"The checkpoint's optimizer has other parameters in its {len(before)} groups than this one in its "
+            f"{len(optimizer.param_groups)}: build both alike."
+        )
 
 
 def _check_room(run: Run, folder: RunFolder) -> None:
@@ -384,10 +405,6 @@ def _restore_model(
             model.get_submodule(owner)._buffers[attribute] = grown
         elif name in others and name in buffers:
             buffers[name][1].copy_(tensor)
-    try:
-        check_fit(weights, model, "The checkpoint")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
     copy_into(model, weights)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = plain_name(name) not in frozen
@@ -411,16 +428,8 @@ def _restore_schedule_and_optimizer(run: Run, schedule: dict[str, Any], snapshot
 
 def _restore_optimizer(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     optimizer: Optimizer = run.training.prepared.optimizer  # type: ignore[assignment]
-    names = _names_of_parameters(optimizer, run.training.prepared.plain)
+    names = chain.from_iterable(_names_by_group(optimizer, run.training.prepared.plain))
     places = {name: place for place, name in enumerate(names)}
-    before = [group["params"] for group in saved["param_groups"]]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    now = [names[sum(sizes[:number]) : sum(sizes[: number + 1])] for number in range(len(sizes))]
-    if before != now:
-        raise CheckpointError(
-            f"The checkpoint's optimizer has other parameters in its {len(before)} groups than this one in its "
-            f"{len(now)}: build both alike."
-        )
     state = {places[name]: unpack(own, tensors) for name, own in saved["state"].items()}
     groups = [
         unpack({key: value for key, value in group.items() if key != "params"}, tensors)

@@ -112,8 +112,8 @@ class Saver:
             self._hand_over(None)
 
     @property
-    def _moment(self) -> tuple[int, int]:
-        return self._state.num_batches, self._history.num_epochs
+    def _moment(self) -> tuple[int, int, str | None]:
+        return self._state.num_batches, self._history.num_epochs, self._state.finished
 
     def save_last(self) -> None:
         """Save a checkpoint after which there shall be none."""
