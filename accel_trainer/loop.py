@@ -25,7 +25,18 @@ from .errors import NonFiniteError
 from .gradients import Buffers, FixedBuffers, Gradients, TreeGradients
 from .hardware import Hardware, Prepared, check_model, check_optimizer
 from .history import History
-from .losses import Fault, Ledger, Metrics, Objective, Totals, check_loss, finite, inputs_of, widest_float
+from .losses import (
+    Fault,
+    Ledger,
+    Metrics,
+    Objective,
+    Totals,
+    check_loss,
+    inputs_of,
+    is_finite,
+    looks_finite,
+    widest_float,
+)
 from .memory import TrainingMemory, until_it_fits
 from .randomness import EVALUATION, TRAINING, derive_seed, preserved
 from .reductions import ChainSum, TreeSum
@@ -118,7 +129,7 @@ def fit(run: Run) -> str:
         if test is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"
         value = record(run, train.loss, test)
-        if finite(training.prepared.plain.parameters()) and state.judge(value, config.mode, config.min_delta):
+        if is_finite(training.prepared.plain.parameters()) and state.judge(value, config.mode, config.min_delta):
             run.saver.keep_best({"epoch": state.epoch, run.monitor: value})
         training.schedule.after_epoch(value)
         report_epoch(run)
@@ -456,12 +467,13 @@ def report_epoch(run: Run) -> None:
 
 def must_skip(training: Training, norm: Tensor | None) -> bool:
     """Return, on all processes alike, whether a loss of this batch or its gradient is not finite: one read-back."""
-    is_finite = training.ledger.last_batch_is_finite()
-    # What overflows in fp16 is skipped by the scaler, which then lowers its scale.
-    if training.hardware.accelerator.scaler is None:
-        gradients = (one.grad for one in training.gradients.parameters if one.grad is not None)
-        is_finite = is_finite & (finite(gradients) if norm is None else norm.isfinite())
-    return training.hardware.any_process(not is_finite)[0]
+    losses = training.ledger.last_batch_is_finite()
+    gradients = [one.grad for one in training.gradients.parameters if one.grad is not None]
+    if training.hardware.accelerator.scaler is not None:
+        gradients = []  # what overflows in fp16 is skipped by the scaler, which then lowers its scale
+    looks_right = losses & (looks_finite(gradients) if norm is None or not gradients else norm.isfinite())
+    is_wrong = not looks_right and not (norm is None and losses and is_finite(gradients))
+    return training.hardware.any_process(is_wrong)[0]
 
 
 _ADVICE = "Lower the learning rate, set max_grad_norm, or look at the data."
@@ -477,9 +489,9 @@ def check_finite(training: Training, fault: Fault | None) -> None:
     if training.config.on_nonfinite != "raise":
         return
     model, state = training.prepared.plain, training.state
-    if fault is None and finite(model.parameters()):
+    if fault is None and is_finite(model.parameters()):
         return
-    named = [(name, one) for name, one in model.named_parameters() if not finite([one])]
+    named = [(name, one) for name, one in model.named_parameters() if not is_finite([one])]
     names = ", ".join(name for name, _ in named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
     in_weights = f" Not finite by now: {names}." if named else ""
     first = f"epoch {state.epoch}, step "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain
@@ -27,7 +28,7 @@ from .errors import CheckpointError
 from .hardware import Hardware
 from .history import History, decode, encode
 from .loop import Run
-from .losses import finite
+from .losses import is_finite
 from .packing import pack, unpack
 from .reductions import share_from_main
 from .saving import finish_writes
@@ -122,8 +123,8 @@ def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]
     All processes call it between two batches; only the main process's result counts.
     """
     training, state, model = run.training, run.training.state, run.training.prepared.plain
-    if not finite(model.parameters()):
-        if training.hardware.is_main:
+    if not is_finite(model.parameters()):
+        if training.hardware.is_main and training.config.on_nonfinite != "raise":  # the error is on its way then
             warnings.warn("The weights are not finite: no checkpoint is made of them.", stacklevel=2)
         return None
     rows = training.ledger.rows() if state.epoch > run.history.num_epochs else None
@@ -249,9 +250,11 @@ def find(
         if folder.resumed is None:
             opened.append(Found(folder))
             return None
-        snapshot, source = folder.resumed.read(), str(folder.resumed.path)
-        check_identity(snapshot.state["identity"], decode(encode(identity)), source)
-        opened.append(Found(folder, snapshot, History.load(source), source))
+        source = str(folder.resumed.path)
+        with _understood(source):
+            snapshot = folder.resumed.read()
+            check_identity(snapshot.state["identity"], decode(encode(identity)), source)
+            opened.append(Found(folder, snapshot, History.load(source), source))
         return source
 
     seen = newest_step(run_dir) if config.resume else None
@@ -265,6 +268,17 @@ def find(
         return found
     snapshot, history = _shared(found, hardware)
     return Found(found.folder, snapshot, history, source)
+
+
+@contextmanager
+def _understood(source: str) -> Iterator[None]:
+    """Turn what comes of content that is whole but makes no sense into the documented error."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source} makes no sense: {error!r}.") from error
 
 
 def _tell_of_disks(seen: list[int | None], source: str | None, announce: Callable[[str], None]) -> None:
@@ -311,10 +325,15 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     """Make the folder ready, and put the run where it goes on from."""
     training, folder = run.training, found.folder
     if found.snapshot is not None:
-        _check_parts(run, found.snapshot)
+        with _understood(str(found.source)):
+            _check_parts(run, found.snapshot)
     training.hardware.from_main(lambda: folder.open(identity) if folder is not None else None)
     if found.snapshot is not None and found.history is not None:
-        restore(run, found.snapshot, found.history, callbacks)
+        with _understood(str(found.source)):
+            restore(run, found.snapshot, found.history)
+        _restore_callbacks(run, found.snapshot, callbacks)
+        with _understood(str(found.source)):
+            _announce_changes(found.snapshot.state["told"], _told(run), run.announce)
         done = training.state
         within = f", {done.position} batches of pass {done.data_pass} over the data done"
         run.announce(f"Going on from {found.source}: step {done.step}, epoch {done.epoch}{within}.")
@@ -354,42 +373,31 @@ def _check_room(run: Run, folder: RunFolder) -> None:
         warnings.warn(f"The checkpoints may find no room in {folder.path}: {error.strerror}.", stacklevel=2)
 
 
-def restore(
-    run: Run,
-    snapshot: Snapshot,
-    history: History,
-    callbacks: Sequence[Callback],
-) -> None:
+def restore(run: Run, snapshot: Snapshot, history: History) -> None:
     """Put a run where the checkpoint was made; every process calls it.
 
-    Raises:
-        CheckpointError: It is of another model, or optimizer.
+    Args:
+        run: Made, and not begun.
+        snapshot: On the main process's word, the same on all.
+        history: As long as it was then.
     """
     training, saved = run.training, snapshot.state
-    try:
-        progress = snapshot.tensors.get(_PROGRESS, {})
-        content = {name: unpack(saved[name], progress) for name in _PACKED}
-        for one in fields(training.state):
-            setattr(training.state, one.name, saved["run"].get(one.name, one.default))
-        for one in fields(history):
-            setattr(run.history, one.name, getattr(history, one.name))
-        _restore_model(training.prepared.plain, snapshot.tensors["model.safetensors"], progress, saved["frozen"])
-        _restore_schedule_and_optimizer(run, content["schedule"], snapshot)
-        if content["scaler"] is not None and training.hardware.accelerator.scaler is not None:
-            training.hardware.accelerator.scaler.load_state_dict(content["scaler"])
-        if content["losses"] is not None:
-            training.ledger.restore(content["losses"].astype(numpy.float64))
-        training.norm_sum, training.num_norms = content["norms"]
-        training.seconds_before = content["seconds"]
-    except (KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"The checkpoint of step {snapshot.step} makes no sense: {error!r}.") from error
-    _restore_callbacks(callbacks, content["callbacks"])
+    progress = snapshot.tensors.get(_PROGRESS, {})
+    content = {name: unpack(saved[name], progress) for name in ("schedule", "scaler", "losses", "norms", "seconds")}
+    for one in fields(training.state):
+        setattr(training.state, one.name, saved["run"].get(one.name, one.default))
+    for one in fields(history):
+        setattr(run.history, one.name, getattr(history, one.name))
+    _restore_model(training.prepared.plain, snapshot.tensors["model.safetensors"], progress, saved["frozen"])
+    _restore_schedule_and_optimizer(run, content["schedule"], snapshot)
+    if content["scaler"] is not None and training.hardware.accelerator.scaler is not None:
+        training.hardware.accelerator.scaler.load_state_dict(content["scaler"])
+    if content["losses"] is not None:
+        training.ledger.restore(content["losses"].astype(numpy.float64))
+    training.norm_sum, training.num_norms = content["norms"]
+    training.seconds_before = content["seconds"]
     if saved["num_micro_batches"] is not None and training.feed.on_recut is not None:
         training.cut_into(saved["num_micro_batches"])
-    _announce_changes(saved["told"], _told(run), run.announce)
-
-
-_PACKED = ("schedule", "scaler", "callbacks", "losses", "norms", "seconds")
 
 
 @torch.no_grad()
@@ -461,7 +469,9 @@ def _exactly(loaded: _Value, saved: _Value, parameter: Tensor) -> _Value:
     return saved
 
 
-def _restore_callbacks(callbacks: Sequence[Callback], states: Mapping[str, Any]) -> None:
+def _restore_callbacks(run: Run, snapshot: Snapshot, callbacks: Sequence[Callback]) -> None:
+    with _understood(f"The checkpoint of step {snapshot.step}"):
+        states = dict(unpack(snapshot.state["callbacks"], snapshot.tensors.get(_PROGRESS, {})))
     stateful = _stateful(callbacks)
     for name, state in states.items():
         if name in stateful:

@@ -40,6 +40,7 @@ BATCH_SIZE = 60
 def train(run_dir: str, log: str, bitwise: bool, num_epochs: int, num_micro_batches: int | None, kill_at: int) -> bool:
     """Go on with the run, or begin it, in one of its processes; return whether it came to its end."""
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
     rank = int(os.environ.get("RANK", "0"))
     Path(f"{log}.{rank}.pid").write_text(str(os.getpid()))
     if rank == 0 and kill_at:
@@ -120,7 +121,7 @@ class Life:
 
         def run() -> None:
             try:
-                outcome.extend(run_on_processes(self.num_processes, train, *arguments, kill_at, timeout=300))
+                outcome.extend(run_on_processes(self.num_processes, train, *arguments, kill_at, timeout=1800))
             except ProcessFailedError as error:
                 outcome.append(str(error))
 
@@ -258,7 +259,7 @@ def main() -> None:
     """Read the options, torture, and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="in all (default: 100)")
-    parser.add_argument("--num_epochs", type=int, default=500, help="of each run (default: 500)")
+    parser.add_argument("--num_epochs", type=int, default=150, help="of each run (default: 150)")
     parser.add_argument("--seed", type=int, default=0, help="of the dice (default: 0)")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/torture.json")
     options = parser.parse_args()
