@@ -6,6 +6,7 @@ indices, cuts each the same way, and fetches only its own pieces.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import itertools
 import signal
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakSet
 from zlib import crc32
 
 import numpy
@@ -325,7 +327,7 @@ class _WorkerInit:
     """Shelter a loader worker from signals that are meant for its parent, then do what the user asks for.
 
     Schedulers and terminals send them to whole groups of processes. The parent finishes its step and ends its workers;
-    a second SIGTERM is the parent's own.
+    one that it does not end leaves 20 seconds later.
     """
 
     def __init__(self, user: Callable[[int], object] | None) -> None:
@@ -335,13 +337,27 @@ class _WorkerInit:
         for name in ("SIGINT", "SIGUSR1"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _leave_next_time)
+        signal.signal(signal.SIGTERM, _leave_soon)
         if self._user is not None:
             self._user(worker)
 
 
-def _leave_next_time(signum: int, frame: object) -> None:
+def _leave_soon(signum: int, frame: object) -> None:
     signal.signal(signum, signal.SIG_DFL)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 20.0)  # its signal ends the process
+
+
+_loaders: WeakSet[DataLoader[Any]] = WeakSet()  # whose workers are sheltered
+
+
+def _end_workers() -> None:
+    """End persistent workers by the door: at its end multiprocessing would send them SIGTERM and wait."""
+    for loader in list(_loaders):
+        loader._iterator = None
+
+
+atexit.register(_end_workers)  # what is registered last, after multiprocessing, runs first
 
 
 @contextmanager
@@ -349,6 +365,7 @@ def _sheltered(loader: DataLoader[Any]) -> Iterator[None]:
     """Let the workers that a loader starts in this block be sheltered."""
     user = loader.worker_init_fn
     loader.worker_init_fn = _WorkerInit(user)
+    _loaders.add(loader)
     try:
         yield
     finally:
@@ -389,6 +406,7 @@ class Feed:
         pin_memory = pin_memory and loader.pin_memory
         if num_workers or pin_memory:
             self._loader = self._loader_of_requests(num_workers, pin_memory)
+            _loaders.add(self._loader)
 
     def _loader_of_requests(self, num_workers: int, pin_memory: bool) -> DataLoader[Any]:
         user = self.loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -125,6 +126,8 @@ class ProgressBar(Callback):
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Count one step."""
+        if self._bar is None:  # gone on within an epoch
+            self.on_epoch_start(trainer)
         self._bar.update()
         if trainer.state.recent_loss != self._shown:
             self._shown = trainer.state.recent_loss
@@ -146,5 +149,6 @@ class ProgressBar(Callback):
 
 def say(text: str) -> None:
     """Print a line that a progress bar does not break."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    with suppress(OSError):  # the reader may be gone
+        tqdm.write(text)
+        sys.stdout.flush()

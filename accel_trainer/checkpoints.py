@@ -37,6 +37,7 @@ _MANIFEST = "manifest.json"
 _NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json", "history.jsonl")
 _KNOWN = (*_NEEDED, "progress.safetensors", "best/model.safetensors")
 _STEP = re.compile(r"step_(\d{8,})")
+_NOTES = ("preempted.json", "nonfinite.json")
 _LARGEST_JSON = 2**28  # bytes: more is not ours
 _LOCK_SECONDS = 10.0  # for the last of a run that was told to leave
 
@@ -76,10 +77,10 @@ class Checkpoint:
             CheckpointError: Its content makes no sense.
         """
         try:
-            state = _read_json(self.path / "state.json")
+            state = _read_json(self.path / "state.json", as_written=True)
             names = [name for name in _KNOWN if "/" not in name and name.endswith(".safetensors")]
             tensors = {name: read_weights(self.path / name) for name in names if (self.path / name).exists()}
-            return Snapshot(int(state["run"]["step"]), tensors, {}, state)
+            return Snapshot(int(self.path.name.removeprefix("step_")), tensors, {}, state)
         except _UNREADABLE as error:
             raise CheckpointError(f"{self.path} cannot be read: {error!r}.") from error
 
@@ -95,7 +96,7 @@ def _write_checkpoint(path: Path, snapshot: Snapshot, history: bytes, best: Path
     path.mkdir()
     for name, tensors in snapshot.tensors.items():
         save_tensors(path / name, tensors, snapshot.metadata if name == "model.safetensors" else {})
-    _write(path / "state.json", (json.dumps(encode(snapshot.state)) + "\n").encode())
+    _write(path / "state.json", (json.dumps(snapshot.state, allow_nan=False) + "\n").encode())
     _write(path / "history.jsonl", history)
     if best is not None:
         (path / "best").mkdir()
@@ -141,10 +142,11 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, as_written: bool = False) -> Any:
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"{path.name} is too large")
-    return decode(json.loads(path.read_text(encoding="utf-8")))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content if as_written else decode(content)
 
 
 def fault_of(path: Path) -> str | None:
@@ -158,6 +160,9 @@ def fault_of(path: Path) -> str | None:
         if path.name != _name(manifest["step"]):
             return f"its manifest is that of step {manifest['step']!r}"
         files = manifest["files"]
+        here = {str(one.relative_to(path)) for one in path.rglob("*") if not stat.S_ISDIR(os.lstat(one).st_mode)}
+        if here - {_MANIFEST, *files}:
+            return f"{min(here - {_MANIFEST, *files})} is not in its manifest"
         wrong = [name for name in files if name not in _KNOWN] or [name for name in _NEEDED if name not in files]
         if wrong:
             return f"its manifest has a wrong list of files ({wrong[0]!r})"
@@ -207,6 +212,8 @@ def newest_step(run_dir: str | os.PathLike[str]) -> int | None:
 class _Lock:
     """A file held open; a lock on it ends with it."""
 
+    descriptor = -1
+
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
@@ -241,13 +248,14 @@ class RunFolder:
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], resume: bool | str = False, keep: int = 2) -> None:
-        self.path, self._keep = Path(run_dir), keep
+        self.path, self._keep = Path(run_dir).absolute(), keep
         self.best_path = self.path / "best" / "model.safetensors"
         self._checkpoints = self.path / "checkpoints"
         self._lines: list[bytes] = []  # of the history
         self._is_complete = True  # whether the file has them all
         self._failing: set[str] = set()
         self._lock: _Lock | None = None
+        self._resume = bool(resume)
         self.resumed: Checkpoint | None = None
         self.passed_over: list[str] = []
         if not resume:
@@ -274,14 +282,17 @@ class RunFolder:
             identity: What makes the run the one that it is; a new run does not take the folder of another.
         """
         try:
-            if self.resumed is None:
-                self._check_same_run(identity)
-                for name in ("config.json", "history.jsonl", "best", "preempted.json", "nonfinite.json"):
-                    _remove(self.path / name)
-            self.best_path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if self.resumed is not None:
                 self._go_back_to(self.resumed)
+            elif self._resume:
+                self._check_same_run(identity)
+                for name in ("config.json", "history.jsonl", "best/model.safetensors", *_NOTES):
+                    _remove(self.path / name)
+            else:
+                self._check_unused()  # another may have come first
+            self.best_path.parent.mkdir(exist_ok=True)
             _write_whole(self.path / "history.jsonl", b"".join(self._lines))
         except FileExistsError:
             raise
@@ -293,11 +304,13 @@ class RunFolder:
 
     def _check_same_run(self, identity: Mapping[str, Any]) -> None:
         """Refuse to begin anew, for want of a checkpoint, in the folder of another run."""
+        if not (self.path / "config.json").exists():
+            return  # the run before did not come as far
         try:
             before = _read_json(self.path / "config.json")["identity"]
             changed = [name for name in before if before[name] != decode(encode(identity)).get(name)]
         except _UNREADABLE:
-            return  # it did not come as far
+            changed = ["its config.json and ours"]
         if changed:
             raise FileExistsError(
                 f"run_dir {self.path} holds another run, without a checkpoint ({', '.join(changed)} differ). Give "
@@ -348,9 +361,11 @@ class RunFolder:
     def _clean(self) -> None:
         """Remove what a crash has left half done."""
         with suppress(OSError):
-            for path in [*self.path.glob("*.part"), *self.path.glob("best/*.part"), *self._checkpoints.glob(".*.part")]:
+            names = ("config.json", "environment.json", "history.jsonl", "best/model.safetensors", *_NOTES)
+            halves = [self.path / f"{name}.part" for name in names]
+            for path in [*halves, self.path / "losses.part.png", *self._checkpoints.glob(".step_*.part")]:
                 _remove(path)
-            for path in self._checkpoints.glob(".*.old"):
+            for path in self._checkpoints.glob(".step_*.old"):
                 in_place = self._checkpoints / path.name[1 : -len(".old")]
                 if _STEP.fullmatch(in_place.name) and not os.path.lexists(in_place):
                     os.rename(path, in_place)  # its successor had not come
@@ -377,7 +392,7 @@ class RunFolder:
         _remove(self.best_path)
         if best.exists():
             _link(best, self.best_path)
-        for name in ("preempted.json", "nonfinite.json"):
+        for name in _NOTES:
             _remove(self.path / name)
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -425,7 +440,12 @@ class RunFolder:
             if os.path.lexists(path):  # of the same step, but not as far: the epoch has ended since
                 _remove(aside)
                 os.rename(path, aside)
-            os.rename(beside, path)
+            try:
+                os.rename(beside, path)
+            except OSError:
+                if os.path.lexists(aside):
+                    os.rename(aside, path)
+                raise
             flush(self._checkpoints)
         finally:
             with suppress(OSError):
@@ -474,7 +494,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the folder."""
-        text = json.dumps(encode(content), indent=2) + "\n"
+        text = json.dumps(encode(content), indent=2, default=str) + "\n"
         self.attempt(name, lambda: _write_whole(self.path / name, text.encode()))
 
     def read_best(self) -> dict[str, Tensor]:
@@ -505,10 +525,11 @@ class RunFolder:
         return True
 
     def note(self, name: str, error: Exception | None) -> None:
-        """Take in how a write has ended; the first failure of each name in a row is a warning."""
+        """Take in how a write has ended; the first failure, as long as anything fails, is a warning."""
         if error is None:
             self._failing.discard(name)
-        elif name not in self._failing:
-            self._failing.add(name)
+            return
+        if not self._failing:
             told = f"Could not write {self.path / name}: {error}. The training goes on, and the next save tries again."
             warnings.warn(told, stacklevel=4)
+        self._failing.add(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = ["CheckpointError", "HardwareError", "NonFiniteError", "ProcessFailedError", "StopTraining"]
 
 
@@ -36,10 +38,11 @@ class NonFiniteError(ArithmeticError):
     """A train loss or the weights became infinite or not a number, and `on_nonfinite="raise"`.
 
     Attributes:
-        place: Pass over the data, 1-based, and number in it, 0-based, of the batch; `None` if it is not known.
+        places: Pass over the data, 1-based, and number in it, 0-based, of the batch and of the one before, whose
+            gradient may be the cause; empty if they are not known.
     """
 
-    place: tuple[int, int] | None = None
+    places: Sequence[tuple[int, int]] = ()
 
 
 class ProcessFailedError(RuntimeError):

@@ -189,6 +189,8 @@ def _refuse_plugin(plugin: str) -> None:
 
 
 def _build(mixed_precision: str | None, factory: Callable[[], Accelerator] | None) -> Accelerator:
+    if not torch.accelerator.is_available() or _asks_for_cpu():
+        _meet_after_restart()
     if factory is not None:
         accelerator = factory()
         if not isinstance(accelerator, Accelerator):
@@ -204,8 +206,6 @@ def _build(mixed_precision: str | None, factory: Callable[[], Accelerator] | Non
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = several and not torch.accelerator.is_available()
     _check_precision(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    if cpu or _asks_for_cpu():
-        _meet_after_restart()
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
 
 

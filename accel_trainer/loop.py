@@ -55,6 +55,7 @@ class Training:
     Attributes:
         ledger: The losses of the epoch under way.
         seconds_before: What the epoch under way took before it was interrupted.
+        finite_buffers: Names of those that were finite at the start; a mask may hold infinities.
         batches: Number of each batch since the last report -> its pass over the data and place there.
     """
 
@@ -77,13 +78,22 @@ class Training:
     started: float = 0.0
     seconds_before: float = 0.0
     batches: dict[int, tuple[int, int]] = field(default_factory=dict)
+    finite_buffers: frozenset[str] = frozenset()
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Begin an epoch, or go on with the one under way."""
-        if epoch != self.state.epoch:
+    def begin_epoch(self, epoch: int) -> bool:
+        """Begin an epoch, or go on with the one under way; return whether it is a new one."""
+        is_new = epoch != self.state.epoch
+        if is_new:
             self.state.epoch, self.ledger, self.seconds_before = epoch, Ledger(self.hardware.process), 0.0
             self.norm_sum, self.num_norms = 0.0, 0
         self.started = time.perf_counter()
+        return is_new
+
+    def is_sound(self) -> bool:
+        """Return whether the weights, and the buffers that were so at the start, are finite: one read-back."""
+        model = self.prepared.plain
+        buffers = (buffer for name, buffer in model.named_buffers() if name in self.finite_buffers)
+        return is_finite([*model.parameters(), *buffers])
 
     @property
     def epoch_seconds(self) -> float:
@@ -114,9 +124,10 @@ class Run:
 def fit(run: Run) -> str:
     """Train until something ends the run and return the reason, in words."""
     training, config, state = run.training, run.training.config, run.training.state
-    while (reason := end_of(run)) is None:
-        training.begin_epoch(run.history.num_epochs + 1)
-        training.call("on_epoch_start")
+    reason = end_of(run)
+    while reason is None:
+        if training.begin_epoch(run.history.num_epochs + 1):
+            training.call("on_epoch_start")
         train = train_epoch(training, micro_batches_of_epoch(training))
         if train is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"  # an epoch cut short is not recorded
@@ -129,12 +140,14 @@ def fit(run: Run) -> str:
         if test is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"
         value = record(run, train.loss, test)
-        if is_finite(training.prepared.plain.parameters()) and state.judge(value, config.mode, config.min_delta):
+        if training.is_sound() and state.judge(value, config.mode, config.min_delta):
             run.saver.keep_best({"epoch": state.epoch, run.monitor: value})
         training.schedule.after_epoch(value)
         report_epoch(run)
         with evaluation_mode(training.prepared.plain):  # a callback may look at the model, and change its modes
             training.call("on_epoch_end")
+        reason = end_of(run)
+        state.finished = reason if training.stopping.kind == "callback" else None
         run.saver.after_epoch()
     return reason
 
@@ -210,28 +223,28 @@ def take_step(training: Training, micro_batch: MicroBatch, ledger: Ledger) -> No
     state.position = micro_batch.batch_number + 1
     training.batches[state.num_batches] = state.data_pass, micro_batch.batch_number
     training.gradients.finish(micro_batch.batch_size)
-    norm = None
-    if config.max_grad_norm is not None:
-        norm = prepared.clip(training.gradients.parameters, config.max_grad_norm)
-    if config.on_nonfinite == "skip" and must_skip(training, norm):
+    if config.on_nonfinite == "skip" and must_skip(training):
         training.buffers.undo()
         training.gradients.clear()
         state.num_skipped += 1
         return
+    norm = None
+    if config.max_grad_norm is not None:
+        norm = prepared.clip(training.gradients.parameters, config.max_grad_norm)
     training.buffers.finish(min(micro_batch.batch_size, training.feed.layout.num_micro_batches))
     updated = prepared.step()
     training.gradients.clear()
-    if not updated:
-        return
-    if norm is not None:
-        training.norm_sum = training.norm_sum + norm.to(widest_float(norm.device))
-        training.num_norms += 1
-    state.step += 1
-    training.schedule.after_step()
-    if state.step % config.report_every == 0:
+    if updated:
+        if norm is not None:
+            training.norm_sum = training.norm_sum + norm.to(widest_float(norm.device))
+            training.num_norms += 1
+        state.step += 1
+        training.schedule.after_step()
+    if state.num_batches % config.report_every == 0:
         state.recent_loss, fault = ledger.report()
         check_finite(training, fault)
-    training.call("on_step_end")
+    if updated:
+        training.call("on_step_end")
 
 
 def evaluate(
@@ -465,14 +478,13 @@ def report_epoch(run: Run) -> None:
     run.announce(f"Epoch {state.epoch}/{run.training.config.num_epochs} - Train Loss: {row['train_loss']:.4f}{test}")
 
 
-def must_skip(training: Training, norm: Tensor | None) -> bool:
+def must_skip(training: Training) -> bool:
     """Return, on all processes alike, whether a loss of this batch or its gradient is not finite: one read-back."""
-    losses = training.ledger.last_batch_is_finite()
+    losses = training.ledger.is_finite(training.state.num_batches)
     gradients = [one.grad for one in training.gradients.parameters if one.grad is not None]
     if training.hardware.accelerator.scaler is not None:
         gradients = []  # what overflows in fp16 is skipped by the scaler, which then lowers its scale
-    looks_right = losses & (looks_finite(gradients) if norm is None or not gradients else norm.isfinite())
-    is_wrong = not looks_right and not (norm is None and losses and is_finite(gradients))
+    is_wrong = not (losses & looks_finite(gradients)) and not (losses and is_finite(gradients))
     return training.hardware.any_process(is_wrong)[0]
 
 
@@ -485,23 +497,23 @@ def check_finite(training: Training, fault: Fault | None) -> None:
     Raises:
         NonFiniteError: With the step and the process of the first such loss, and the first such parameters.
     """
-    recent, training.batches = training.batches, {}
+    recent, training.batches = training.batches, dict(list(training.batches.items())[-1:])
     if training.config.on_nonfinite != "raise":
         return
     model, state = training.prepared.plain, training.state
-    if fault is None and is_finite(model.parameters()):
+    if fault is None and training.is_sound() and math.isfinite(training.norm_sum):
         return
     named = [(name, one) for name, one in model.named_parameters() if not is_finite([one])]
     names = ", ".join(name for name, _ in named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
     in_weights = f" Not finite by now: {names}." if named else ""
     first = f"epoch {state.epoch}, step "
     if fault is None:
-        first += f"{min(recent, default=state.step)} to {state.step}: a gradient became nan or infinite."
+        first += f"{min(recent, default=state.num_batches)} to {state.num_batches}: a gradient became nan or infinite."
         raise NonFiniteError(f"In {first}{in_weights} {_ADVICE}")
     error = NonFiniteError(
         f"Train loss became {fault.value} in {first}{fault.batch}, process {fault.process}.{in_weights} {_ADVICE}"
     )
-    error.place = recent.get(fault.batch)
+    error.places = [recent[number] for number in (fault.batch, fault.batch - 1) if number in recent]
     raise error
 
 
@@ -642,6 +654,7 @@ def assemble(
         state=state,
         feed=feed,
         ledger=Ledger(hardware.process),
+        finite_buffers=frozenset(name for name, buffer in model.named_buffers() if is_finite([buffer])),
     )
 
 

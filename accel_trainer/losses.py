@@ -349,10 +349,10 @@ class Ledger:
             self._places.pop()
             self._open.pop()
 
-    def last_batch_is_finite(self) -> bool | Tensor:
+    def is_finite(self, batch: int) -> bool | Tensor:
         """Return whether the losses of the last batch are finite on this process; those that weigh nothing may not."""
         rows = [row for place, row in zip(reversed(self._places), reversed(self._open), strict=False)
-                if place[0] == self._places[-1][0]]  # fmt: skip
+                if place[0] == batch]  # fmt: skip
         flag: bool | Tensor = True
         for loss, weight, *_ in rows:
             flag = flag & (loss.isfinite() | (torch.as_tensor(weight, device=loss.device) == 0))

@@ -6,7 +6,7 @@ Nothing but data comes back: numbers, texts, lists, dictionaries and tensors, of
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +49,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if type(value) in (list, tuple):
         items = [pack(item, tensors, f"{name}/{place}") for place, item in enumerate(value)]
         return items if type(value) is list else {"$tuple": items}
-    if type(value) in (dict, OrderedDict, defaultdict, Counter):
+    if type(value) in (dict, OrderedDict, Counter):
         return _pack_dict(value, tensors, name)
     raise TypeError(f"{name} is a {type(value).__name__}; only tensors, numbers, texts and lists of them can be saved.")
 
@@ -62,7 +62,7 @@ def _pack_tensor(value: Tensor | numpy.ndarray[Any, Any], tensors: dict[str, Ten
         raise TypeError(f"{name} is a {value.layout} tensor; only dense ones can be saved.")
     value = value.detach()
     if value.dtype == torch.complex128:  # safetensors does not know it
-        value, tag = torch.view_as_real(value), "$complex"
+        value, tag = torch.view_as_real(value.resolve_conj()), "$complex"
     while name in tensors:
         name += "_"
     tensors[name] = value

@@ -5,13 +5,13 @@ Left out is all that is a function of the position: the order of the samples and
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 import torch
@@ -26,12 +26,12 @@ from .checkpoints import RunFolder, Snapshot, newest_step
 from .config import TrainConfig
 from .errors import CheckpointError
 from .hardware import Hardware
-from .history import History, decode, encode
+from .history import History
 from .loop import Run
-from .losses import is_finite
 from .packing import pack, unpack
 from .reductions import share_from_main
 from .saving import finish_writes
+from .state import RunState
 from .weights import check_fit, copy_into, plain_name, plain_state, split_aliases
 
 __all__ = ["Found", "begin", "capture", "find", "identity_of", "restore"]
@@ -48,7 +48,7 @@ _TOLD = ("num_micro_batches", "bitwise", "mixed_precision", "num_threads", "pati
 def identity_of(
     config: TrainConfig,
     model: nn.Module,
-    optimizer: Optimizer,
+    settings: Sequence[Mapping[str, Any]],
     functions: Mapping[str, Any],
     loaders: Mapping[str, DataLoader[Any] | None],
     metrics: Sequence[str],
@@ -58,36 +58,52 @@ def identity_of(
     Args:
         config: The user's choices.
         model: The user's model.
-        optimizer: Its optimizer, with the settings that the run began with.
-        functions: Name of the argument -> loss, weights, scheduler.
+        settings: Of the optimizer's groups of parameters, those that the run began with.
+        functions: Name of the argument -> loss, weights, scheduler, optimizer.
         loaders: `train_loader` and `test_loader`.
         metrics: Their names.
     """
     train_loader = loaders["train_loader"]
     return {
         **{name: getattr(config, name) for name in _OF_THE_CONFIG},
-        "batch_size": getattr(train_loader, "batch_size", None),
-        "num_batches": num_batches(train_loader) if train_loader is not None else None,
-        "sampler": _name_of(getattr(train_loader, "sampler", None)),
+        **_order_of(train_loader),
         **{f"length of {name}'s dataset": _length(loader) for name, loader in loaders.items()},
         "metrics": list(metrics),
         "model": _name_of(model),
         **{name: _name_of(function) for name, function in functions.items()},
-        "optimizer": _name_of(optimizer),
-        "learning rates": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
-        "weight decays": [float(group.get("weight_decay") or 0) for group in optimizer.param_groups],
+        "learning rates": [float(group.get("initial_lr", group["lr"])) for group in settings],
+        "weight decays": [float(group.get("weight_decay") or 0) for group in settings],
+    }
+
+
+def _order_of(loader: DataLoader[Any] | None) -> dict[str, Any]:
+    """Return what decides the order of the samples and their batches."""
+    if loader is None or is_stream(loader):
+        return {"batch_size": getattr(loader, "batch_size", None)}
+    outer: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    inner = getattr(outer, "sampler", None)
+    return {
+        "batch_size": getattr(outer, "batch_size", None),
+        "num_batches": num_batches(loader),
+        "drop_last": getattr(outer, "drop_last", None),
+        "sampler": " of ".join(_name_of(one) or "" for one in (outer, inner) if one is not None),
+        "replacement": getattr(inner, "replacement", None),
     }
 
 
 def _length(loader: DataLoader[Any] | None) -> int | None:
     dataset: Any = getattr(loader, "dataset", None)
-    return len(dataset) if hasattr(dataset, "__len__") else None
+    try:
+        return len(dataset)
+    except TypeError:  # a stream, or none
+        return None
 
 
 def _name_of(thing: Any) -> str | None:
     """Return the qualified name of a function or of an object's class."""
     if isinstance(thing, partial):
         return _name_of(thing.func)
+    thing = getattr(thing, "_orig_mod", thing)  # compiled or not
     if thing is None:
         return None
     return str(getattr(thing, "__qualname__", type(thing).__qualname__))
@@ -104,8 +120,11 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], source: st
     Raises:
         CheckpointError: With each field that differs, old and new.
     """
+    names = [*before, *(name for name in now if name not in before)]
     changes = [
-        f"{name} was {before[name]!r} and is {now.get(name)!r}" for name in before if before[name] != now.get(name)
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
     ]
     if changes:
         raise CheckpointError(
@@ -123,7 +142,7 @@ def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]
     All processes call it between two batches; only the main process's result counts.
     """
     training, state, model = run.training, run.training.state, run.training.prepared.plain
-    if not is_finite(model.parameters()):
+    if not training.is_sound():
         if training.hardware.is_main and training.config.on_nonfinite != "raise":  # the error is on its way then
             warnings.warn("The weights are not finite: no checkpoint is made of them.", stacklevel=2)
         return None
@@ -135,15 +154,20 @@ def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]
     progress = dict(_other_buffers(model))
     scaler = training.hardware.accelerator.scaler
     content = {
-        "optimizer": _optimizer_state(training.prepared.optimizer, model, of_optimizer),  # type: ignore[arg-type]
         "schedule": training.schedule.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "callbacks": {name: callback.state_dict() for name, callback in _stateful(callbacks).items()},
         "losses": rows if rows is not None and len(rows) else None,
         "norms": (float(training.norm_sum), training.num_norms),
         "seconds": training.epoch_seconds,
+        "identity": dict(identity),
+        "run": asdict(state),
+        "told": _told(run),
+        "num_micro_batches": _found_by_memory(run),
+        "frozen": [plain_name(name) for name, one in model.named_parameters() if not one.requires_grad],
     }
-    packed = {name: pack(value, progress, name) for name, value in content.items() if name != "optimizer"}
+    packed = {name: pack(value, progress, name) for name, value in content.items()}
+    packed["optimizer"] = _optimizer_state(training.prepared.optimizer, model, of_optimizer)  # type: ignore[arg-type]
     return Snapshot(
         step=state.step,
         tensors={
@@ -152,15 +176,7 @@ def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]
             **({_PROGRESS: progress} if progress else {}),
         },
         metadata={"aliases": aliases, "step": state.step, "epoch": state.epoch},
-        state={
-            "identity": dict(identity),
-            "told": _told(run),
-            "run": asdict(state),
-            "optimizer": content["optimizer"],
-            **packed,
-            "num_micro_batches": _found_by_memory(run),
-            "frozen": [plain_name(name) for name, one in model.named_parameters() if not one.requires_grad],
-        },
+        state=packed,
     )
 
 
@@ -196,8 +212,11 @@ def _stateful(callbacks: Sequence[Callback]) -> dict[str, Any]:
 
 
 def _optimizer_state(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    names = list(chain.from_iterable(_names_by_group(optimizer, model)))
+    names = list(itertools.chain.from_iterable(_names_by_group(optimizer, model)))
     whole = optimizer.state_dict()
+    odd = [key for key in whole["state"] if not isinstance(key, int)]
+    if odd:
+        raise TypeError(f"The optimizer keeps a state {odd[0]!r} that belongs to no parameter: it cannot be saved.")
     state = {
         names[place]: {key: pack(value, tensors, f"{names[place]}/{key}") for key, value in own.items()}
         for place, own in whole["state"].items()
@@ -253,7 +272,8 @@ def find(
         source = str(folder.resumed.path)
         with _understood(source):
             snapshot = folder.resumed.read()
-            check_identity(snapshot.state["identity"], decode(encode(identity)), source)
+            before = unpack(snapshot.state["identity"], {})
+            check_identity(before, unpack(pack(dict(identity), {}, "identity"), {}), source)
             opened.append(Found(folder, snapshot, History.load(source), source))
         return source
 
@@ -277,7 +297,7 @@ def _understood(source: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (LookupError, AttributeError, TypeError, ArithmeticError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source} makes no sense: {error!r}.") from error
 
 
@@ -327,13 +347,14 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     if found.snapshot is not None:
         with _understood(str(found.source)):
             _check_parts(run, found.snapshot)
-    training.hardware.from_main(lambda: folder.open(identity) if folder is not None else None)
-    if found.snapshot is not None and found.history is not None:
-        with _understood(str(found.source)):
-            restore(run, found.snapshot, found.history)
+            restore(run, found.snapshot, found.history)  # type: ignore[arg-type]
+            _announce_changes(unpack(found.snapshot.state["told"], {}), _told(run), run.announce)
         _restore_callbacks(run, found.snapshot, callbacks)
-        with _understood(str(found.source)):
-            _announce_changes(found.snapshot.state["told"], _told(run), run.announce)
+    for name, callback in _stateful(callbacks).items():
+        pack(callback.state_dict(), {}, f"callback {name}")  # refuses at once what could not be saved
+    pack(training.schedule.state_dict(), {}, "scheduler")
+    training.hardware.from_main(lambda: folder.open(identity) if folder is not None else None)
+    if found.snapshot is not None:
         done = training.state
         within = f", {done.position} batches of pass {done.data_pass} over the data done"
         run.announce(f"Going on from {found.source}: step {done.step}, epoch {done.epoch}{within}.")
@@ -383,21 +404,32 @@ def restore(run: Run, snapshot: Snapshot, history: History) -> None:
     """
     training, saved = run.training, snapshot.state
     progress = snapshot.tensors.get(_PROGRESS, {})
-    content = {name: unpack(saved[name], progress) for name in ("schedule", "scaler", "losses", "norms", "seconds")}
-    for one in fields(training.state):
-        setattr(training.state, one.name, saved["run"].get(one.name, one.default))
+    content = {name: unpack(saved[name], progress) for name in saved if name not in ("optimizer", "callbacks")}
+    _restore_state(training.state, content["run"])
     for one in fields(history):
         setattr(run.history, one.name, getattr(history, one.name))
-    _restore_model(training.prepared.plain, snapshot.tensors["model.safetensors"], progress, saved["frozen"])
+    _restore_model(training.prepared.plain, snapshot.tensors["model.safetensors"], progress, content["frozen"])
     _restore_schedule_and_optimizer(run, content["schedule"], snapshot)
     if content["scaler"] is not None and training.hardware.accelerator.scaler is not None:
         training.hardware.accelerator.scaler.load_state_dict(content["scaler"])
     if content["losses"] is not None:
         training.ledger.restore(content["losses"].astype(numpy.float64))
-    training.norm_sum, training.num_norms = content["norms"]
-    training.seconds_before = content["seconds"]
-    if saved["num_micro_batches"] is not None and training.feed.on_recut is not None:
-        training.cut_into(saved["num_micro_batches"])
+    norm_sum, num_norms = content["norms"]
+    training.norm_sum, training.num_norms = float(norm_sum), int(num_norms)
+    training.seconds_before = float(content["seconds"])
+    found = content["num_micro_batches"]
+    if found is not None and training.feed.on_recut is not None and found > training.feed.layout.num_micro_batches:
+        layout = training.feed.layout._replace(num_micro_batches=int(found))
+        training.feed.layout = training.gradients.layout = training.buffers.layout = layout
+
+
+def _restore_state(state: RunState, saved: Mapping[str, Any]) -> None:
+    for one in fields(state):
+        value = saved[one.name]
+        is_known = value is None or type(value) is type(one.default) or one.default is None
+        if not is_known or (type(value) is int and value < 0):
+            raise ValueError(f"{one.name} is {value!r}")
+        setattr(state, one.name, value)
 
 
 @torch.no_grad()
@@ -415,7 +447,7 @@ def _restore_model(
             buffers[name][1].copy_(tensor)
     copy_into(model, weights)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = plain_name(name) not in frozen
+        parameter.requires_grad_(plain_name(name) not in frozen)
 
 
 def _restore_schedule_and_optimizer(run: Run, schedule: dict[str, Any], snapshot: Snapshot) -> None:
@@ -436,7 +468,7 @@ def _restore_schedule_and_optimizer(run: Run, schedule: dict[str, Any], snapshot
 
 def _restore_optimizer(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     optimizer: Optimizer = run.training.prepared.optimizer  # type: ignore[assignment]
-    names = chain.from_iterable(_names_by_group(optimizer, run.training.prepared.plain))
+    names = itertools.chain.from_iterable(_names_by_group(optimizer, run.training.prepared.plain))
     places = {name: place for place, name in enumerate(names)}
     state = {places[name]: unpack(own, tensors) for name, own in saved["state"].items()}
     groups = [
@@ -444,29 +476,33 @@ def _restore_optimizer(run: Run, saved: Mapping[str, Any], tensors: Mapping[str,
         | {"params": [places[name] for name in group["params"]]}
         for group in saved["param_groups"]
     ]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, own in state.items():
-        parameter = parameters[place]
-        optimizer.state[parameter] = _exactly(optimizer.state[parameter], own, parameter)
+    # Not with the states: torch would cast them to the dtype of their parameter.
+    optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    place = itertools.count()
+    for group in optimizer.param_groups:
+        on_device = bool(group.get("capturable") or group.get("fused"))
+        for parameter in group["params"]:
+            own = state.get(next(place))
+            if own is not None:
+                optimizer.state[parameter] = {
+                    key: _placed(value, parameter, key != "step" or on_device) for key, value in own.items()
+                }
 
 
-_Value = TypeVar("_Value")
+def _placed(value: Any, parameter: Tensor, on_device: bool) -> Any:
+    """Return a state with memory of its own where the optimizer keeps it.
 
-
-def _exactly(loaded: _Value, saved: _Value, parameter: Tensor) -> _Value:
-    """Return what was saved where torch has put it: it casts states to the dtype of the parameter.
-
-    A state of a parameter's shape also gets its strides back, which decide in what order a norm of it adds.
+    One of the parameter's shape also gets its strides, which decide in what order a norm of it adds.
     """
-    if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
-        like = parameter.detach() if parameter.shape == saved.shape else saved
-        return torch.empty_like(like, dtype=saved.dtype, device=loaded.device).copy_(saved)  # type: ignore[return-value]
-    if isinstance(saved, dict) and isinstance(loaded, dict):
-        return {key: _exactly(loaded[key], value, parameter) for key, value in saved.items()}  # type: ignore[return-value]
-    if isinstance(saved, (list, tuple)) and isinstance(loaded, (list, tuple)):
-        return type(saved)(_exactly(one, other, parameter) for one, other in zip(loaded, saved, strict=True))
-    return saved
+    if isinstance(value, Tensor):
+        like = parameter.detach() if parameter.shape == value.shape else value
+        device = parameter.device if on_device else value.device
+        return torch.empty_like(like, dtype=value.dtype, device=device).copy_(value)
+    if isinstance(value, dict):
+        return {key: _placed(one, parameter, on_device) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_placed(one, parameter, on_device) for one in value)
+    return value
 
 
 def _restore_callbacks(run: Run, snapshot: Snapshot, callbacks: Sequence[Callback]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from .weights import copy_into, plain_state, split_aliases
 __all__ = ["Saver", "finish_writes"]
 
 _Tensors = dict[str, dict[str, Tensor]]
-_MODEL = "model.safetensors"
+_BEST, _CHECKPOINT = "best/model.safetensors", "checkpoints"
 _in_flight: set[Future[Any]] = set()  # writes of this process, those of a run left by a second Ctrl-C too
 
 
@@ -69,24 +69,28 @@ class Saver:
         self._enabled = config.run_dir is not None
         self._every, self._seconds = _interval(config.checkpoint_every)
         self._problem: str | None = None
-        self._best: dict[str, Any] | None = None  # what to write beside the best weights, as long as that is to be done
-        self._copy: dict[str, Tensor] | None = None  # the best weights, where no file has them
-        self._buffers = _HostBuffers()
+        self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # weights and what to write beside them
+        self._best_is_on_disk = True
+        self._buffers, self._best_buffers = _HostBuffers(), _HostBuffers()
         self._executor: ThreadPoolExecutor | None = None
-        self._write: Future[list[tuple[str, Exception | None]]] | None = None
+        self._writes: dict[str, Future[Exception | None]] = {}  # what is written -> the write under way
+        stopping.before_leaving(partial(finish_writes, timeout=20.0))
 
     def start(self, capture: Callable[[], Snapshot | None]) -> None:
         """Begin to count, from where the run stands now."""
         self.capture = capture
         self._next = time.monotonic() + (self._seconds or 0)
-        self._last_step, self._last_moment = self._state.step, self._moment  # of the last checkpoint
+        self._last_step = self._state.step  # of the last checkpoint that was to be made ...
+        self._last_moment: Any = self._moment
+        self._saved_moment = self._moment if self._state.num_batches else None  # ... and the last that was
 
     # --- when ---------------------------------------------------------------------------------------------------------
 
     def before_batch(self) -> None:
         """Save if it is time to; tell of a write that has failed. Costs less than a microsecond if not."""
-        if self._write is not None and self._write.done():
-            self._see_to_the_end()
+        if self._writes:
+            for name in [name for name, write in self._writes.items() if write.done()]:
+                self._finish(name)
         if self._enabled and self._is_due():
             self.save()
 
@@ -100,105 +104,102 @@ class Saver:
             self._next = float("inf")
         return self._stopping.save_is_due and self._state.step != self._last_step
 
-    def keep_best(self, metadata: dict[str, Any]) -> None:
-        """Note that the present weights are the best; the end of the epoch saves them."""
-        self._best = metadata
-
     def after_epoch(self) -> None:
         """Save what is due at the end of an epoch."""
         if self._enabled and (self._is_due() or (self._every is None and self._seconds is None)):
             self.save()
-        elif self._best is not None and self._is_main:
-            self._hand_over(None)
-
-    @property
-    def _moment(self) -> tuple[int, int, str | None]:
-        return self._state.num_batches, self._history.num_epochs, self._state.finished
 
     def save_last(self) -> None:
         """Save a checkpoint after which there shall be none."""
         self.save()
         self._enabled = False
 
+    @property
+    def _moment(self) -> tuple[int, int, str | None]:
+        return self._state.num_batches, self._history.num_epochs, self._state.finished
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether a checkpoint of this very moment is on the disk; on the main process."""
+        return self._saved_moment == self._moment
+
+    # --- how ----------------------------------------------------------------------------------------------------------
+
     def save(self) -> None:
         """Save a checkpoint, unless this very moment has one."""
+        self._finish(_CHECKPOINT)  # one at a time
         if not self._enabled or self._last_moment == self._moment:
             return
         self._last_step, self._last_moment = self._state.step, self._moment
         self._stopping.save_is_due = False
         self._next = time.monotonic() + (self._seconds or 0)
         snapshot = self.capture()
-        if self._is_main:
-            self._hand_over(snapshot)
-
-    # --- how ----------------------------------------------------------------------------------------------------------
-
-    def _hand_over(self, snapshot: Snapshot | None) -> None:
-        """Copy what is to be written, and let the thread write it."""
-        self.finish()  # one at a time
-        best, self._best = self._best, None
-        if snapshot is None and best is None:
+        if snapshot is None or self._folder is None:
             return
+        copies = self._buffers.copy(snapshot.tensors)
+        copied = snapshot if copies is None else replace(snapshot, tensors=copies)
+        write = partial(self._write_checkpoint, self._folder, copied, self._folder.history, self._moment)
+        self._hand_over(_CHECKPOINT, write, at_once=copies is None)
+
+    def keep_best(self, metadata: dict[str, Any]) -> None:
+        """Keep the present weights as the best so far.
+
+        Args:
+            metadata: What to write beside them.
+        """
+        if not self._is_main:
+            return
+        self._finish(_BEST)
         weights, aliases = split_aliases(plain_state(self._model))
-        tensors = snapshot.tensors if snapshot is not None else {_MODEL: weights}
-        copies = self._buffers.copy(tensors)
-        if self._folder is None:
-            self._copy = _under_all_names(copies[_MODEL] if copies else _cloned(tensors[_MODEL]), aliases)
-            return
-        job = partial(
-            self._job,
-            self._folder,
-            copies or tensors,
-            None if best is None else best | {"aliases": aliases},
-            snapshot,
-            self._folder.history,
-        )
-        if copies is None:
-            warnings.warn(
-                "There is no room in memory for a copy of what is saved: the training waits for the write.",
-                stacklevel=2,
-            )
-            self._told(job())
+        copies = self._best_buffers.copy({_BEST: weights})
+        own = copies[_BEST] if copies else {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+        self._best, self._best_is_on_disk = (own, metadata | {"aliases": aliases}), False
+        if self._folder is not None:
+            self._hand_over(_BEST, partial(self._write_best, self._folder), at_once=copies is None)
+
+    def _hand_over(self, name: str, write: Callable[[], None], at_once: bool) -> None:
+        """Let the thread write."""
+        if at_once:
+            self._finish(_BEST)
+            told = "There is no room in memory for a copy of what is saved: the training waits for the write."
+            warnings.warn(told, stacklevel=4)
+            self._told(name, _error_of(write))
             return
         self._executor = self._executor or ThreadPoolExecutor(1, "accel_trainer save")
-        self._write = self._executor.submit(job)
-        _in_flight.add(self._write)
+        future = self._executor.submit(_error_of, write)
+        _in_flight.add(future)
+        self._writes[name] = future
 
-    def _job(
-        self,
-        folder: RunFolder,
-        tensors: _Tensors,
-        best: Mapping[str, Any] | None,
-        snapshot: Snapshot | None,
-        history: bytes,
-    ) -> list[tuple[str, Exception | None]]:
-        """Write; return the name of each thing written, with its error."""
-        outcome: list[tuple[str, Exception | None]] = []
-        if best is not None:
-            error = _error_of(partial(folder.save_best, tensors[_MODEL], best))
-            self._copy = None if error is None else _under_all_names(_cloned(tensors[_MODEL]), best["aliases"])
-            outcome.append(("best/model.safetensors", error))
-        if snapshot is not None:
-            copied = replace(snapshot, tensors=tensors)
-            outcome.append(("checkpoints", _error_of(partial(folder.save_checkpoint, copied, history))))
-        return outcome
+    def _write_best(self, folder: RunFolder) -> None:
+        weights, metadata = self._best  # type: ignore[misc]
+        folder.save_best(weights, metadata)
+        self._best_is_on_disk = True
 
-    def _told(self, outcome: list[tuple[str, Exception | None]]) -> None:
-        for name, error in outcome:
-            self._folder.note(name, error)  # type: ignore[union-attr]
-            if name == "checkpoints":
-                self.num_saved += error is None
-                self._problem = None if error is None else str(error)
+    def _write_checkpoint(self, folder: RunFolder, snapshot: Snapshot, history: bytes, moment: Any) -> None:
+        if self._best is not None and not (self._best_is_on_disk and folder.best_path.exists()):
+            self._write_best(folder)  # a checkpoint with an older best would go back to that
+        folder.save_checkpoint(snapshot, history)
+        self._saved_moment = moment
 
-    def _see_to_the_end(self) -> None:
-        if self._write is not None:
-            _in_flight.discard(self._write)
-            outcome, self._write = self._write.result(), None
-            self._told(outcome)
+    def _finish(self, name: str) -> None:
+        """Wait for a write, and tell if it has failed."""
+        write = self._writes.pop(name, None)
+        if write is not None:
+            error = write.result()
+            _in_flight.discard(write)
+            self._told(name, error)
+
+    def _told(self, name: str, error: Exception | None) -> None:
+        self._folder.note(name, error)  # type: ignore[union-attr]
+        if name == _CHECKPOINT:
+            self.num_saved += error is None
+            self._problem = None if error is None else str(error)
+            self._last_moment = self._last_moment if error is None else None  # the next save tries again
 
     def finish(self) -> None:
-        """Wait for the write under way."""
-        self._see_to_the_end()
+        """Wait for the writes under way."""
+        for name in list(self._writes):
+            self._finish(name)
 
     @property
     def lost(self) -> str | None:
@@ -213,23 +214,33 @@ class Saver:
         self.finish()
         if self._is_main:
             try:
-                kept = self._copy
-                copy_into(self._model, kept if kept is not None else self._folder.read_best())  # type: ignore[union-attr]
+                copy_into(self._model, self._best_weights())
             except (OSError, SafetensorError) as error:
                 warnings.warn(f"The best weights are gone, the model keeps the last ones: {error}", stacklevel=2)
         if num_processes > 1:
             share_from_main(self._model.state_dict().values())
 
+    def _best_weights(self) -> dict[str, Tensor]:
+        if self._best is None:
+            return self._folder.read_best()  # type: ignore[union-attr]
+        weights, metadata = self._best
+        return {**weights, **{name: weights[kept] for name, kept in metadata["aliases"].items()}}
+
     def close(self, at_once: bool = False) -> None:
-        """End the thread, after the write under way; the interpreter waits for that too.
+        """End the thread, after the writes under way, and leave the folder to others.
 
         Args:
-            at_once: Return without waiting.
+            at_once: Return without waiting; the thread does the rest, and the interpreter waits for it.
         """
+        if self._executor is not None and self._folder is not None and at_once:
+            _in_flight.add(self._executor.submit(self._folder.close))
+            self._executor.shutdown(wait=False)
+            return
         if self._executor is not None:
-            self._executor.shutdown(wait=not at_once)
-        if not at_once:
-            self.finish()
+            self._executor.shutdown()
+        self.finish()
+        if self._folder is not None:
+            self._folder.close()
 
 
 def _nothing() -> Snapshot | None:
@@ -243,7 +254,7 @@ def _interval(checkpoint_every: int | str | None) -> tuple[int | None, float | N
     return checkpoint_every, None
 
 
-def _error_of(write: Callable[[], Path | None]) -> Exception | None:
+def _error_of(write: Callable[[], None]) -> Exception | None:
     try:
         write()
     except (OSError, SafetensorError) as error:
@@ -251,18 +262,13 @@ def _error_of(write: Callable[[], Path | None]) -> Exception | None:
     return None
 
 
-def finish_writes() -> None:
-    """Wait for the writes that a second Ctrl-C has left behind in this process."""
-    wait(_in_flight)
-    _in_flight.clear()
+def finish_writes(timeout: float | None = None) -> None:
+    """Wait for the writes of this process, those that a second Ctrl-C has left behind too.
 
-
-def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-
-def _under_all_names(tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    return {**tensors, **{name: tensors[kept] for name, kept in aliases.items()}}
+    Args:
+        timeout: Seconds at most.
+    """
+    wait(list(_in_flight), timeout)
 
 
 class _HostBuffers:

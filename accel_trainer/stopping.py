@@ -19,8 +19,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -49,6 +49,16 @@ class Wish(NamedTuple):
     reason: str
     kind: str
 
+    @property
+    def rank(self) -> int:
+        """How much it matters against others: a signal to leave most, the decision of a callback least."""
+        return 0 if self.kind == "callback" else 2 if self.kind.startswith("SIG") else 1
+
+
+def _foremost(wishes: Iterable[Wish | None]) -> Wish | None:
+    """Return the wish of the highest rank, of several the first."""
+    return max((wish for wish in wishes if wish is not None), key=lambda wish: wish.rank, default=None)
+
 
 class Stopping:
     """Ask for, and agree on, the batch before which a run ends or is saved.
@@ -72,10 +82,16 @@ class Stopping:
 
     def request(self, reason: str, kind: str = "callback") -> None:
         """Ask for the end of the run; returns at once and may be called from a signal handler."""
-        if self._wish is None:
-            self._wish = Wish(reason, kind)
+        wish = Wish(reason, kind)
+        if self._wish is None or wish.rank > self._wish.rank:
+            self._wish = wish
             if self._board is not None:
                 self._board.wish = self._wish
+
+    def before_leaving(self, function: Callable[[], None]) -> None:
+        """Have something done before this process is ended because another one has failed."""
+        if self._board is not None:
+            self._board.before_leaving = function
 
     def request_save(self) -> None:
         """Ask for a save; one process is enough."""
@@ -111,8 +127,7 @@ class Stopping:
             self._settle((self._wish, self._wants_save))
         else:
             # One process may know already what another will only hear here: all must take part.
-            first = next((wish for wish, _ in wishes if wish is not None), None)
-            self._settle((first, any(wants_save for _, wants_save in wishes)))
+            self._settle((_foremost(wish for wish, _ in wishes), any(wants_save for _, wants_save in wishes)))
         return self._agreed is not None
 
     def _settle(self, decision: tuple[Wish | None, bool]) -> None:
@@ -171,9 +186,11 @@ class _Listener:
     def stop(self) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        heard = next(iter(self._first), None)
-        if heard is not None and self._stopping.kind is None and sys.exc_info()[0] is None:
-            os.kill(os.getpid(), heard)  # it came too late for the run to end by it
+        agreed = self._stopping.kind
+        is_answered = agreed is not None and agreed.startswith("SIG")
+        late = [number for number in self._first if number is not signal.SIGINT or agreed in (None, "callback")]
+        if late and not is_answered and sys.exc_info()[0] is None:
+            os.kill(os.getpid(), late[0])  # it came too late for the run to end by it
 
     def _hear(self, signum: int, frame: FrameType | None) -> None:
         number = signal.Signals(signum)
@@ -190,7 +207,8 @@ class _Listener:
             name = "Ctrl-C" if is_interrupt else number.name
             self._stopping.request(f"interrupted ({name})", name)
             again = " Ctrl-C again leaves at once." if is_interrupt else ""
-            os.write(2, f"\n{name}: stopping after this step.{again}\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{name}: stopping after this step.{again}\n".encode())
 
     def _hear_in_child(self, number: signal.Signals) -> None:
         """Do in a forked child, such as a loader worker, what would be done without this listener."""
@@ -209,10 +227,12 @@ class _Board:
     def __init__(self, process: int, num_processes: int) -> None:
         # All processes make the same calls in the same order, so this number names the same run everywhere.
         store = distributed_c10d._get_default_store()
-        self._store = distributed_c10d.PrefixStore(f"accel_trainer/{next(_numbers)}", store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store of a launcher outlives the processes
+        self._store = distributed_c10d.PrefixStore(f"accel_trainer/{attempt}/{next(_numbers)}", store)
         self.process, self.num_processes = process, num_processes
         self.wish: Wish | None = None
         self.wants_save = False
+        self.before_leaving: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._round = 0
         self._stands = False
@@ -259,7 +279,7 @@ class _Board:
 
     def _read_votes(self) -> None:
         votes = [json.loads(self._wait_for(f"vote/{self._round}/{process}")) for process in range(self.num_processes)]
-        wish = next((Wish(*wish) for _, wish, _ in votes if wish is not None), None)
+        wish = _foremost(Wish(*wish) for _, wish, _ in votes if wish is not None)
         self._decision = wish, any(wants_save for _, _, wants_save in votes)
         self._last = max(num_begun for num_begun, _, _ in votes)
 
@@ -307,6 +327,7 @@ class _Board:
     def _leave(self, process: int, message: str) -> None:
         """End this process if its main thread does not do so by itself: it may wait for a process that is gone."""
         if not self._closed.wait(_GRACE_SECONDS):
+            self.before_leaving()
             print(f"accel_trainer: process {self.process} ends. {_told(process, message)}", file=sys.stderr, flush=True)
             os._exit(1)
 

@@ -113,6 +113,7 @@ class Trainer:
         Callbacks(self._callbacks)
         self._scheduler = scheduler
         self._make_accelerator = accelerator
+        self._settings_at_first = [] if optimizer is None else _settings(optimizer)
         self._settings_before: list[dict[str, Any]] = []
         self._settings_after: list[dict[str, Any]] | None = None
         self.history = History()
@@ -152,9 +153,11 @@ class Trainer:
             stopping = Stopping(board, self.config.time_limit_seconds)
             with preserved(*hardware.generators), loop.training_mode(self.model), stopping.on_signals():
                 run = self._prepare_run(hardware, stopping, monitor, self.optimizer, train_loader, test_loader)
-                with run.training.prepared.attached(), _closed_at_the_end(run):
-                    self._run(run)
-                self._settings_after = _settings(self.optimizer)
+                try:
+                    with run.training.prepared.attached(), _closed_at_the_end(run):
+                        self._run(run)
+                finally:
+                    self._settings_after = _settings(self.optimizer)
         if stopping.kind in _LEAVING:
             restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
             raise SystemExit(0 if restarts else 143)
@@ -184,7 +187,7 @@ class Trainer:
         config, layout = self.config, hardware.layout(self.config.num_micro_batches)
         announce = self._announcer(hardware)
         self._rewind(optimizer)
-        identity = self._identity(optimizer, train_loader, test_loader)
+        identity = self._identity(train_loader, test_loader)
         found = resuming.find(config, hardware, identity, announce)
         num_steps = _num_steps(config, train_loader)
         schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
@@ -221,16 +224,16 @@ class Trainer:
             _write_config(run, identity)
         return run
 
-    def _identity(
-        self, optimizer: Optimizer, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None
-    ) -> dict[str, Any]:
+    def _identity(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> dict[str, Any]:
         functions = {
             "loss": self._objective.loss_fn or self._objective.compute_loss,
             "weight_fn": self._objective.weight_fn,
             "scheduler": self._scheduler,
+            "optimizer": self.optimizer,
         }
         loaders = {"train_loader": train_loader, "test_loader": test_loader}
-        return resuming.identity_of(self.config, self.model, optimizer, functions, loaders, self._metrics.names)
+        settings = self._settings_at_first
+        return resuming.identity_of(self.config, self.model, settings, functions, loaders, self._metrics.names)
 
     def _run(self, run: loop.Run) -> None:
         history, state = self.history, self.state
@@ -382,17 +385,19 @@ def _closed_at_the_end(run: loop.Run) -> Iterator[None]:
         run.saver.close(at_once=True)
         raise
     except BaseException:
-        run.saver.close()
+        _close(run)
         raise
-    else:
-        run.saver.close()
-        if run.folder is not None and run.saver.lost is not None:
-            warnings.warn(f"No checkpoint of this run could be written: {run.saver.lost}", stacklevel=2)
-    finally:
-        if run.folder is not None:
-            run.folder.close()
-            if not run.history.num_epochs:
-                run.folder.discard()  # if it has no checkpoint either: the next try may have the name
+    _close(run)
+
+
+def _close(run: loop.Run) -> None:
+    run.saver.close()
+    if run.folder is None:
+        return
+    if run.saver.lost is not None:
+        warnings.warn(f"No checkpoint of this run could be written: {run.saver.lost}", stacklevel=2)
+    if not run.history.num_epochs:
+        run.folder.discard()  # if it has no checkpoint either: the next try may have the name
 
 
 def _save_the_end(run: loop.Run) -> bool:
@@ -406,9 +411,11 @@ def _save_the_end(run: loop.Run) -> bool:
     if kind in (None, "callback"):
         return False
     if run.folder is not None:
-        mark = {"step": state.step, "epoch": state.epoch, "reason": run.history.stop_reason, "time": time.time()}
-        run.folder.write_json("preempted.json", mark)
-        run.announce(f'Step {state.step} is saved in {run.folder.path}: the same with resume="auto" goes on from it.')
+        is_saved = run.saver.is_saved
+        mark = {"step": state.step, "epoch": state.epoch, "is_saved": is_saved, "reason": run.history.stop_reason}
+        run.folder.write_json("preempted.json", mark | {"time": time.time()})
+        if is_saved:
+            run.announce(f'Step {state.step} is saved in {run.folder.path}: resume="auto" goes on from it.')
     return kind in _LEAVING
 
 
@@ -458,10 +465,10 @@ def _record_fault(run: loop.Run, error: NonFiniteError) -> None:
     """Show the epoch whose loss was not finite in the history, as such, and leave a note of the batch."""
     training = run.training
     if run.folder is not None:
-        number, samples = error.place or (None, None), None
-        if error.place is not None:
-            samples = training.feed.indices_of(*error.place)
-        note = {"error": str(error), "data_pass": number[0], "batch": number[1], "samples": samples}
+        note: dict[str, Any] = {"error": str(error)}
+        for name, (data_pass, number) in zip(("batch", "batch before"), error.places, strict=False):
+            samples = training.feed.indices_of(data_pass, number)
+            note[name] = {"data_pass": data_pass, "number": number, "samples": samples}
         run.folder.write_json("nonfinite.json", note)
     scores = {} if run.test_feed is None else {"loss": math.nan, **dict.fromkeys(run.metrics.names, math.nan)}
     loop.record(run, math.nan, scores)

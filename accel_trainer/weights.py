@@ -46,12 +46,17 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
         TypeError: The model keeps an extra state that is not a tensor, which safetensors cannot hold.
     """
     state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    own = {one.data_ptr() for one in (*model.parameters(), *model.buffers()) if one.layout == torch.strided}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"The model's state {name!r} is a {type(value).__name__}, and weights are saved as tensors only. "
                 "Keep it in a buffer, or leave it out of get_extra_state()."
             )
+        if value.dtype in (torch.complex128, torch.complex32):
+            raise TypeError(f"The model's state {name!r} is {value.dtype}, which safetensors files cannot hold.")
+        if value.layout == torch.strided and value.numel() and value.data_ptr() not in own:
+            raise TypeError(f"The model's state {name!r} is a copy made for state_dict(), which could not be restored.")
     return state
 
 
@@ -60,7 +65,8 @@ def split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in state.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        bits = tensor.is_conj(), tensor.is_neg()
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), bits)
         kept = first.setdefault(place, name) if tensor.numel() else name
         if kept != name:
             aliases[name] = kept
@@ -75,7 +81,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         tensors: On any device; strided ones and views of one storage too.
         metadata: Plain data to keep in the file's header.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, tensor in tensors.items()}
     sharing = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
     own = {  # safetensors refuses views of one storage
         name: tensor.clone() if sharing[tensor.untyped_storage().data_ptr()] > 1 else tensor

@@ -162,17 +162,16 @@ def test_a_full_disk_is_a_warning_and_the_best_weights_stay_in_memory(tmp_path, 
     with pytest.warns(UserWarning) as told:
         history, model = fit(tmp_path / "run", num_epochs=3)
     told = [str(one.message) for one in told]
-    assert len(told) == 3 and all(
-        "No space left on device" in one for one in told
-    )  # once for each thing, and at the end
-    assert "best/model.safetensors" in told[0] and "The training goes on" in told[0] and "checkpoints" in told[1]
-    assert told[2].startswith("No checkpoint of this run could be written")
+    assert len(told) == 2 and all("No space left on device" in one for one in told)
+    assert "best/model.safetensors" in told[0] and "The training goes on" in told[0]
+    assert told[1].startswith("No checkpoint of this run could be written")
     assert history.train_losses == expected.train_losses
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
+@pytest.mark.filterwarnings("ignore:Could not write")  # it may vanish in the midst of a write
 def test_a_folder_that_vanishes_is_made_again(tmp_path):
     import shutil
 
@@ -332,22 +331,25 @@ def test_a_broken_off_line_is_left_out_and_a_wrong_one_named(tmp_path):
         History.load(tmp_path / "run")
 
 
-def test_best_weights_that_are_gone_are_a_warning(tmp_path):
+@pytest.mark.filterwarnings("ignore:Could not write")  # they may go in the midst of a write
+def test_best_weights_that_are_gone_are_still_in_memory(tmp_path):
     class Remove(Callback):
         def on_epoch_end(self, trainer):
             if trainer.state.epoch == 3:
-                (tmp_path / "run/best/model.safetensors").unlink()
+                (tmp_path / "run/best/model.safetensors").unlink(missing_ok=True)
 
-    model = make_model()
-    trainer = Trainer(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        nn.CrossEntropyLoss(),
-        callbacks=[Remove()],
-        config=quiet(num_epochs=3, run_dir=tmp_path / "run", mode="max"),
-    )
-    with pytest.warns(UserWarning, match="The best weights are gone, the model keeps the last ones"):
-        assert trainer.fit(loader_of(make_data(37), 8)).num_epochs == 3
+    def weights(callbacks, run_dir):
+        model = make_model()
+        config = quiet(num_epochs=3, run_dir=run_dir, mode="max")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        history = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=callbacks, config=config).fit(
+            loader_of(make_data(37), 8)
+        )
+        assert history.best_epoch == 1
+        return model.state_dict()
+
+    expected, found = weights([], None), weights([Remove()], tmp_path / "run")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 def test_damaged_weights_and_wrong_arguments_are_named(tmp_path):

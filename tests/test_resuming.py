@@ -188,7 +188,7 @@ def test_auto_begins_anew_without_a_checkpoint_and_true_refuses(tmp_path):
         ({"loader": loader_of(make_data(40), 5)}, "batch_size was 6 and is 5; num_batches was 7 and is 8"),
         (
             {"loader": loader_of(make_data(40), 6, shuffle=False)},
-            "sampler was 'RandomSampler' and is 'SequentialSampler'",
+            "is 'BatchSampler of SequentialSampler'",
         ),
         ({"data": make_data(41)}, "length of train_loader's dataset was 40 and is 41"),
         ({"loss_fn": nn.MultiMarginLoss()}, "loss was 'CrossEntropyLoss' and is 'MultiMarginLoss'"),
