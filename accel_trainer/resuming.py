@@ -372,7 +372,9 @@ def _check_parts(run: Run, snapshot: Snapshot) -> None:
     weights = snapshot.tensors["model.safetensors"]
     caches = {plain_name(name): buffer for name, buffer in model.named_buffers()}  # may have grown
     try:
-        check_fit({**weights, **{name: caches[name] for name in caches if name in weights}}, model, "The checkpoint")
+        unfilled = _unfilled_buffers(model)
+        known = {name: caches.get(name, tensor) for name, tensor in weights.items() if name not in unfilled}
+        check_fit(known, model, "The checkpoint")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     optimizer: Optimizer = run.training.prepared.optimizer  # type: ignore[assignment]
@@ -437,17 +439,36 @@ def _restore_model(
     model: nn.Module, weights: Mapping[str, Tensor], progress: Mapping[str, Tensor], frozen: Sequence[str]
 ) -> None:
     buffers = {plain_name(name): (name, buffer) for name, buffer in model.named_buffers()}
+    unfilled = _unfilled_buffers(model)
     others = {key.removeprefix("buffers/"): tensor for key, tensor in progress.items() if key.startswith("buffers/")}
     for name, tensor in {**weights, **others}.items():
-        if name in buffers and buffers[name][1].shape != tensor.shape:  # a cache that had grown
-            owner, _, attribute = buffers[name][0].rpartition(".")
-            grown = tensor.to(buffers[name][1].device).clone()
-            model.get_submodule(owner)._buffers[attribute] = grown
+        if name in unfilled:
+            owner, attribute = unfilled[name]
+            owner._buffers[attribute] = tensor.to(next(model.parameters()).device).clone()
+        elif name in buffers and not _can_take(buffers[name][1], tensor):  # a cache that had grown, a view
+            place, _, attribute = buffers[name][0].rpartition(".")
+            model.get_submodule(place)._buffers[attribute] = tensor.to(buffers[name][1].device).clone()
         elif name in others and name in buffers:
             buffers[name][1].copy_(tensor)
     copy_into(model, weights)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(plain_name(name) not in frozen)
+
+
+def _unfilled_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return where the buffers hang that are registered as `None`, for a forward to fill."""
+    return {
+        plain_name(f"{place}.{name}" if place else name): (module, name)
+        for place, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is None
+    }
+
+
+def _can_take(buffer: Tensor, tensor: Tensor) -> bool:
+    """Return whether a buffer has the shape of a tensor, and memory of its own for each element."""
+    repeats = any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+    return buffer.shape == tensor.shape and not repeats
 
 
 def _restore_schedule_and_optimizer(run: Run, schedule: dict[str, Any], snapshot: Snapshot) -> None:

@@ -20,7 +20,10 @@ def pytest_addoption(parser):
     parser.addoption("--cases", type=int, default=50, help="random models of the property test of bitwise")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
     if not torch.accelerator.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support import ROOT
 
 PACKAGE = ROOT / "accel_trainer"
@@ -121,6 +123,14 @@ def test_the_template_takes_its_options_from_the_config(tmp_path, monkeypatch, c
     for arguments, message in wrong:
         code, printed = run_template(monkeypatch, capsys, *arguments)
         assert code == 2 and message in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nothing_is_lost_under_torture():
+    command = [sys.executable, str(ROOT / "scripts" / "torture.py"), "--kills", "10", "--num_epochs", "60"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0 and "Nothing was lost in 10 kills." in done.stderr, done.stderr
 
 
 def test_the_readme_tells_every_file():

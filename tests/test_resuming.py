@@ -584,6 +584,56 @@ def test_buffers_of_every_kind_and_what_is_frozen_come_back(tmp_path):
     assert trainer.model.tied.weight is trainer.model.two.weight
 
 
+class Unfilled(nn.Linear):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(5, 3)
+        self.register_buffer("filled", None)
+        self.register_buffer("table", None, persistent=False)
+        self.register_buffer("wide", torch.ones(1).expand(3))
+
+    def forward(self, inputs):
+        if self.filled is None:
+            self.filled, self.table = torch.ones(3), torch.ones(2)
+        return super().forward(inputs) * self.filled * self.wide
+
+
+def test_buffers_that_are_filled_later_or_repeat_come_back(tmp_path):
+    expected, _ = fit(model=Unfilled())
+    crash(9, tmp_path / "run", checkpoint_every=1, model=Unfilled())
+    assert same(fit(tmp_path / "run", resume=True, model=Unfilled())[0], expected)
+
+
+def test_an_extra_state_that_could_not_come_back_is_refused(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return torch.tensor(3)
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(TypeError, match="'_extra_state' is a copy made for state_dict"):
+        fit(tmp_path / "run", model=Extra(5, 3))
+
+
+def test_a_run_that_a_schedule_has_moved_goes_on_in_the_same_process(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+    trainer = Trainer(
+        model,
+        optimizer,
+        nn.CrossEntropyLoss(),
+        scheduler=scheduler,
+        callbacks=[Crash(9)],
+        config=quiet(run_dir=tmp_path / "run", num_epochs=3, resume="auto"),
+    )
+    with pytest.raises(InterruptedError):
+        trainer.fit(loader_of(make_data(40), 6), loader_of(make_data(11), 4))
+    trainer._callbacks.clear()
+    assert trainer.fit(loader_of(make_data(40), 6), loader_of(make_data(11), 4)).num_epochs == 3
+
+
 def test_a_number_found_by_running_out_of_memory_is_kept(tmp_path):
     class Small(nn.Module):
         def __init__(self):
