@@ -49,6 +49,7 @@ __all__ = [
     "describe_batch",
     "num_batches",
     "run_of",
+    "sampler_of",
     "tensors_in",
 ]
 
@@ -136,7 +137,7 @@ class MicroBatch:
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-def _sampler(loader: DataLoader[Any]) -> Any:
+def sampler_of(loader: DataLoader[Any]) -> Any:
     """Return what yields batches of indices."""
     return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
 
@@ -152,7 +153,7 @@ def index_batches(
         epoch: Pass over the data, 1-based.
         first_batch: Where to begin, 0-based; a sampler that is not torch's own draws the indices before it too.
     """
-    sampler = _sampler(loader)
+    sampler = sampler_of(loader)
     inner = getattr(sampler, "sampler", sampler)
     for stateful in (sampler, inner):
         if hasattr(stateful, "set_epoch"):
@@ -174,7 +175,7 @@ def index_batches(
 
 def dataset_order(loader: DataLoader[Any]) -> Any:
     """Return a sampler of the samples that a loader reaches, each once, in the order of the dataset."""
-    sampler = _sampler(loader)
+    sampler = sampler_of(loader)
     inner = getattr(sampler, "sampler", sampler)
     if type(inner) in (SequentialSampler, RandomSampler, WeightedRandomSampler):
         return SequentialSampler(loader.dataset)  # type: ignore[arg-type]
@@ -671,7 +672,7 @@ def check_loader(loader: object, name: str, may_be_empty: bool = False) -> None:
         raise TypeError(f"{name} must be a torch.utils.data.DataLoader, got {type(loader).__name__}.")
     if type(loader).__module__.startswith("accelerate."):
         raise TypeError(f"{name} is already prepared by Accelerate. Give the plain DataLoader: the trainer divides it.")
-    sampler = _sampler(loader) if not is_stream(loader) else None
+    sampler = sampler_of(loader) if not is_stream(loader) else None
     for part in (sampler, getattr(sampler, "sampler", None)):
         if isinstance(part, DistributedSampler):
             raise ValueError(

@@ -122,15 +122,19 @@ def _write(path: Path, content: bytes) -> None:
     flush(path)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def _put_in_place(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file beside, then put it in its place."""
     beside = path.with_name(path.name + ".part")
     _remove(beside)
     try:
-        _write(beside, content)
+        write(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    _put_in_place(path, lambda beside: _write(beside, content))
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -414,15 +418,9 @@ class RunFolder:
         Raises:
             OSError: They could not be written.
         """
-        beside = self.best_path.with_name(self.best_path.name + ".part")
         self.best_path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(beside)
-        try:
-            save_tensors(beside, tensors, metadata)
-            os.replace(beside, self.best_path)
-            flush(self.best_path.parent)
-        finally:
-            beside.unlink(missing_ok=True)
+        _put_in_place(self.best_path, lambda beside: save_tensors(beside, tensors, metadata))
+        flush(self.best_path.parent)
 
     def save_checkpoint(self, snapshot: Snapshot, history: bytes) -> Path:
         """Write a checkpoint, whole or not at all, and remove the ones too many.

@@ -17,7 +17,7 @@ from .batches import Layout, MicroBatch
 from .losses import Forward
 from .reductions import ChainSum, TreeSum, add_over_processes, share_from_main
 
-__all__ = ["Buffers", "FixedBuffers", "Gradients", "TreeGradients"]
+__all__ = ["Buffers", "FixedBuffers", "Gradients", "TreeGradients", "is_plain"]
 
 
 class Gradients:
@@ -448,10 +448,10 @@ class FixedBuffers:
 def _owners_of_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return where each plain buffer of a model hangs; one that several modules share, once."""
     owners = {id(buffer): (module, name) for module in model.modules() for name, buffer in module._buffers.items()}
-    return [(module, name) for module, name in owners.values() if _is_plain(module._buffers[name])]
+    return [(module, name) for module, name in owners.values() if is_plain(module._buffers[name])]
 
 
-def _is_plain(buffer: Tensor | None) -> bool:
+def is_plain(buffer: Tensor | None) -> bool:
     """Return whether a buffer has memory of its own to write to: not a view that repeats elements, not sparse."""
     if buffer is None or buffer.layout != torch.strided:
         return False

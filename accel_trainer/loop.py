@@ -100,12 +100,6 @@ class Training:
         """Seconds that the epoch under way has taken so far."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def cut_into(self, num_micro_batches: int) -> None:
-        """Cut the batch under way and all that follow into so many micro-batches."""
-        layout = self.feed.layout._replace(num_micro_batches=num_micro_batches)
-        self.gradients.layout = self.buffers.layout = layout
-        self.feed.recut(layout)
-
 
 @dataclass
 class Run:
@@ -214,7 +208,9 @@ def cut_finer(training: Training, ledger: Ledger) -> None:
     training.buffers.undo()
     ledger.drop(training.state.num_batches)
     training.state.num_batches -= 1
-    training.cut_into(training.memory.finer().num_micro_batches)
+    layout = training.memory.finer()
+    training.gradients.layout = training.buffers.layout = layout
+    training.feed.recut(layout)
 
 
 def take_step(training: Training, micro_batch: MicroBatch, ledger: Ledger) -> None:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .batches import is_stream, num_batches
+from .batches import is_stream, num_batches, sampler_of
 from .callbacks import Callback
 from .checkpoints import RunFolder, Snapshot, newest_step
 from .config import TrainConfig
 from .errors import CheckpointError
+from .gradients import is_plain
 from .hardware import Hardware
 from .history import History
 from .loop import Run
@@ -80,7 +81,7 @@ def _order_of(loader: DataLoader[Any] | None) -> dict[str, Any]:
     """Return what decides the order of the samples and their batches."""
     if loader is None or is_stream(loader):
         return {"batch_size": getattr(loader, "batch_size", None)}
-    outer: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    outer = sampler_of(loader)
     inner = getattr(outer, "sampler", None)
     return {
         "batch_size": getattr(outer, "batch_size", None),
@@ -467,8 +468,7 @@ def _unfilled_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 def _can_take(buffer: Tensor, tensor: Tensor) -> bool:
     """Return whether a buffer has the shape of a tensor, and memory of its own for each element."""
-    repeats = any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
-    return buffer.shape == tensor.shape and not repeats
+    return buffer.shape == tensor.shape and is_plain(buffer)
 
 
 def _restore_schedule_and_optimizer(run: Run, schedule: dict[str, Any], snapshot: Snapshot) -> None:

@@ -101,9 +101,7 @@ class Schedule:
             for _ in range(num_steps if self._per_step else num_epochs if self._per_epoch else 0):
                 self._step()
         self.learning_rate = self._current()
-        return [
-            {name: value for name, value in group.items() if name != "params"} for group in self._optimizer.param_groups
-        ]
+        return settings_of(self._optimizer)
 
     def _step(self) -> None:
         if not isinstance(self.scheduler, OneCycleLR):
@@ -114,6 +112,11 @@ class Schedule:
         except ValueError as error:  # it refuses to go beyond its own number of steps
             warnings.warn(f"The schedule has ended; the learning rate stays as it is. ({error})", stacklevel=2)
             self._per_step = self._per_epoch = False
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of an optimizer's parameter groups: learning rate, momentum and so on."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def check_scheduler(scheduler: object, optimizer: Optimizer) -> None:

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler, DataLoader
 
 from . import loop, resuming
-from .batches import Feed, Layout, check_loader, dataset_order, describe_batch, is_stream, num_batches
+from .batches import Feed, Layout, check_loader, dataset_order, describe_batch, is_stream, num_batches, sampler_of
 from .callbacks import Callback, Callbacks, ProgressBar, say, wants_bar
 from .config import TrainConfig
 from .environment import describe_environment
@@ -30,7 +30,7 @@ from .history import History
 from .losses import Metrics, Objective
 from .randomness import preserved
 from .saving import Saver
-from .schedules import Schedule, check_scheduler
+from .schedules import Schedule, check_scheduler, settings_of
 from .state import RunState
 from .stopping import Stopping, shared_failure
 from .weights import plain_state
@@ -113,7 +113,7 @@ class Trainer:
         Callbacks(self._callbacks)
         self._scheduler = scheduler
         self._make_accelerator = accelerator
-        self._settings_at_first = [] if optimizer is None else _settings(optimizer)
+        self._settings_at_first = [] if optimizer is None else settings_of(optimizer)
         self._settings_before: list[dict[str, Any]] = []
         self._settings_after: list[dict[str, Any]] | None = None
         self.history = History()
@@ -157,7 +157,7 @@ class Trainer:
                     with run.training.prepared.attached(), _closed_at_the_end(run):
                         self._run(run)
                 finally:
-                    self._settings_after = _settings(self.optimizer)
+                    self._settings_after = settings_of(self.optimizer)
         if stopping.kind in _LEAVING:
             restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
             raise SystemExit(0 if restarts else 143)
@@ -264,11 +264,11 @@ class Trainer:
         """
         if self._scheduler is None or hasattr(self._scheduler, "step"):
             return
-        if self._settings_after is not None and self._settings_after == _settings(optimizer):
+        if self._settings_after is not None and self._settings_after == settings_of(optimizer):
             for group, settings in zip(optimizer.param_groups, self._settings_before, strict=True):
                 group.pop("initial_lr", None)
                 group.update(settings)
-        self._settings_before = _settings(optimizer)
+        self._settings_before = settings_of(optimizer)
 
     def _call(self, callbacks: Callbacks, stopping: Stopping, hook: str) -> None:
         reason = callbacks.call(hook, self)
@@ -476,11 +476,6 @@ def _record_fault(run: loop.Run, error: NonFiniteError) -> None:
     finish(run)
 
 
-def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the settings of an optimizer's parameter groups: learning rate, momentum and so on."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-
-
 def _num_steps(config: TrainConfig, train_loader: DataLoader[Any]) -> int | None:
     """Return the optimizer steps of the whole run; `None` where the loader cannot say."""
     per_epoch = config.steps_per_epoch or num_batches(train_loader)
@@ -492,7 +487,7 @@ def _in_dataset_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader like this one that yields each of its samples once, in dataset order."""
     if is_stream(loader):
         return loader
-    outer: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    outer = sampler_of(loader)
     size = getattr(outer, "batch_size", None) or 1
     batches = BatchSampler(dataset_order(loader), size, drop_last=False)
     by_lists = loader.batch_sampler is None  # batch_size=None: the dataset answers lists of indices
