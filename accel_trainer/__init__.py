@@ -14,13 +14,19 @@ Example:
     5
 """
 
-from .callbacks import Callback
-from .config import TrainConfig
-from .errors import CheckpointError, HardwareError, NonFiniteError, ProcessFailedError, StopTraining
-from .history import History
-from .loop import evaluate_model, train_model
-from .trainer import Trainer
-from .weights import load_best
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .callbacks import Callback
+    from .config import TrainConfig
+    from .errors import CheckpointError, HardwareError, NonFiniteError, ProcessFailedError, StopTraining
+    from .history import History
+    from .loop import evaluate_model, train_model
+    from .trainer import Trainer
+    from .weights import load_best
 
 __all__ = [
     "Callback",
@@ -37,3 +43,26 @@ __all__ = [
     "train_model",
 ]
 __version__ = "0.1.0"
+
+# Each name is imported when it is first used (PEP 562): the command line answers --help before torch is loaded.
+_HOMES = {
+    "Callback": "callbacks",
+    "History": "history",
+    "TrainConfig": "config",
+    "Trainer": "trainer",
+    "evaluate_model": "loop",
+    "load_best": "weights",
+    "train_model": "loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

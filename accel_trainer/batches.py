@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -31,12 +31,12 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
-    TensorDataset,
     WeightedRandomSampler,
     default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from .fetching import Rows, divide, not_negative, pinned, rows_of
 from .randomness import DATA, FETCH, ORDER, SeededIterator, derive_seed, seed_all
 
 __all__ = [
@@ -67,7 +67,8 @@ class Piece:
     """The samples `start:stop` of a batch as one micro-batch of this process.
 
     `counts` is false for the stand-in of a process that is left without samples: it takes part in the collectives
-    with the batch's first micro-batch, whose losses and gradients then weigh nothing.
+    with the batch's first micro-batch, whose losses and gradients then weigh nothing. `is_first` and `is_last` say its
+    place among those of this process, `is_whole` that it is the batch.
     """
 
     index: int
@@ -76,6 +77,7 @@ class Piece:
     counts: bool
     is_first: bool
     is_last: bool
+    is_whole: bool
 
 
 @lru_cache(maxsize=1024)
@@ -93,7 +95,9 @@ def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
     mine = [(index, *bounds[index], True) for index in run_of(layout) if bounds[index][0] < bounds[index][1]]
     mine = mine or [(0, *bounds[0], False)]
     last = len(mine) - 1
-    return tuple(Piece(*piece, place == 0, place == last) for place, piece in enumerate(mine))
+    return tuple(
+        Piece(*piece, place == 0, place == last, piece[2] - piece[1] == num_samples) for place, piece in enumerate(mine)
+    )
 
 
 def run_of(layout: Layout) -> range:
@@ -116,12 +120,14 @@ class MicroBatch:
         piece: Which samples of the batch they are.
         batch_size: Samples of the whole batch, over all processes.
         batch_number: Place of the batch in the pass over the data, 0-based.
+        is_full: Whether the batch is as large as the loader's batches are; the last of a pass may be shorter.
     """
 
     data: Any
     piece: Piece
     batch_size: int
     batch_number: int
+    is_full: bool = True
 
     @property
     def place(self) -> tuple[int, int]:
@@ -205,84 +211,6 @@ def _own_order(sampler: object, seed: int) -> torch.Tensor | None:
 # --- fetching ---------------------------------------------------------------------------------------------------------
 
 
-class _TensorFetch:
-    """Fetch rows of a `TensorDataset`."""
-
-    in_memory = True  # a loader worker would only add the way back
-
-    def __init__(self, dataset: TensorDataset) -> None:
-        self._tensors = dataset.tensors
-
-    def __call__(self, indices: torch.Tensor) -> Any:
-        return [tensor.index_select(0, indices) for tensor in self._tensors]
-
-
-def _not_negative(indices: Iterable[Any], length: int) -> list[int]:
-    """Return indices counted from the front; a negative one counts from the end, as in a list."""
-    return [int(index) + length if index < 0 else int(index) for index in indices]
-
-
-class _TableFetch:
-    """Fetch rows of a `datasets.Dataset` as a dictionary of column tensors."""
-
-    in_memory = False
-
-    def __init__(self, table: Any) -> None:
-        self._table = table
-
-    def __call__(self, indices: torch.Tensor) -> Any:
-        rows = indices.tolist()
-        columns = self._table[rows]
-        if all(_stacks(column, len(rows)) for column in columns.values()):
-            return {name: torch.as_tensor(column) for name, column in columns.items()}
-        return default_collate(self._table.__getitems__(rows))  # text, ragged or nested columns
-
-
-class _SubsetFetch:
-    """Fetch rows of a `Subset` through the fetch of what it is a subset of."""
-
-    def __init__(self, subset: Subset[Any], inner: WholeFetch) -> None:
-        self.in_memory: bool = inner.in_memory
-        length = len(subset.dataset)  # type: ignore[arg-type]
-        self._inner, self._rows = inner, torch.as_tensor(_not_negative(subset.indices, length))
-
-    def __call__(self, indices: torch.Tensor) -> Any:
-        return self._inner(self._rows[indices])
-
-
-WholeFetch = _TensorFetch | _TableFetch | _SubsetFetch
-
-
-def whole_fetch(dataset: Dataset[Any]) -> WholeFetch | None:
-    """Return what fetches many samples at once, just as the default collate function joins single ones.
-
-    Only for what is known to draw nothing and to index alike: by exact type a `TensorDataset`, a `datasets.Dataset` in
-    torch or numpy format, and a `Subset` of one; `None` for anything else.
-    """
-    if type(dataset) is TensorDataset:
-        return _TensorFetch(dataset)
-    if type(dataset) is Subset:
-        inner = whole_fetch(dataset.dataset) if isinstance(dataset.indices, (Sequence, numpy.ndarray)) else None
-        return None if inner is None else _SubsetFetch(dataset, inner)
-    return _TableFetch(dataset) if _is_table(dataset) else None
-
-
-def _is_table(dataset: Any) -> bool:
-    # Asked by name: importing datasets costs a second, and who has one has imported it.
-    kind = type(dataset)
-    if (kind.__module__, kind.__qualname__) != ("datasets.arrow_dataset", "Dataset"):
-        return False
-    return dataset.format["type"] in ("torch", "numpy") and not dataset.format["format_kwargs"]
-
-
-def _stacks(column: Any, num_rows: int) -> bool:
-    """Return whether a column came as one numeric array with a row per sample."""
-    is_numeric = isinstance(column, torch.Tensor) or getattr(getattr(column, "dtype", None), "kind", "") in tuple(
-        "iufb"
-    )
-    return is_numeric and column.ndim > 0 and len(column) == num_rows
-
-
 class _Request(NamedTuple):
     """What one micro-batch needs: its samples and the seed of what the dataset draws for them."""
 
@@ -293,13 +221,13 @@ class _Request(NamedTuple):
 class _SeededDataset(Dataset[Any]):
     """Answer a request with the finished micro-batch; picklable, since loader workers run it."""
 
-    def __init__(self, loader: DataLoader[Any], fetch_whole: WholeFetch | None) -> None:
-        self._dataset, self._collate, self._fetch_whole = loader.dataset, loader.collate_fn, fetch_whole
+    def __init__(self, loader: DataLoader[Any], rows: Rows | None) -> None:
+        self._dataset, self._collate, self._rows = loader.dataset, loader.collate_fn, rows
         self._answers_lists = loader.batch_sampler is None  # batch_size=None: the dataset takes a list of indices
 
     def __getitem__(self, request: _Request) -> Any:
-        if self._fetch_whole is not None:
-            return self._fetch_whole(torch.as_tensor(request.indices))
+        if self._rows is not None:
+            return self._rows(torch.as_tensor(request.indices))
         seed_all(request.seed)
         return self._collate(self._items(request.indices))
 
@@ -373,6 +301,10 @@ def _sheltered(loader: DataLoader[Any]) -> Iterator[None]:
         loader.worker_init_fn = user
 
 
+_TOGETHER = 64  # micro-batches that are fetched in one go, at most ...
+_TOGETHER_BYTES = 2**23  # ... and what they may take
+
+
 class Feed:
     """The micro-batches of this process, epoch by epoch.
 
@@ -382,8 +314,12 @@ class Feed:
         loader: The user's loader: any sampler, batch sampler, collate function and workers.
         layout: This process and the cut.
         seed: The user's seed.
-        pin_memory: Copy each micro-batch to page-locked memory, if the loader asks for it.
+        pin_memory: Copy each micro-batch to page-locked memory, from which a device can copy while it computes.
         on_recut: Called with the new number of micro-batches; `None` where the cut is fixed.
+
+    Attributes:
+        rows: What fetches many samples at once, `None` where the data is not known to be rows. May be replaced by the
+            same rows elsewhere before anything is fetched.
     """
 
     def __init__(
@@ -395,19 +331,25 @@ class Feed:
         on_recut: Callable[[int], None] | None = None,
     ) -> None:
         self.loader, self.layout, self.seed, self.on_recut = loader, layout, seed, on_recut
-        self._fetch_whole: WholeFetch | None = None
+        self._pin_memory = pin_memory
+        self.rows: Rows | None = None
         self._requests = _Requests()
-        self._loader: DataLoader[Any] | None = None
-        if is_stream(loader):
-            return
-        if loader.collate_fn is default_collate and loader.batch_sampler is not None:
-            self._fetch_whole = whole_fetch(loader.dataset)
-        self._dataset = _SeededDataset(loader, self._fetch_whole)
-        num_workers = 0 if self._fetch_whole and self._fetch_whole.in_memory else loader.num_workers
-        pin_memory = pin_memory and loader.pin_memory
-        if num_workers or pin_memory:
-            self._loader = self._loader_of_requests(num_workers, pin_memory)
-            _loaders.add(self._loader)
+        if not is_stream(loader) and loader.collate_fn is default_collate and loader.batch_sampler is not None:
+            self.rows = rows_of(loader.dataset)
+
+    @cached_property
+    def _dataset(self) -> _SeededDataset:
+        return _SeededDataset(self.loader, self.rows)
+
+    @cached_property
+    def _loader(self) -> DataLoader[Any] | None:
+        """What asks loader workers, and the thread that pins memory; `None` if there are none."""
+        num_workers = 0 if self.rows is not None and self.rows.in_memory else self.loader.num_workers
+        if not num_workers and (self.rows is not None or not self._pin_memory):
+            return None
+        loader = self._loader_of_requests(num_workers, self._pin_memory)
+        _loaders.add(loader)
+        return loader
 
     def _loader_of_requests(self, num_workers: int, pin_memory: bool) -> DataLoader[Any]:
         user = self.loader
@@ -427,8 +369,8 @@ class Feed:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all samples are known to have one size: the rows of tensors."""
-        return self._fetch_whole is not None and self._fetch_whole.in_memory
+        """Whether all samples are known to have one size."""
+        return self.rows is not None and self.rows.row_nbytes is not None
 
     def recut(self, layout: Layout) -> None:
         """Cut the batch under way, from its start, and all that follow in another number of micro-batches."""
@@ -494,9 +436,27 @@ class Feed:
         return None
 
     def _fetched(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
-        for micro_batch in self._planned(epoch, first_batch):
-            micro_batch.data = self._fetch(epoch, micro_batch)
-            yield micro_batch
+        planned = self._planned(epoch, first_batch)
+        if self.rows is None or self.rows.row_nbytes is None:
+            for micro_batch in planned:
+                micro_batch.data = self._fetch(epoch, micro_batch)
+                yield micro_batch
+        else:
+            yield from self._several_at_once(planned, self.rows)
+
+    def _several_at_once(self, planned: Iterator[MicroBatch], rows: Rows) -> Generator[MicroBatch]:
+        """Fetch what follows in one go, as far as it is small: that costs little more than one micro-batch does."""
+        for first in planned:
+            size = len(first.data) * (rows.row_nbytes or 1)
+            others = min(_TOGETHER, _TOGETHER_BYTES // max(1, size)) - 1
+            together = [first, *itertools.islice(planned, max(0, others))]
+            data = rows(torch.cat([micro_batch.data for micro_batch in together]))
+            if self._pin_memory:
+                data = pinned(data)
+            sizes = [len(micro_batch.data) for micro_batch in together]
+            for micro_batch, part in zip(together, divide(data, sizes), strict=True):
+                micro_batch.data = part
+                yield micro_batch
 
     def _from_workers(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
         planned: deque[MicroBatch] = deque()  # workers run ahead; what they were asked waits here
@@ -508,6 +468,7 @@ class Feed:
 
     def _planned(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
         """Yield the micro-batches with their indices in place of their data."""
+        full_size = getattr(sampler_of(self.loader), "batch_size", None)
         for number, indices in enumerate(index_batches(self.loader, self.seed, epoch, first_batch), start=first_batch):
             if not isinstance(indices, torch.Tensor) and not hasattr(indices, "__len__"):
                 raise TypeError(
@@ -516,10 +477,12 @@ class Feed:
                 )
             if not len(indices):
                 continue
-            if self._fetch_whole is not None and not isinstance(indices, torch.Tensor):
-                indices = torch.as_tensor(_not_negative(indices, len(self.loader.dataset)))  # type: ignore[arg-type]
-            for piece in cut(len(indices), self.layout):
-                yield MicroBatch(indices[piece.start : piece.stop], piece, len(indices), number)
+            if self.rows is not None and not isinstance(indices, torch.Tensor):
+                indices = torch.as_tensor(not_negative(indices, len(self.loader.dataset)))  # type: ignore[arg-type]
+            batch_size = len(indices)
+            for piece in cut(batch_size, self.layout):
+                mine = indices if piece.is_whole else indices[piece.start : piece.stop]
+                yield MicroBatch(mine, piece, batch_size, number, batch_size == full_size or full_size is None)
 
     def _asked(self, epoch: int, first_batch: int, planned: deque[MicroBatch]) -> Iterator[_Request]:
         for micro_batch in self._planned(epoch, first_batch):
@@ -533,8 +496,8 @@ class Feed:
         return _Request(indices, derive_seed(self.seed, FETCH, *place))
 
     def _fetch(self, epoch: int, micro_batch: MicroBatch) -> Any:
-        if self._fetch_whole is not None:
-            return self._fetch_whole(micro_batch.data)
+        if self.rows is not None:
+            return self.rows(micro_batch.data)
         return self._dataset[self._request(epoch, micro_batch)]
 
     def _streamed(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
@@ -560,9 +523,10 @@ class Feed:
             while layout is not self.layout:  # once, or again in the new cut
                 layout = self.layout
                 for piece in cut(num_samples, layout):
-                    is_whole = piece.stop - piece.start == num_samples
-                    data = batch if is_whole else take(batch, piece.start, piece.stop, num_samples)
-                    yield MicroBatch(data, piece, num_samples, number)
+                    data = batch if piece.is_whole else take(batch, piece.start, piece.stop, num_samples)
+                    yield MicroBatch(
+                        data, piece, num_samples, number, num_samples == (self.loader.batch_size or num_samples)
+                    )
                     if self.layout is not layout:
                         break
 

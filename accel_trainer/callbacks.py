@@ -15,7 +15,7 @@ from .errors import StopTraining
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-__all__ = ["Callback", "Callbacks", "ProgressBar"]
+__all__ = ["HOOKS", "Callback", "Callbacks", "ProgressBar"]
 
 
 class Callback:
@@ -70,6 +70,10 @@ class Callbacks:
             hook: [getattr(callback, hook) for callback in self._callbacks if _listens(callback, hook)]
             for hook in HOOKS
         }
+
+    def listens(self, hook: str) -> bool:
+        """Return whether anybody listens to a hook."""
+        return bool(self._listeners[hook])
 
     def call(self, hook: str, trainer: Any) -> str | None:
         """Call one hook of all who listen; return the reason of the first who asks for the end of the run."""

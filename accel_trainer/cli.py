@@ -77,11 +77,7 @@ def _at_least_one(text: str) -> int:
 
 
 def _parity(options: argparse.Namespace) -> int:
-    import torch
-
     from .config import TrainConfig
-    from .errors import ProcessFailedError
-    from .parity import Parity, plan
 
     try:
         if options.run is not None:
@@ -95,6 +91,12 @@ def _parity(options: argparse.Namespace) -> int:
         )
     except ValueError as error:
         return _fail(str(error))
+
+    import torch
+
+    from .errors import ProcessFailedError
+    from .parity import Parity, plan
+
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cases = plan(options.run, options.processes, options.num_micro_batches, num_gpus)
     rows: list[Row] = []

@@ -52,6 +52,11 @@ class TrainConfig:
         num_threads: Threads inside one operation on the CPU, at least 1, for the length of the run; `None` keeps
             the present number, or takes 1 with `bitwise`, whose bits depend on it.
         mixed_precision: `no`, `bf16`, `fp16` or `fp8`; `None` takes what `accelerate launch` says, else `no`.
+        compile: Compile the model with `torch.compile`: the whole, or with `"regional"` its repeated blocks, which
+            takes less time at the start. `accelerate launch --dynamo_backend` does the same with other compilers.
+            The short last batch of a pass is not compiled.
+        data_in_memory: Whether tables of numbers (`datasets.Dataset`) are made tensors once, and tensors are kept on
+            the GPU: `"auto"` where they fit easily, never data with a transform; `True` insists, `False` never.
         max_grad_norm: Clip the gradient of each step to this global norm, greater than 0; `None` does not clip.
         schedule_every: Whether the scheduler steps once per optimizer `step` or once per `epoch`.
             `ReduceLROnPlateau` always steps per epoch.
@@ -91,6 +96,8 @@ class TrainConfig:
     bitwise: bool = False
     num_threads: int | None = None
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
+    compile: bool | Literal["regional"] = False
+    data_in_memory: bool | Literal["auto"] = "auto"
     max_grad_norm: float | None = None
     schedule_every: Literal["step", "epoch"] = "step"
     seed: int = 0
@@ -121,6 +128,10 @@ class TrainConfig:
         for name in ("bitwise", "restore_best", "find_unused_parameters", "verbose"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for name, word in (("compile", "regional"), ("data_in_memory", "auto"), ("resume", "auto")):
+            value = getattr(self, name)
+            if type(value) is not bool and value != word:
+                raise ValueError(f"{name} must be True, False or {word!r}, got {value!r}.")
         if self.bitwise and self.mixed_precision == "fp8":
             raise ValueError("bitwise=True cannot be had with mixed_precision='fp8', whose scales the processes share.")
         if not isinstance(self.monitor, str):
@@ -132,8 +143,6 @@ class TrainConfig:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}.")
 
     def _check_checkpoints(self) -> None:
-        if self.resume not in (True, False, "auto") or type(self.resume) not in (bool, str):
-            raise ValueError(f"resume must be True, False or 'auto', got {self.resume!r}.")
         every = self.checkpoint_every
         minutes = re.fullmatch(r"(\d+(?:\.\d+)?)min", every) if isinstance(every, str) else None
         is_steps = type(every) is int and every >= 1

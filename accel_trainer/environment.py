@@ -1,17 +1,20 @@
-"""What a run ran on: hardware, versions, git commit, command line."""
+"""What a run ran on: hardware, versions, git commit, command line; and what memory the host has left."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-__all__ = ["describe_environment"]
+__all__ = ["describe_environment", "free_memory"]
 
 
 def describe_environment(hardware: str) -> dict[str, Any]:
@@ -55,3 +58,15 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + (" with changes" if changes else "")
+
+
+def free_memory() -> float:
+    """Return the bytes of memory to be had, a container's limit considered."""
+    free = float(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text()
+        used = Path("/sys/fs/cgroup/memory.current").read_text()
+        cache = re.search(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
+        return min(free, float(limit) - float(used) + float(cache[1] if cache else 0))
+    except (OSError, ValueError):  # no container, or no limit
+        return free

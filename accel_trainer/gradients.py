@@ -20,6 +20,9 @@ from .reductions import ChainSum, TreeSum, add_over_processes, share_from_main
 __all__ = ["Buffers", "FixedBuffers", "Gradients", "TreeGradients", "is_plain"]
 
 
+_NOTHING = nullcontext()
+
+
 class Gradients:
     """Turn the losses of micro-batches into the gradient of the weighted mean over the whole batch.
 
@@ -81,10 +84,10 @@ class Gradients:
             hold: Send nothing before `finish`, since the batch may have to be done again.
         """
         if self._alone:
-            return nullcontext()
+            return _NOTHING
         self._overlapped = self._overlaps and not hold
         if self._overlapped and micro_batch.piece.is_last:
-            return nullcontext()
+            return _NOTHING
         later: AbstractContextManager[Any] = self._accelerator.no_sync(self._prepared)
         return later
 
@@ -195,7 +198,7 @@ class TreeGradients(Gradients):
 
     def context(self, micro_batch: MicroBatch, hold: bool) -> AbstractContextManager[Any]:
         """Return what forward and backward run under: in the first batch, a look for layers that communicate."""
-        return _NoCommunication() if self._watches else nullcontext()  # type: ignore[no-untyped-call]
+        return _NoCommunication() if self._watches else _NOTHING  # type: ignore[no-untyped-call]
 
     def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
         """Add the gradient of one micro-batch to the tree.
@@ -288,6 +291,8 @@ class Buffers:
         self._may_grow = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self._owners)
         self._missing = torch.empty(0)  # in place of a buffer that has been set to None
         self._start: list[Tensor] | None = None  # the buffers at the start of the batch under way
+        self._copied_from: list[Tensor] = []
+        self._copies: list[Tensor] = []
         self._whole: dict[int, Tensor] = {}  # place of a whole-number buffer -> what the first micro-batch made of it
 
     @property
@@ -308,7 +313,6 @@ class Buffers:
         self._start = None
         self._sum.clear()
 
-    @torch.no_grad()
     def before(self, micro_batch: MicroBatch, hold: bool) -> None:
         """Begin a micro-batch.
 
@@ -316,12 +320,24 @@ class Buffers:
             micro_batch: Which it is.
             hold: Be ready to go back to the start of the batch.
         """
-        if self._idle and not hold:
+        if not self._owners or (self._idle and not hold):
             return
         if micro_batch.piece.is_first:
-            self._start = [buffer.clone() for buffer in self._now()]
+            self._start = self._copied(self._now())
         else:
             self._go_back()
+
+    @torch.no_grad()
+    def _copied(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Return copies, in memory that is kept from batch to batch: one call in place of one for each."""
+        known = zip(buffers, self._copied_from, self._copies, strict=False)
+        if len(self._copies) == len(buffers) and all(
+            buffer is before and buffer.shape == copy.shape for buffer, before, copy in known
+        ):
+            torch._foreach_copy_(self._copies, buffers)
+        else:
+            self._copied_from, self._copies = buffers, [buffer.clone() for buffer in buffers]
+        return self._copies
 
     def undo(self) -> None:
         """Go back to the start of the batch under way."""
@@ -334,12 +350,14 @@ class Buffers:
             if now.shape == start.shape:
                 now.copy_(start)
 
-    @torch.no_grad()
     def after(self, micro_batch: MicroBatch) -> None:
         """Take in what a micro-batch has made of the buffers."""
-        if self._idle or self._start is None:
-            return
-        now, start = self._now(), self._start
+        if not self._idle and self._start is not None:
+            self._take_in(micro_batch)
+
+    @torch.no_grad()
+    def _take_in(self, micro_batch: MicroBatch) -> None:
+        now, start = self._now(), self._start or []
         if micro_batch.piece.is_first:
             self._whole = {place: now[place].clone() for place in range(len(now)) if place not in self._averaged}
         if micro_batch.piece.counts and self._averaged:
@@ -350,7 +368,6 @@ class Buffers:
                 changes.append(self._grown(self._averaged))
             self._sum.add(micro_batch.piece.index, changes)
 
-    @torch.no_grad()
     def finish(self, num_micro_batches: int) -> None:
         """Set the buffers to the average over the micro-batches of the whole batch.
 
@@ -358,8 +375,11 @@ class Buffers:
             num_micro_batches: Those with samples, over all processes.
         """
         start, self._start = self._start, None
-        if self._idle or start is None:
-            return
+        if not self._idle and start is not None:
+            self._settle(start, num_micro_batches)
+
+    @torch.no_grad()
+    def _settle(self, start: list[Tensor], num_micro_batches: int) -> None:
         if self._averaged:
             self._average(start, num_micro_batches)
         if self.layout.num_processes > 1 and self._may_grow and self._whole:

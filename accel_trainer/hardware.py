@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -25,9 +26,9 @@ from accelerate.utils import (
 from torch import nn
 from torch.optim import Optimizer
 
-from .batches import Layout
+from .batches import Layout, tensors_in
 from .errors import HardwareError
-from .randomness import seed_all, torch_generators
+from .randomness import Draws, draws_of, seed_all, torch_generators
 from .reductions import any_process, share_from_main
 
 __all__ = ["Hardware", "Prepared", "check_model", "check_optimizer", "fixed_arithmetic"]
@@ -69,7 +70,10 @@ class Hardware:
         self.num_processes: int = self.accelerator.num_processes
         self.is_main = self.process == 0
         self.precision: str = self.accelerator.mixed_precision
+        self.compiler = str(self.accelerator.state.dynamo_plugin.backend.value).lower()  # of the launch
         self.generators = torch_generators(self.device)
+        self._on_cpu = self.device.type == "cpu"
+        self._copying: Any = torch.get_device_module(self.device).Stream() if self.device.type == "cuda" else None
         beside = self.num_processes > 1 and self.device.type != "cpu"
         self.host_group = _group_beside(torch.distributed.group.WORLD) if beside else None
 
@@ -82,18 +86,36 @@ class Hardware:
         default = 8 if self.bitwise else self.num_processes
         return Layout(self.process, self.num_processes, num_micro_batches or default)
 
-    def set_generators(self, seed: int) -> None:
-        """Seed what dropout and friends draw from, Python's and NumPy's generators too (8 microseconds)."""
-        seed_all(seed)
-        for generator in self.generators[1:]:
+    def set_generators(self, seed: int, draws: Draws) -> None:
+        """Seed what dropout and friends draw from.
+
+        Args:
+            seed: From 0 to 2**63 - 1.
+            draws: Which generators.
+        """
+        if draws is Draws.ANYTHING:
+            seed_all(seed)
+        for generator in self.generators:
             generator.manual_seed(seed)
 
     def place(self, data: Any) -> Any:
         """Return a micro-batch on the device."""
-        if self.device.type == "cpu":
+        if self._on_cpu:
             # Matrix products of the same numbers at another offset in memory differ in their last bits.
             return recursively_apply(_aligned, data) if self.bitwise else data
-        return send_to_device(data, self.device, non_blocking=True)
+        if self._copying is None:
+            return send_to_device(data, self.device, non_blocking=True)
+        if all(tensor.device == self.device for tensor in tensors_in(data)):
+            return data
+        # On a stream of its own the copy runs while the device still computes what was asked before.
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copying):
+            placed = send_to_device(data, self.device, non_blocking=True)
+        computing.wait_stream(self._copying)
+        for tensor in tensors_in(placed):
+            if tensor.device == self.device:
+                tensor.record_stream(computing)
+        return placed
 
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Run a function on the main process only and return its result, or raise its error, on all."""
@@ -308,10 +330,23 @@ class Prepared:
         hardware: Where it goes.
         model: The user's model.
         optimizer: The user's optimizer; `None` to evaluate only.
+        compile: Whether to compile the model, or its repeated blocks (`regional`), if the launch does not.
+
+    Attributes:
+        model: What to call in place of the user's model.
+        draws: The generators that the model may draw from.
+        eager: The same, not compiled: for batches of another size than all others, to which a compiler would adapt.
     """
 
-    def __init__(self, hardware: Hardware, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        hardware: Hardware,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        compile: bool | Literal["regional"] = False,
+    ) -> None:
         self.hardware, self.plain, self.optimizer = hardware, model, optimizer
+        self.draws = draws_of(*model.modules())
         self._before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
         accelerator = hardware.accelerator
         # Under a launcher Accelerate's CPU is "cpu:0", and moving there would copy what is on "cpu": memory that
@@ -340,6 +375,10 @@ class Prepared:
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 placement = [places, places]
                 self.model, self._accelerated = accelerator.prepare(model, optimizer, device_placement=placement)
+        self._steps_plainly = accelerator.scaler is None and hardware.device.type != "xla"
+        if compile and hardware.compiler == "no":
+            self.model = _compiled(self.model, compile)
+        self.eager: nn.Module = getattr(self.model, "_orig_mod", self.model)
         self._attached = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
         self._detach()
 
@@ -364,11 +403,27 @@ class Prepared:
 
     def step(self) -> bool:
         """Update the weights; return whether that happened (fp16 skips an update whose gradients overflowed)."""
-        if self.hardware.accelerator.scaler is None and self.hardware.device.type != "xla":
+        if self._steps_plainly:
             self.optimizer.step()  # type: ignore[union-attr]
             return True
         self._accelerated.step()
         return not self._accelerated.step_was_skipped
+
+
+def _compiled(model: nn.Module, compile: bool | Literal["regional"]) -> nn.Module:
+    if compile == "regional":
+        from accelerate.utils import compile_regions  # since Accelerate 1.4
+
+        regional: nn.Module = compile_regions(model)
+        return regional
+    whole: nn.Module = torch.compile(model)  # type: ignore[assignment]
+    return whole
+
+
+def num_compilations() -> int:
+    """Return how many graphs this process has compiled so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # nobody else counts them
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
 
 
 def _realign(model: nn.Module) -> None:

@@ -18,7 +18,12 @@ _PER_EPOCH = {
     "test_loss": "test_losses",
     "learning_rate": "learning_rates",
     "grad_norm": "grad_norms",
+    "samples_per_second": "samples_per_second",
     "epoch_seconds": "epoch_seconds",
+    "data_seconds": "data_seconds",
+    "compute_seconds": "compute_seconds",
+    "evaluation_seconds": "evaluation_seconds",
+    "saving_seconds": "saving_seconds",
 }
 
 
@@ -33,7 +38,13 @@ class History:
         grad_norms: Mean over the steps of each epoch of the gradient's norm before clipping; empty
             without `max_grad_norm`.
         metrics: Name of each metric -> its value on the test set per epoch.
-        epoch_seconds: Seconds that each epoch took, evaluation included.
+        samples_per_second: Train samples of each epoch, over all processes, per second of waiting for data and
+            computing.
+        epoch_seconds: Seconds that each epoch took, from the end of the one before to its own.
+        data_seconds: Those of them in which the training waited for data ...
+        compute_seconds: ... computed, the time of callbacks included ...
+        evaluation_seconds: ... evaluated the test set ...
+        saving_seconds: ... and stood still to save best weights and checkpoints.
         best_epoch: The epoch whose weights are the best, 1-based; `None` if no epoch has a finite value.
         best_value: Its monitored value.
         stop_reason: Why the run ended, in words; `None` while it goes on.
@@ -50,7 +61,12 @@ class History:
     learning_rates: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    samples_per_second: list[float] = field(default_factory=list)
     epoch_seconds: list[float] = field(default_factory=list)
+    data_seconds: list[float] = field(default_factory=list)
+    compute_seconds: list[float] = field(default_factory=list)
+    evaluation_seconds: list[float] = field(default_factory=list)
+    saving_seconds: list[float] = field(default_factory=list)
     best_epoch: int | None = None
     best_value: float | None = None
     stop_reason: str | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +19,12 @@ from torch.utils.data import DataLoader
 from .batches import Feed, MicroBatch, check_loader
 from .callbacks import say
 from .checkpoints import RunFolder
+from .clock import Clock
 from .config import TrainConfig
 from .errors import NonFiniteError
+from .fetching import Rows
 from .gradients import Buffers, FixedBuffers, Gradients, TreeGradients
-from .hardware import Hardware, Prepared, check_model, check_optimizer
+from .hardware import Hardware, Prepared, check_model, check_optimizer, num_compilations
 from .history import History
 from .losses import (
     Fault,
@@ -37,8 +38,8 @@ from .losses import (
     looks_finite,
     widest_float,
 )
-from .memory import TrainingMemory, until_it_fits
-from .randomness import EVALUATION, TRAINING, derive_seed, preserved
+from .memory import TrainingMemory, keep_data, until_it_fits
+from .randomness import EVALUATION, TRAINING, Draws, derive_seed, draws_of, preserved
 from .reductions import ChainSum, TreeSum
 from .saving import Saver
 from .schedules import Schedule
@@ -54,8 +55,10 @@ class Training:
 
     Attributes:
         ledger: The losses of the epoch under way.
-        seconds_before: What the epoch under way took before it was interrupted.
+        draws: The generators that a step may draw from.
+        watched: The hooks that a callback listens to.
         finite_buffers: Names of those that were finite at the start; a mask may hold infinities.
+        num_graphs_before: Graphs that the process had compiled before the run.
         batches: Number of each batch since the last report -> its pass over the data and place there.
     """
 
@@ -71,22 +74,23 @@ class Training:
     state: RunState
     feed: Feed
     ledger: Ledger
+    draws: Draws
+    clock: Clock = field(default_factory=Clock)
     call: Callable[[str], None] = lambda hook: None
+    watched: frozenset[str] = frozenset()
     before_batch: Callable[[], None] = lambda: None
     norm_sum: Any = 0.0
     num_norms: int = 0
-    started: float = 0.0
-    seconds_before: float = 0.0
     batches: dict[int, tuple[int, int]] = field(default_factory=dict)
     finite_buffers: frozenset[str] = frozenset()
+    num_graphs_before: int = field(default_factory=num_compilations)
 
     def begin_epoch(self, epoch: int) -> bool:
         """Begin an epoch, or go on with the one under way; return whether it is a new one."""
         is_new = epoch != self.state.epoch
         if is_new:
-            self.state.epoch, self.ledger, self.seconds_before = epoch, Ledger(self.hardware.process), 0.0
+            self.state.epoch, self.ledger = epoch, Ledger(self.hardware.process)
             self.norm_sum, self.num_norms = 0.0, 0
-        self.started = time.perf_counter()
         return is_new
 
     def is_sound(self) -> bool:
@@ -94,11 +98,6 @@ class Training:
         model = self.prepared.plain
         buffers = (buffer for name, buffer in model.named_buffers() if name in self.finite_buffers)
         return is_finite([*model.parameters(), *buffers])
-
-    @property
-    def epoch_seconds(self) -> float:
-        """Seconds that the epoch under way has taken so far."""
-        return self.seconds_before + time.perf_counter() - self.started
 
 
 @dataclass
@@ -133,13 +132,15 @@ def fit(run: Run) -> str:
         test = evaluate_epoch(run)
         if test is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"
-        value = record(run, train.loss, test)
-        if training.is_sound() and state.judge(value, config.mode, config.min_delta):
+        value = record(run, train, test)
+        is_sound = config.on_nonfinite == "raise" or training.is_sound()  # or else it has been raised
+        if is_sound and state.judge(value, config.mode, config.min_delta):
             run.saver.keep_best({"epoch": state.epoch, run.monitor: value})
         training.schedule.after_epoch(value)
         report_epoch(run)
-        with evaluation_mode(training.prepared.plain):  # a callback may look at the model, and change its modes
-            training.call("on_epoch_end")
+        if "on_epoch_end" in training.watched:
+            with evaluation_mode(training.prepared.plain):  # a callback may look at the model, and change its modes
+                training.call("on_epoch_end")
         reason = end_of(run)
         state.finished = reason if training.stopping.kind == "callback" else None
         run.saver.after_epoch()
@@ -167,53 +168,59 @@ def end_of(run: Run) -> str | None:
 
 def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Totals | None:
     """Make the optimizer steps of one epoch and return its mean loss; `None` if the run ends within it."""
-    hardware, model, state = training.hardware, training.prepared.model, training.state
+    config, state = training.config, training.state
     gradients, buffers, memory = training.gradients, training.buffers, training.memory
-    ledger = training.ledger
     gradients.begin()
     buffers.begin()
     with closing(micro_batches):
-        for micro_batch in micro_batches:
-            if micro_batch.piece.is_first:
+        for micro_batch in training.clock.waiting(micro_batches):
+            piece = micro_batch.piece
+            if piece.is_first:
                 if not training.stopping.may_go_on():
                     return None
                 training.before_batch()
                 state.num_batches += 1
-            hardware.set_generators(
-                derive_seed(training.config.seed, TRAINING, state.num_batches, micro_batch.piece.index)
-            )
+            if training.draws:
+                seed = derive_seed(config.seed, TRAINING, state.num_batches, piece.index)
+                training.hardware.set_generators(seed, training.draws)
             attempt = memory.attempt(micro_batch)
-            buffers.before(micro_batch, memory.holds or training.config.on_nonfinite == "skip")
+            buffers.before(micro_batch, memory.holds or config.on_nonfinite == "skip")
             with attempt, gradients.context(micro_batch, memory.holds):
-                micro_batch.data = hardware.place(micro_batch.data)
-                forward = training.objective(model, micro_batch)
-                check_loss(forward.loss, needs_grad=True)
-                gradients.backward(forward, micro_batch)
-                buffers.after(micro_batch)
-                ledger.add(state.num_batches, micro_batch, forward)
+                compute_gradients(training, micro_batch)
             if memory.must_redo():
-                cut_finer(training, ledger)
-            elif micro_batch.piece.is_last:
-                take_step(training, micro_batch, ledger)
-                if state.step == training.config.max_steps:
+                cut_finer(training)
+            elif piece.is_last:
+                take_step(training, micro_batch)
+                if state.step == config.max_steps:
                     break
-    totals = ledger.exchange()
+    totals = training.ledger.exchange()
     check_finite(training, totals.fault)
     return totals
 
 
-def cut_finer(training: Training, ledger: Ledger) -> None:
+def compute_gradients(training: Training, micro_batch: MicroBatch) -> None:
+    """Run a micro-batch forward and backward; of what that takes, only loss, gradients and buffers stay in memory."""
+    prepared = training.prepared
+    micro_batch.data = training.hardware.place(micro_batch.data)
+    forward = training.objective(prepared.model if micro_batch.is_full else prepared.eager, micro_batch)
+    check_loss(forward.loss, needs_grad=True)
+    training.gradients.backward(forward, micro_batch)
+    training.buffers.after(micro_batch)
+    training.ledger.add(training.state.num_batches, micro_batch, forward)
+
+
+def cut_finer(training: Training) -> None:
     """Undo what has been computed of a batch that does not fit in memory; the feed brings it again, cut finer."""
     training.gradients.clear()
     training.buffers.undo()
-    ledger.drop(training.state.num_batches)
+    training.ledger.drop(training.state.num_batches)
     training.state.num_batches -= 1
     layout = training.memory.finer()
     training.gradients.layout = training.buffers.layout = layout
     training.feed.recut(layout)
 
 
-def take_step(training: Training, micro_batch: MicroBatch, ledger: Ledger) -> None:
+def take_step(training: Training, micro_batch: MicroBatch) -> None:
     """Update the weights with the gradients of one batch, whose last micro-batch is given."""
     config, state, prepared = training.config, training.state, training.prepared
     state.position = micro_batch.batch_number + 1
@@ -237,9 +244,9 @@ def take_step(training: Training, micro_batch: MicroBatch, ledger: Ledger) -> No
         state.step += 1
         training.schedule.after_step()
     if state.num_batches % config.report_every == 0:
-        state.recent_loss, fault = ledger.report()
+        state.recent_loss, fault = training.ledger.report()
         check_finite(training, fault)
-    if updated:
+    if updated and "on_step_end" in training.watched:
         training.call("on_step_end")
 
 
@@ -252,6 +259,7 @@ def evaluate(
     """
     hardware = prepared.hardware
     objective.to(hardware.device)
+    draws = max(prepared.draws, draws_of(*objective.functions, *metrics.functions))
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
         ledger = Ledger(hardware.process, metrics.totalled)
@@ -261,16 +269,22 @@ def evaluate(
                     return None
                 if memory.exceeded or not micro_batch.piece.counts:
                     continue  # nothing is exchanged before the end, so nobody has to stand in
-                hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
+                if draws:
+                    hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place), draws)
                 with memory.attempt(micro_batch):
-                    micro_batch.data = hardware.place(micro_batch.data)
-                    forward = objective(prepared.model, micro_batch)
-                    check_loss(forward.loss, needs_grad=False)
-                    scores = metrics.totals(forward, micro_batch.num_samples)
-                    ledger.add(micro_batch.batch_number, micro_batch, forward, scores)
+                    score(prepared, objective, metrics, micro_batch, ledger)
     totals = ledger.exchange()
     values = totals.metrics | metrics.merge(hardware.num_processes)
     return {"loss": totals.loss, **{name: values[name] for name in metrics.names}}
+
+
+def score(prepared: Prepared, objective: Objective, metrics: Metrics, micro_batch: MicroBatch, ledger: Ledger) -> None:
+    """Run a micro-batch forward and take in its loss and metrics."""
+    micro_batch.data = prepared.hardware.place(micro_batch.data)
+    forward = objective(prepared.model if micro_batch.is_full else prepared.eager, micro_batch)
+    check_loss(forward.loss, needs_grad=False)
+    totals = metrics.totals(forward, micro_batch.num_samples)
+    ledger.add(micro_batch.batch_number, micro_batch, forward, totals)
 
 
 def predict(prepared: Prepared, feed: Feed) -> Any:
@@ -282,10 +296,11 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
         with evaluation_pass(prepared, feed) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.counts and not memory.exceeded:
-                    hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place))
+                    hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place), prepared.draws)
                     with memory.attempt(micro_batch):
                         inputs = inputs_of(hardware.place(micro_batch.data))
-                        outputs = prepared.model(**inputs) if isinstance(inputs, Mapping) else prepared.model(inputs)
+                        model = prepared.model if micro_batch.is_full else prepared.eager
+                        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
                         outputs = check_outputs(send_to_device(outputs, "cpu"), micro_batch.num_samples)
                         waiting.append((micro_batch.place, outputs))
                 # All processes have as many batches, so they meet here at the same moments.
@@ -395,8 +410,8 @@ def _first_batches(micro_batches: Iterable[MicroBatch], num_batches: int, feed: 
 
 
 @contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
+def _modes_kept(*models: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
     finally:
@@ -405,10 +420,11 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, and each of its modules back in the mode it had."""
-    with _modes_kept(model):
-        model.eval()
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode, and each of their modules back in the mode it had."""
+    with _modes_kept(*models):
+        for model in models:
+            model.eval()
         yield
 
 
@@ -428,7 +444,8 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 def evaluation_pass(prepared: Prepared, feed: Feed) -> Iterator[Iterator[MicroBatch]]:
     """Yield the micro-batches of a loader, the model in evaluation mode, without gradients, its buffers kept."""
     buffers = FixedBuffers(prepared.plain)
-    with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
+    models = {prepared.plain, prepared.model}  # a model compiled by regions has modules of its own
+    with evaluation_mode(*models), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
         yield _each(micro_batches, buffers.restore)
 
 
@@ -443,23 +460,25 @@ def evaluate_epoch(run: Run) -> dict[str, float] | None:
     if run.test_feed is None:
         return {}
     training = run.training
-    return evaluate(training.prepared, training.objective, run.test_feed, run.metrics, training.stopping)
+    with training.clock.measured("evaluation_seconds"):
+        return evaluate(training.prepared, training.objective, run.test_feed, run.metrics, training.stopping)
 
 
-def record(run: Run, train_loss: float, test: dict[str, float]) -> float:
+def record(run: Run, train: Totals, test: dict[str, float]) -> float:
     """Write the epoch to the history and return its monitored value."""
     training, history = run.training, run.history
-    scores = dict(test)
+    scores, seconds = dict(test), training.clock.end_epoch()
     history.record(
-        train_loss=train_loss,
+        train_loss=train.loss,
         test_loss=scores.pop("loss", None),
         learning_rate=training.schedule.learning_rate,
         grad_norm=float(training.norm_sum) / training.num_norms if training.num_norms else None,
-        epoch_seconds=training.epoch_seconds,
+        samples_per_second=train.num_samples / (seconds["data_seconds"] + seconds["compute_seconds"]),
         metrics=scores,
+        **seconds,
     )
     if run.monitor == "train_loss":
-        return train_loss
+        return train.loss
     return history.test_losses[-1] if run.monitor == "test_loss" else scores[run.monitor]
 
 
@@ -553,6 +572,7 @@ class _Session:
         self.layouts = dict.fromkeys(("train_loader", "test_loader"), self.hardware.layout(None))
         self.config = TrainConfig(on_nonfinite="ignore")
         self.epochs: WeakKeyDictionary[DataLoader[Any], int] = WeakKeyDictionary()
+        self.kept: WeakKeyDictionary[DataLoader[Any], Rows] = WeakKeyDictionary()
         self.training: Training | None = None
         self._evaluating: Prepared | None = None
         if self.hardware.is_main:
@@ -572,9 +592,18 @@ class _Session:
 
         pin_memory = self.hardware.device.type == "cuda"
         feed = Feed(loader, self.layouts[name], self.config.seed, pin_memory, on_recut)
-        if loader not in self.epochs:
+        is_new, is_table = loader not in self.epochs, feed.rows is not None and not feed.rows.in_memory
+        if is_new:
             feed.check_same_everywhere(name)
             self.epochs[loader] = 0
+        if loader in self.kept:
+            feed.rows = self.kept[loader]
+            return feed
+        told = keep_data(feed, self.hardware, self.config.data_in_memory, name)
+        if told is not None and is_new and self.hardware.is_main:
+            say(told)
+        if told is not None and is_table:  # whose values never change
+            self.kept[loader] = feed.rows  # type: ignore[assignment]
         return feed
 
     def train(self, model: nn.Module, loss_fn: Any, optimizer: Optimizer, feed: Feed) -> Training:
@@ -650,6 +679,7 @@ def assemble(
         state=state,
         feed=feed,
         ledger=Ledger(hardware.process),
+        draws=max(prepared.draws, draws_of(*objective.functions, prepared.optimizer)),
         finite_buffers=frozenset(name for name, buffer in model.named_buffers() if is_finite([buffer])),
     )
 

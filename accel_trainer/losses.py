@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from operator import add
 from typing import Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -114,6 +114,12 @@ class Objective:
         # Whether all processes know the weights beforehand, from the number of samples alone.
         self.weighs_samples = compute_loss is None and weight_fn is None and self._divisor is None
 
+    @property
+    def functions(self) -> list[Any]:
+        """The user's functions that run in a forward."""
+        given = (self.loss_fn, self.compute_loss, self.weight_fn)
+        return [_unwrap_partial(function)[0] for function in given if function is not None]
+
     def to(self, device: torch.device) -> None:
         """Move a loss that is a module, with its class weights, to where the model is."""
         function, _ = _unwrap_partial(self.loss_fn)
@@ -145,7 +151,8 @@ class Objective:
         outputs = model(inputs)
         loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
         if self._divisor is not None:
-            weight = self._divisor(targets)
+            known = _divided_by(loss)
+            weight = self._divisor(targets) if known is None else known
         return Forward(loss, weight, outputs, targets)
 
 
@@ -250,6 +257,18 @@ def _divisor_of(loss_fn: Any) -> functools.partial[Weight] | None:
     return functools.partial(_class_divisor, weight=weight, ignore_index=ignore_index, loss_fn=function)
 
 
+_EXACT = 2**24  # whole numbers up to here have a float of their own
+
+
+def _divided_by(loss: Tensor) -> Tensor | None:
+    """Return what torch's kernel has divided this loss by, which it keeps for the backward; `None` if unknown."""
+    total: Tensor | None = getattr(loss.grad_fn, "_saved_total_weight", None)
+    if total is None or total.dtype not in (torch.float32, torch.float64):
+        return None
+    targets = loss.grad_fn._saved_target  # type: ignore[union-attr]
+    return total if targets.numel() <= _EXACT else None
+
+
 def _class_divisor(targets: Any, weight: Tensor | None, ignore_index: int, loss_fn: Any) -> Weight:
     """Return the sum of the class weights over the targets that are not ignored, on the device.
 
@@ -280,10 +299,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Totals:
-    """The means of an epoch, equal on every process, and the first loss in it that is not finite."""
+    """The means of an epoch, equal on every process, its samples, and the first loss in it that is not finite."""
 
     loss: float
     metrics: dict[str, float]
+    num_samples: int
     fault: Fault | None
 
 
@@ -303,30 +323,30 @@ def looks_finite(tensors: Iterable[Tensor], order: float = 2) -> bool | Tensor:
         if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
             dense = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
             groups.setdefault(tensor.dtype, []).append(dense.detach())
-    flags = [norm.isfinite() for own in groups.values() for norm in torch._foreach_norm(own, order)]
-    return torch.stack(flags).all() if flags else True
+    flags = [torch.stack(torch._foreach_norm(own, order)).isfinite().all() for own in groups.values()]
+    return True if not flags else flags[0] if len(flags) == 1 else torch.stack(flags).all()
 
 
 class Ledger:
-    """Collect loss and weight of every micro-batch on the device; exchange and average them once, on the host.
+    """Collect loss and weight of every micro-batch on the device; exchange and average them on the host.
 
     The sums are taken in double precision and in the order of the batches, so every process gets the same numbers and
-    the layout changes no more than the rounding of the single losses.
+    the layout changes no more than the rounding of the single losses. What has been read is kept as sums only.
 
     Args:
         process: Index of this process.
         metrics: Names of the metrics whose totals will be added.
     """
 
-    _BLOCK = 512  # rows joined into one tensor at a time: a scalar tensor alone costs half a kilobyte
+    _BLOCK = 512  # scalars joined into one tensor at a time: one alone costs half a kilobyte
 
     def __init__(self, process: int, metrics: Sequence[str] = ()) -> None:
         self._process, self._metrics = process, tuple(metrics)
-        self._places: list[tuple[int, int]] = []
-        self._open: list[tuple[Any, ...]] = []  # loss, weight, count, then a total per metric
-        self._blocks: list[Tensor] = []
-        self._rows: list[numpy.ndarray[Any, Any]] = []  # of all processes, in the order of the batches
-        self._num_read = self._num_reported = 0
+        self._open: list[tuple[Any, ...]] = []  # batch, index, samples, loss, weight, then a total per metric
+        self._blocks: list[tuple[list[tuple[int, int, int]], Tensor]] = []
+        self._sums = [0.0] * (3 + len(self._metrics))  # of samples, loss x weight, weights, totals
+        self._recent = 0.0, 0.0  # of loss x weight and weights since the last report
+        self._fault: Fault | None = None
 
     def add(self, batch: int, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
         """Take in a micro-batch; a stand-in leaves no trace.
@@ -337,87 +357,77 @@ class Ledger:
             forward: Its loss and weight.
             totals: Sum of each metric over its samples, in the order of the names.
         """
-        if micro_batch.piece.counts:
-            if len(self._open) >= self._BLOCK and micro_batch.piece.is_first:
+        piece = micro_batch.piece
+        if piece.counts:
+            if piece.is_first and len(self._open) >= self._BLOCK:
                 self._close()
-            self._places.append((batch, micro_batch.piece.index))
-            self._open.append((forward.loss.detach(), forward.weight, micro_batch.num_samples, *totals))
+            num_samples = piece.stop - piece.start
+            self._open.append((batch, piece.index, num_samples, forward.loss.detach(), forward.weight, *totals))
 
     def drop(self, batch: int) -> None:
         """Forget the batch under way, which will be done again."""
-        while self._places and self._places[-1][0] == batch:
-            self._places.pop()
+        while self._open and self._open[-1][0] == batch:
             self._open.pop()
 
     def is_finite(self, batch: int) -> bool | Tensor:
         """Return whether the losses of the last batch are finite on this process; those that weigh nothing may not."""
-        rows = [row for place, row in zip(reversed(self._places), reversed(self._open), strict=False)
-                if place[0] == batch]  # fmt: skip
         flag: bool | Tensor = True
-        for loss, weight, *_ in rows:
+        for number, _, _, loss, weight, *_ in reversed(self._open):
+            if number != batch:
+                break
             flag = flag & (loss.isfinite() | (torch.as_tensor(weight, device=loss.device) == 0))
         return flag
 
     def _close(self) -> None:
+        """Join the scalars that have come into one tensor, on the device."""
         if self._open:
-            device = self._open[0][0].device
-            columns = [_column(column, device) for column in zip(*self._open, strict=True)]
-            self._blocks.append(torch.stack(columns, dim=1))
+            batches, indices, counts, losses, *others = zip(*self._open, strict=True)
+            joined = torch.stack([_column(column, losses[0].device) for column in (losses, *others)], dim=1)
+            self._blocks.append((list(zip(batches, indices, counts, strict=True)), joined))
             self._open = []
 
     def _read(self) -> None:
         """Exchange what has come since the last read: one read-back, and one small exchange."""
         self._close()
-        mine = []
-        if self._blocks:
-            read = torch.cat(self._blocks).cpu().numpy().astype(numpy.float64, copy=False)
-            places = numpy.array(self._places[self._num_read :], dtype=numpy.float64)
-            process = numpy.full((len(read), 1), self._process, dtype=numpy.float64)
-            mine.append(numpy.hstack([places, process, read]))
-            self._blocks, self._num_read = [], len(self._places)
-        self._rows.append(_of_everyone(mine, _COUNT + 1 + len(self._metrics)))
+        places = [place for places, _ in self._blocks for place in places]
+        numbers = torch.cat([joined for _, joined in self._blocks]).tolist() if self._blocks else []
+        self._blocks = []
+        mine = [(*place, self._process, *row) for place, row in zip(places, numbers, strict=True)]
+        for batch, _, num_samples, process, loss, weight, *totals in sorted(gather_object(mine)):
+            if weight and not math.isfinite(loss) and self._fault is None:
+                self._fault = Fault(loss, batch, process)
+            product = loss * weight if weight else 0.0  # what weighs nothing may be nan
+            self._sums = list(map(add, self._sums, (num_samples, product, weight, *totals)))
+            self._recent = self._recent[0] + product, self._recent[1] + weight
 
-    def rows(self) -> numpy.ndarray[Any, Any]:
-        """Return all that was added, on all processes, for `restore`; every process calls it at the same place."""
+    def sums(self) -> list[float]:
+        """Return what `restore` takes, the same on all processes; all call it at the same place."""
         self._read()
-        return numpy.vstack(self._rows)
+        return list(self._sums)
 
-    def restore(self, rows: numpy.ndarray[Any, Any]) -> None:
-        """Take in what `rows` returned, before anything is added."""
-        self._rows, self._num_reported = [rows], 1
+    def restore(self, sums: Sequence[float]) -> None:
+        """Go on from what `sums` returned, before anything is added."""
+        self._sums = [float(number) for number in sums]
 
     def report(self) -> tuple[float, Fault | None]:
-        """Return the mean loss since the last report, and the first loss in it that is not finite.
+        """Return the mean loss since the last report, and the first loss of the epoch that is not finite.
 
         Every process calls it after the same step. Costs one read-back, and one small exchange.
         """
         self._read()
-        rows = numpy.vstack(self._rows[self._num_reported :])
-        self._num_reported = len(self._rows)
-        loss, weight = _sums(rows)
-        return (loss / weight if weight else math.nan), _first_fault(rows)
+        loss, weight = self._recent
+        self._recent = 0.0, 0.0
+        return _mean(loss, weight), self._fault
 
     def exchange(self) -> Totals:
         """Return the means over all micro-batches of all processes; waits for the device."""
-        rows = self.rows()
-        loss, weight = _sums(rows)
-        count = float(rows[:, _COUNT].sum())
-        metrics = {
-            name: math.fsum(rows[:, place]) / count if count else math.nan
-            for place, name in enumerate(self._metrics, start=_COUNT + 1)
-        }
-        return Totals(loss / weight if weight else math.nan, metrics, _first_fault(rows))
+        count, loss, weight, *totals = self.sums()
+        metrics = {name: _mean(total, count) for name, total in zip(self._metrics, totals, strict=True)}
+        return Totals(_mean(loss, weight), metrics, int(count), self._fault)
 
 
-# The columns of the exchanged rows; a total per metric follows.
-_BATCH, _INDEX, _PROCESS, _LOSS, _WEIGHT, _COUNT = range(6)
-
-
-def _of_everyone(rows: list[numpy.ndarray[Any, Any]], num_columns: int) -> numpy.ndarray[Any, Any]:
-    """Return the rows of all processes in the order of the batches and of the micro-batches in them."""
-    everyone = numpy.vstack([numpy.zeros((0, num_columns)), *gather_object(rows)])
-    ordered: numpy.ndarray[Any, Any] = everyone[numpy.lexsort((everyone[:, _INDEX], everyone[:, _BATCH]))]
-    return ordered
+def _mean(total: float, weight: float) -> float:
+    return total / weight if weight else math.nan
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -426,26 +436,13 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def _column(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    dtype = widest_float(device)
-    if any(isinstance(number, Tensor) for number in numbers):
-        tensors = [torch.as_tensor(number, device=device).reshape(()) for number in numbers]
-        return torch.stack(tensors).to(dtype)
-    return torch.tensor(numbers, dtype=dtype, device=device)
-
-
-def _sums(rows: numpy.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return the sums of loss x weight and of weight, in the order of the rows; what weighs nothing may be nan."""
-    counted = rows[rows[:, _WEIGHT] != 0]
-    if not len(counted):
-        return 0.0, 0.0
-    products = counted[:, _LOSS] * counted[:, _WEIGHT]
-    # cumsum adds one after the other, as a loop would; sum would pair them up.
-    return float(products.cumsum()[-1]), float(counted[:, _WEIGHT].cumsum()[-1])
-
-
-def _first_fault(rows: numpy.ndarray[Any, Any]) -> Fault | None:
-    bad = rows[(rows[:, _WEIGHT] != 0) & ~numpy.isfinite(rows[:, _LOSS])]
-    return Fault(float(bad[0, _LOSS]), int(bad[0, _BATCH]), int(bad[0, _PROCESS])) if len(bad) else None
+    """Return plain numbers, scalars on the device, or both, as one tensor."""
+    are_tensors = [isinstance(number, Tensor) for number in numbers]
+    if not any(are_tensors):
+        return torch.tensor(numbers, dtype=widest_float(device), device=device)
+    if not all(are_tensors):
+        numbers = [torch.as_tensor(number, device=device) for number in numbers]
+    return torch.stack(list(numbers)).to(widest_float(device))
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -479,6 +476,11 @@ class Metrics:
             else:
                 raise TypeError(f"The metric {name!r} must be callable or a torchmetrics object, got {metric!r}.")
         self.names = tuple(metrics or ())
+
+    @property
+    def functions(self) -> list[Any]:
+        """The user's functions and objects."""
+        return [*self._functions.values(), *self._objects.values()]
 
     @property
     def totalled(self) -> tuple[str, ...]:

@@ -1,18 +1,63 @@
-"""Into how many micro-batches a batch must be cut to fit in memory: found out while the run goes on."""
+"""What fits in memory: the data, as tensors; and a batch, in how many micro-batches, found out as the run goes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Literal
 
 import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .batches import Feed, Layout, MicroBatch, tensors_in
+from .environment import free_memory
 from .hardware import Hardware
 
-__all__ = ["Memory", "TrainingMemory", "until_it_fits"]
+__all__ = ["Memory", "TrainingMemory", "keep_data", "until_it_fits"]
+
+# What data may take of the memory that is free at the start; the model and its activations are to come.
+_SHARE_OF_HOST, _SHARE_OF_DEVICE = 0.4, 0.15
+
+
+def keep_data(feed: Feed, hardware: Hardware, choice: bool | Literal["auto"], name: str) -> str | None:
+    """Keep data that is rows of numbers as tensors, on the device where it fits there; on all processes alike.
+
+    Args:
+        feed: Whose data.
+        hardware: Of the run.
+        choice: `data_in_memory` of the config.
+        name: How the user calls the loader.
+
+    Returns:
+        What to tell the user; `None` where nothing has changed.
+
+    Raises:
+        ValueError: The user insists, and the data is not rows of numbers.
+    """
+    rows = feed.rows
+    if choice is True and (rows is None or rows.row_nbytes is None):
+        raise ValueError(
+            f"data_in_memory=True needs data that is rows of numbers of one shape (a TensorDataset, or a "
+            f"datasets.Dataset in torch or numpy format, with the default collate function), and {name} has a "
+            f"{type(feed.loader.dataset).__name__} that is not. Use 'auto'."
+        )
+    is_cuda = hardware.device.type == "cuda"
+    if choice is False or rows is None or rows.row_nbytes is None or (rows.in_memory and not is_cuda):
+        return None
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", hardware.num_processes))
+    in_host = choice is True or rows.in_memory or rows.nbytes * processes_here < _SHARE_OF_HOST * free_memory()
+    on_device = is_cuda and rows.nbytes < _SHARE_OF_DEVICE * torch.cuda.mem_get_info(hardware.device)[0]
+    too_large_for_host, too_large_for_device = hardware.any_process(not in_host, not on_device)
+    if too_large_for_host or (too_large_for_device and rows.in_memory):
+        return None
+    feed.rows = rows.loaded() if too_large_for_device else rows.loaded().to(hardware.device)
+    place = "host memory" if too_large_for_device else f"the memory of {hardware.device}"
+    return (
+        f"{name}: {len(feed.loader.dataset):,} samples are kept as tensors in {place} "  # type: ignore[arg-type]
+        f"({rows.nbytes / 2**20:,.1f} MiB; data_in_memory=False would leave them where they are)."
+    )
 
 
 class Memory:
@@ -155,7 +200,7 @@ class TrainingMemory(Memory):
     def __init__(self, hardware: Hardware, feed: Feed) -> None:
         super().__init__(hardware, feed)
         self._alone = self.layout.num_processes == 1
-        self.holds = False
+        self.holds = self._alone and self._may_recut  # nobody has to be asked, and nothing is sent
         self._varies = False  # whether samples differ in size, on any process
         self._sizes_of_samples: set[float] = set()
         self.follow(feed)
@@ -173,8 +218,10 @@ class TrainingMemory(Memory):
 
     def attempt(self, micro_batch: MicroBatch) -> Memory:
         """Decide whether the batch is held back; return what its forward and backward run under."""
-        super().attempt(micro_batch)
-        if self._may_recut:
+        self._micro_batch = micro_batch
+        if self._alone:
+            self.exceeded = self.exceeded and not micro_batch.piece.is_first
+        elif self._may_recut:
             if micro_batch.piece.is_first:
                 self._begin_batch(micro_batch)
             if self._watches:
@@ -183,8 +230,7 @@ class TrainingMemory(Memory):
 
     def _begin_batch(self, micro_batch: MicroBatch) -> None:
         self.exceeded = False
-        # Alone, nobody has to be asked and nothing is sent.
-        self.holds = self._alone or self._num_trials > 0 or micro_batch.batch_size > self._largest_batch
+        self.holds = self._num_trials > 0 or micro_batch.batch_size > self._largest_batch
         self._largest_batch = max(self._largest_batch, micro_batch.batch_size)
         if micro_batch.batch_number <= self._last_batch:  # the first pass is over
             self._watches = self._watches and self._varies
@@ -210,7 +256,7 @@ class TrainingMemory(Memory):
 
         A process whose micro-batch does not fit leaves out the rest of the batch.
         """
-        if not self.exceeded and not (self.holds and self._micro_batch.piece.is_last):  # type: ignore[union-attr]
+        if not self.exceeded and (self._alone or not (self.holds and self._micro_batch.piece.is_last)):  # type: ignore[union-attr]
             return False
         if not self.holds:
             self._ask(True)  # where the others ask, before their last micro-batch

@@ -6,11 +6,14 @@ import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from hashlib import blake2b
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy
 import torch
+from torch.optim import Optimizer
 
 __all__ = [
     "DATA",
@@ -18,7 +21,9 @@ __all__ = [
     "FETCH",
     "ORDER",
     "TRAINING",
+    "Draws",
     "derive_seed",
+    "draws_of",
     "preserved",
     "seed_all",
     "torch_generators",
@@ -26,6 +31,9 @@ __all__ = [
 
 # What a seed is for; the second number of every path, so that no two uses share a stream.
 ORDER, DATA, FETCH, TRAINING, EVALUATION = range(5)
+
+
+_packers = [struct.Struct(f"<{length}q").pack for length in range(8)]
 
 
 def derive_seed(*path: int) -> int:
@@ -36,7 +44,7 @@ def derive_seed(*path: int) -> int:
     Args:
         *path: The user's seed, what it is for, then numbers such as epoch and position; each below 2**63.
     """
-    digest = blake2b(struct.pack(f"<{len(path)}q", *path), digest_size=8).digest()
+    digest = blake2b(_packers[len(path)](*path), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -45,6 +53,40 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed & 0xFFFFFFFF)  # the legacy generator takes 32 bits
     torch.default_generator.manual_seed(seed)
+
+
+class Draws(IntEnum):
+    """What code may draw from: seeding Python's and NumPy's generators costs four times as much as torch's."""
+
+    NOTHING = 0
+    TORCH = 1
+    ANYTHING = 2
+
+
+# Parts of torch.nn that compute without chance, but for the exceptions. What is new in torch is taken to draw.
+_CERTAIN = frozenset(
+    f"torch.nn.modules.{name}"
+    for name in "activation batchnorm container conv flatten linear loss normalization padding pooling sparse".split()
+)
+_EXCEPTIONS = ("RReLU", "MultiheadAttention", "FractionalMaxPool", "Lazy")
+
+
+def draws_of(*things: Any) -> Draws:
+    """Return what modules, functions and optimizers may draw from when they are called.
+
+    Where no code but torch's runs, nothing draws from Python's and NumPy's generators.
+    """
+    return max(map(_draws, things), default=Draws.NOTHING)
+
+
+def _draws(thing: Any) -> Draws:
+    kind = thing if isinstance(thing, (FunctionType, BuiltinFunctionType)) else type(thing)
+    own = getattr(thing, "__dict__", {})
+    is_changed = "forward" in own or any(value for name, value in own.items() if name.endswith("_hooks"))
+    if is_changed or str(kind.__module__).partition(".")[0] != "torch":
+        return Draws.ANYTHING
+    is_certain = kind.__module__ in _CERTAIN and not kind.__name__.startswith(_EXCEPTIONS)
+    return Draws.NOTHING if is_certain or isinstance(thing, Optimizer) else Draws.TORCH
 
 
 def torch_generators(device: torch.device) -> list[torch.Generator]:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
-import numpy
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from .packing import pack, unpack
 from .reductions import share_from_main
 from .saving import finish_writes
 from .state import RunState
-from .weights import check_fit, copy_into, plain_name, plain_state, split_aliases
+from .weights import check_fit, checked_state, copy_into, plain_name, plain_state, split_aliases
 
 __all__ = ["Found", "begin", "capture", "find", "identity_of", "restore"]
 
@@ -147,10 +146,10 @@ def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]
         if training.hardware.is_main and training.config.on_nonfinite != "raise":  # the error is on its way then
             warnings.warn("The weights are not finite: no checkpoint is made of them.", stacklevel=2)
         return None
-    rows = training.ledger.rows() if state.epoch > run.history.num_epochs else None
+    losses = training.ledger.sums() if state.epoch > run.history.num_epochs else None
     if not training.hardware.is_main:
         return None
-    weights, aliases = split_aliases(plain_state(model))
+    weights, aliases = split_aliases(checked_state(model))
     of_optimizer: dict[str, Tensor] = {}
     progress = dict(_other_buffers(model))
     scaler = training.hardware.accelerator.scaler
@@ -158,9 +157,9 @@ def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]
         "schedule": training.schedule.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "callbacks": {name: callback.state_dict() for name, callback in _stateful(callbacks).items()},
-        "losses": rows if rows is not None and len(rows) else None,
+        "losses": losses,
         "norms": (float(training.norm_sum), training.num_norms),
-        "seconds": training.epoch_seconds,
+        "seconds": training.clock.spent,
         "identity": dict(identity),
         "run": asdict(state),
         "told": _told(run),
@@ -416,10 +415,10 @@ def restore(run: Run, snapshot: Snapshot, history: History) -> None:
     if content["scaler"] is not None and training.hardware.accelerator.scaler is not None:
         training.hardware.accelerator.scaler.load_state_dict(content["scaler"])
     if content["losses"] is not None:
-        training.ledger.restore(content["losses"].astype(numpy.float64))
+        training.ledger.restore(content["losses"])
     norm_sum, num_norms = content["norms"]
     training.norm_sum, training.num_norms = float(norm_sum), int(num_norms)
-    training.seconds_before = float(content["seconds"])
+    training.clock.restore(content["seconds"])
     found = content["num_micro_batches"]
     if found is not None and training.feed.on_recut is not None and found > training.feed.layout.num_micro_batches:
         layout = training.feed.layout._replace(num_micro_batches=int(found))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .config import TrainConfig
-from .randomness import seed_all
 
 __all__ = ["find_run_function", "make_run"]
 
@@ -90,6 +89,8 @@ def make_run(name: str, config: TrainConfig) -> tuple[dict[str, Any], dict[str, 
     Raises:
         ValueError: It does not return what a run needs.
     """
+    from .randomness import seed_all  # with torch: wrong names are told without it
+
     function = find_run_function(name)
     seed_all(config.seed)
     run = function(config)

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .checkpoints import RunFolder, Snapshot
+from .clock import Clock
 from .config import TrainConfig
+from .environment import free_memory
 from .history import History
 from .reductions import share_from_main
 from .state import RunState
@@ -46,6 +46,7 @@ class Saver:
         stopping: Where the processes agree on saves by the clock.
         state: Where the run stands ...
         history: ... and what it has recorded.
+        clock: Counts the time in which the training stands still.
 
     Attributes:
         capture: Returns what a checkpoint of this moment holds; `None` if that should not be saved.
@@ -61,12 +62,14 @@ class Saver:
         stopping: Stopping,
         state: RunState,
         history: History,
+        clock: Clock,
     ) -> None:
         self.capture: Callable[[], Snapshot | None] = _nothing
         self.num_saved = 0
         self._model, self._folder, self._is_main = model, folder, is_main
-        self._stopping, self._state, self._history = stopping, state, history
+        self._stopping, self._state, self._history, self._clock = stopping, state, history, clock
         self._enabled = config.run_dir is not None
+        self._keeps_best = self._enabled or config.restore_best
         self._every, self._seconds = _interval(config.checkpoint_every)
         self._problem: str | None = None
         self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # weights and what to write beside them
@@ -127,6 +130,10 @@ class Saver:
 
     def save(self) -> None:
         """Save a checkpoint, unless this very moment has one."""
+        with self._clock.measured("saving_seconds"):
+            self._save()
+
+    def _save(self) -> None:
         self._finish(_CHECKPOINT)  # one at a time
         if not self._enabled or self._last_moment == self._moment:
             return
@@ -147,8 +154,11 @@ class Saver:
         Args:
             metadata: What to write beside them.
         """
-        if not self._is_main:
-            return
+        if self._is_main and self._keeps_best:
+            with self._clock.measured("saving_seconds"):
+                self._keep_best(metadata)
+
+    def _keep_best(self, metadata: dict[str, Any]) -> None:
         self._finish(_BEST)
         weights, aliases = split_aliases(plain_state(self._model))
         copies = self._best_buffers.copy({_BEST: weights})
@@ -282,7 +292,7 @@ class _HostBuffers:
         """Return copies in host memory, overwritten by the next call; `None` if there is no room for them."""
         flat = {(file, name): tensor.detach() for file, own in tensors.items() for name, tensor in own.items()}
         fresh = {key: tensor for key, tensor in flat.items() if not _fits(self._buffers.get(key), tensor)}
-        if sum(tensor.nbytes for tensor in fresh.values()) > 0.9 * _free_memory():
+        if fresh and sum(tensor.nbytes for tensor in fresh.values()) > 0.9 * free_memory():
             return None
         try:
             for key, tensor in fresh.items():
@@ -303,15 +313,3 @@ class _HostBuffers:
 
 def _fits(buffer: Tensor | None, tensor: Tensor) -> bool:
     return buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
-
-
-def _free_memory() -> float:
-    """Return the bytes of memory to be had, a container's limit considered."""
-    free = float(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text()
-        used = Path("/sys/fs/cgroup/memory.current").read_text()
-        cache = re.search(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
-        return min(free, float(limit) - float(used) + float(cache[1] if cache else 0))
-    except (OSError, ValueError):  # no container, or no limit
-        return free

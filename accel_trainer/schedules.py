@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -56,14 +57,20 @@ class Schedule:
         self._on_plateau = isinstance(scheduler, ReduceLROnPlateau)
         self._per_step = scheduler is not None and every == "step" and not self._on_plateau
         self._per_epoch = scheduler is not None and every == "epoch" and not self._on_plateau
-        self.learning_rate = self._current()
+        self._last = self._current()
 
-    def _current(self) -> float:
-        return float(self._optimizer.param_groups[0]["lr"])
+    def _current(self) -> float | Tensor:
+        rate = self._optimizer.param_groups[0]["lr"]
+        return rate.clone() if isinstance(rate, Tensor) else float(rate)  # not read back from the device here
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the last update (first parameter group)."""
+        return float(self._last)
 
     def after_step(self) -> None:
         """Follow one update that really happened."""
-        self.learning_rate = self._current()  # of the update just made
+        self._last = self._current()
         if self._per_step:
             self._step()
 
@@ -81,7 +88,7 @@ class Schedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned; the optimizer has its learning rates already."""
-        self.learning_rate = state["learning_rate"]
+        self._last = state["learning_rate"]
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 
@@ -100,7 +107,7 @@ class Schedule:
             warnings.simplefilter("ignore")  # torch expects an update before each
             for _ in range(num_steps if self._per_step else num_epochs if self._per_epoch else 0):
                 self._step()
-        self.learning_rate = self._current()
+        self._last = self._current()
         return settings_of(self._optimizer)
 
     def _step(self) -> None:

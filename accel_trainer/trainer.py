@@ -21,19 +21,21 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from . import loop, resuming
 from .batches import Feed, Layout, check_loader, dataset_order, describe_batch, is_stream, num_batches, sampler_of
-from .callbacks import Callback, Callbacks, ProgressBar, say, wants_bar
+from .callbacks import HOOKS, Callback, Callbacks, ProgressBar, say, wants_bar
+from .clock import advice
 from .config import TrainConfig
 from .environment import describe_environment
 from .errors import NonFiniteError
-from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic
+from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic, num_compilations
 from .history import History
-from .losses import Metrics, Objective
-from .randomness import preserved
+from .losses import Metrics, Objective, Totals
+from .memory import keep_data
+from .randomness import Draws, preserved
 from .saving import Saver
 from .schedules import Schedule, check_scheduler, settings_of
 from .state import RunState
 from .stopping import Stopping, shared_failure
-from .weights import plain_state
+from .weights import checked_state
 
 __all__ = ["Trainer"]
 
@@ -198,22 +200,22 @@ class Trainer:
 
         train_feed = self._feed(train_loader, hardware, "train_loader", on_recut)
         test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader", on_recut)
-        plain_state(self.model)  # refuses what could not be saved
-        prepared = Prepared(hardware, self.model, optimizer)
+        checked_state(self.model)
+        prepared = Prepared(hardware, self.model, optimizer, config.compile)
         training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, train_feed)
         announce(_start_line(hardware, train_loader, layout, config))
-        callbacks = list(self._callbacks)
-        if announce is say and wants_bar():
-            callbacks.append(ProgressBar(config.steps_per_epoch or num_batches(train_loader)))
-        listeners = Callbacks(callbacks)
-        training.call = lambda hook: self._call(listeners, stopping, hook)
-
+        for name, feed in (("train_loader", train_feed), ("test_loader", test_feed)):
+            kept = None if feed is None else keep_data(feed, hardware, config.data_in_memory, name)
+            if kept is not None:
+                announce(kept)
+        self._attach_callbacks(training, with_bar=announce is say and wants_bar())
+        parts = (stopping, self.state, self.history, training.clock)
         run = loop.Run(
             training=training,
             test_feed=test_feed,
             metrics=self._metrics,
             history=self.history,
-            saver=Saver(config, self.model, found.folder, hardware.is_main, stopping, self.state, self.history),
+            saver=Saver(config, self.model, found.folder, hardware.is_main, *parts),
             folder=found.folder,
             monitor=monitor,
             announce=announce,
@@ -223,6 +225,16 @@ class Trainer:
             found.folder.write_json("environment.json", describe_environment(hardware.describe()))
             _write_config(run, identity)
         return run
+
+    def _attach_callbacks(self, training: loop.Training, with_bar: bool) -> None:
+        callbacks = list(self._callbacks)
+        if with_bar:
+            callbacks.append(ProgressBar(self.config.steps_per_epoch or num_batches(training.feed.loader)))
+        listeners = Callbacks(callbacks)
+        training.call = lambda hook: self._call(listeners, training.stopping, hook)
+        training.watched = frozenset(filter(listeners.listens, HOOKS))
+        if self._callbacks:
+            training.draws = Draws.ANYTHING
 
     def _identity(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> dict[str, Any]:
         functions = {
@@ -332,7 +344,7 @@ class Trainer:
     @contextmanager
     def _evaluating(self) -> Iterator[Prepared]:
         with self._session() as (hardware, _), preserved(*hardware.generators):
-            prepared = Prepared(hardware, self.model)
+            prepared = Prepared(hardware, self.model, compile=self.config.compile)
             with prepared.attached():
                 yield prepared
 
@@ -456,9 +468,30 @@ def finish(run: loop.Run) -> None:
     else:
         kept = "the model holds its weights" if run.training.config.restore_best else "the model holds the last weights"
         run.announce(f"Best epoch {state.best_epoch}: {run.monitor} {state.best_value:.4f}; {kept}.")
-    warning = history.overfitting()
-    if warning is not None:
-        run.announce(warning)
+    for told in (history.overfitting(), _advice(run)):
+        if told is not None:
+            run.announce(told)
+
+
+_MANY_GRAPHS = 8  # one each for training and evaluation, and some for a model in parts, are as it should be
+
+
+def _advice(run: loop.Run) -> str | None:
+    """Return one line when something takes time out of proportion."""
+    training, history = run.training, run.history
+    num_graphs = num_compilations() - training.num_graphs_before
+    if num_graphs > _MANY_GRAPHS:
+        return (
+            f"The model was compiled {num_graphs} times: each new shape costs one. Pad samples to few lengths, or set "
+            "TORCH_LOGS=recompiles to see why."
+        )
+    loader, rows = training.feed.loader, training.feed.rows
+    remedies = {
+        "data_seconds": None if rows is not None else f"raise num_workers of train_loader (now {loader.num_workers})",
+        "evaluation_seconds": "evaluate less often with steps_per_epoch, or on fewer samples",
+        "saving_seconds": "raise checkpoint_every" if run.folder is not None else None,
+    }
+    return advice(vars(history), remedies)
 
 
 def _record_fault(run: loop.Run, error: NonFiniteError) -> None:
@@ -471,7 +504,7 @@ def _record_fault(run: loop.Run, error: NonFiniteError) -> None:
             note[name] = {"data_pass": data_pass, "number": number, "samples": samples}
         run.folder.write_json("nonfinite.json", note)
     scores = {} if run.test_feed is None else {"loss": math.nan, **dict.fromkeys(run.metrics.names, math.nan)}
-    loop.record(run, math.nan, scores)
+    loop.record(run, Totals(math.nan, {}, 0, None), scores)
     loop.report_epoch(run)
     finish(run)
 

@@ -18,6 +18,7 @@ from .history import encode
 
 __all__ = [
     "check_fit",
+    "checked_state",
     "copy_into",
     "flush",
     "load_best",
@@ -40,12 +41,17 @@ def plain_name(name: str) -> str:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and persistent buffers of a model under the user's own names; no copies.
+    """Return the parameters and persistent buffers of a model under the user's own names; no copies."""
+    return {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def checked_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return `plain_state`, of which everything can be saved and restored.
 
     Raises:
         TypeError: The model keeps an extra state that is not a tensor, which safetensors cannot hold.
     """
-    state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    state = plain_state(model)
     own = {one.data_ptr() for one in (*model.parameters(), *model.buffers()) if one.layout == torch.strided}
     for name, value in state.items():
         if not isinstance(value, Tensor):

@@ -20,13 +20,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from common import interval, write_results
+from common import interval, peak_memory, write_results
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -154,7 +153,7 @@ def measure(workload: str, rounds: int, epochs: int) -> dict[str, list[float]]:
     return seconds
 
 
-def peak_memory(workload: str) -> dict[str, float]:
+def peak_memories(workload: str) -> dict[str, float]:
     """Return the peak memory in MiB of a fresh process that runs three epochs, by contender."""
     peaks = {}
     for name in CONTENDERS:
@@ -175,15 +174,13 @@ def main() -> None:
     if options.memory_of:
         run = CONTENDERS[options.memory_of](options.workload)
         run(3)
-        # ru_maxrss would start from the parent's peak.
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-        print(int(peak.split()[1]) / 1024)
+        print(peak_memory())
         return
 
     results: dict[str, Any] = {}
     for workload in [options.workload] if options.workload else ["tiny", "digits"]:
         seconds = measure(workload, options.rounds, epochs=3 if workload == "tiny" else 12)
-        memory = peak_memory(workload)
+        memory = peak_memories(workload)
         results[workload] = {"seconds_per_epoch": seconds, "peak_memory_mib": memory, "ratios": {}}
         print(f"\n{workload}: ratio to the {HAND}, median of {options.rounds} rounds [95 % interval] (range)")
         for name in CONTENDERS:

@@ -27,7 +27,8 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from accel_trainer import Trainer
-from accel_trainer.batches import Feed, Layout, check_loader, cut, describe_batch, index_batches, whole_fetch
+from accel_trainer.batches import Feed, Layout, check_loader, cut, describe_batch, index_batches
+from accel_trainer.fetching import rows_of
 from accel_trainer.randomness import derive_seed, preserved
 from support import launch, loader_of, make_data, on_processes, quiet
 
@@ -317,13 +318,13 @@ def tables():
 def test_the_whole_fetch_is_identical_to_the_default_one(name, data):
     dataset = tables()[name]
     indices = data.draw(st.lists(st.integers(0, len(dataset) - 1), min_size=1, max_size=7))
-    fetch = whole_fetch(dataset)
+    fetch = rows_of(dataset)
     same(fetch(torch.tensor(indices)), next(iter(DataLoader(dataset, batch_sampler=[indices]))))
 
 
 def test_the_whole_fetch_hands_out_copies():
     data = TensorDataset(torch.zeros(4, 1))
-    whole_fetch(data)(torch.arange(4))[0].add_(1)
+    rows_of(data)(torch.arange(4))[0].add_(1)
     assert data.tensors[0].sum() == 0
 
 
@@ -335,7 +336,7 @@ def test_the_whole_fetch_keeps_away_from_what_it_does_not_know():
     table = datasets.Dataset.from_dict({"x": [1, 2]})
     transformed = table.with_transform(lambda batch: {"x": [-x for x in batch["x"]]})
     for dataset in (Mine(torch.ones(4)), Subset(Mine(torch.ones(4)), [0]), table, transformed, Augmented()):
-        assert whole_fetch(dataset) is None
+        assert rows_of(dataset) is None
     feed = Feed(DataLoader(Mine(torch.ones(4)), 2), ALONE, 0)
     assert next(feed.micro_batches(1)).data[0].tolist() == [-1, -1]
     loader = DataLoader(TensorDataset(torch.ones(4)), 2, collate_fn=lambda items: len(items))

@@ -16,7 +16,7 @@ from torch import nn
 import accel_trainer.weights as weights
 from accel_trainer import Callback, History, Trainer, load_best
 from accel_trainer.checkpoints import RunFolder, fault_of
-from accel_trainer.weights import plain_state
+from accel_trainer.weights import checked_state
 from support import ROOT, correct, loader_of, make_data, make_model, on_processes, quiet
 
 
@@ -177,8 +177,10 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path):
 
     class Vanish(Callback):
         def on_epoch_end(self, trainer):
-            if trainer.state.epoch == 1:
-                shutil.rmtree(tmp_path / "run")
+            while (
+                trainer.state.epoch == 1 and (tmp_path / "run").exists()
+            ):  # the best weights may be on their way there
+                shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
     model = make_model()
     trainer = Trainer(
@@ -290,7 +292,7 @@ def test_an_extra_state_is_refused_by_name():
             return {"a": 1}
 
     with pytest.raises(TypeError, match="The model's state '_extra_state' is a dict"):
-        plain_state(Extra(1, 1))
+        checked_state(Extra(1, 1))
 
 
 def test_loaded_weights_do_not_hang_on_the_file(tmp_path):
@@ -308,7 +310,7 @@ def test_loaded_weights_do_not_hang_on_the_file(tmp_path):
 
 def one_folder(run_dir):
     history, _ = fit(run_dir)
-    return history.to_dict() | {"epoch_seconds": None}
+    return {name: value for name, value in history.to_dict().items() if "second" not in name}
 
 
 @pytest.mark.distributed

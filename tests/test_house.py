@@ -28,9 +28,10 @@ STOREYS = [
     ["gradients"],
     ["losses", "reductions", "weights"],
     ["batches"],
+    ["fetching"],
     ["run_functions", "launching", "digits"],
     ["environment", "packing", "randomness", "history", "state", "config"],
-    ["report", "errors"],
+    ["report", "errors", "clock"],
 ]
 
 

@@ -414,7 +414,7 @@ def test_an_ordinary_step_reads_nothing_back(loss_fn, num_micro_batches):
 
 def test_the_sums_are_exact_over_many_blocks_and_reports():
     class Piece:
-        counts, index, is_first = True, 0, True
+        counts, index, is_first, start, stop = True, 0, True, 0, 3
 
     class MicroBatch:
         piece, num_samples = Piece, 3

@@ -88,7 +88,7 @@ def test_at_most_one_save_is_under_way_and_none_is_left_at_the_end(tmp_path, mon
 
 def test_without_room_in_memory_it_saves_at_once_and_says_so(tmp_path, monkeypatch):
     expected, _ = fit()
-    monkeypatch.setattr(saving, "_free_memory", lambda: 100)
+    monkeypatch.setattr(saving, "free_memory", lambda: 100)
     with pytest.warns(UserWarning, match="There is no room in memory for a copy"):
         resumed, _ = fit(tmp_path / "run")
     assert same(resumed, expected) and fault_of(tmp_path / "run/checkpoints/step_00000014") is None

@@ -1,0 +1,264 @@
+"""Fetch many samples at once from data that is rows of numbers: tensors, and tables of the `datasets` library.
+
+What is fetched equals what the loader's default collate function would make of single samples, without Python work for
+each of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+
+__all__ = ["Rows", "TensorRows", "divide", "not_negative", "pinned", "rows_of"]
+
+
+class Rows:
+    """The samples of a dataset as rows that are fetched together.
+
+    Attributes:
+        in_memory: Whether they are tensors already; a loader worker would only add the way back.
+        row_nbytes: What one row takes as tensors; `None` if they are not all of one shape.
+        nbytes: What there is to keep in memory takes.
+    """
+
+    in_memory = False
+    row_nbytes: int | None = None
+    nbytes = 0
+
+    def __call__(self, indices: Tensor) -> Any:
+        """Return the rows of these indices, collated."""
+        raise NotImplementedError
+
+    def loaded(self) -> Rows:
+        """Return the same rows as tensors, on the host."""
+        return self
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the same rows, which must be in memory, on a device."""
+        raise NotImplementedError
+
+
+class TensorRows(Rows):
+    """Rows of tensors, as the list of a `TensorDataset` or a dictionary of columns.
+
+    Args:
+        tensors: With a row per sample each.
+    """
+
+    in_memory = True
+
+    def __init__(self, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
+        self._names = tuple(tensors) if isinstance(tensors, Mapping) else None
+        self._tensors = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
+        self.nbytes = sum(tensor.nbytes for tensor in self._tensors)
+        self.row_nbytes = sum(tensor[:1].nbytes for tensor in self._tensors)
+
+    def __call__(self, indices: Tensor) -> Any:
+        """Return the rows of these indices, in fresh memory."""
+        if self._tensors and self._tensors[0].device != indices.device:
+            indices = indices.to(self._tensors[0].device, non_blocking=True)
+        return self._named([tensor.index_select(0, indices) for tensor in self._tensors])
+
+    def to(self, device: torch.device) -> TensorRows:
+        """Return the same rows on a device."""
+        return TensorRows(self._named([tensor.to(device) for tensor in self._tensors]))
+
+    def _named(self, tensors: list[Tensor]) -> Any:
+        return tensors if self._names is None else dict(zip(self._names, tensors, strict=True))
+
+
+class TableRows(Rows):
+    """Rows of a `datasets.Dataset` in torch or numpy format, as a dictionary of column tensors.
+
+    Columns of numbers, or of lists that all have one shape, are read from Arrow directly: without copies for the whole
+    table, without the formatter of the library for some rows. Any other table is read as the library formats it.
+
+    Args:
+        table: The dataset.
+    """
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self._like = _plain_columns(table)
+        if self._like is not None:
+            self._arrow = table.with_format("arrow", columns=list(self._like))
+            self.row_nbytes = sum(one.nbytes for one in self._like.values())
+            self.nbytes = self.row_nbytes * len(table)
+            if not self._reads_alike():
+                self._like = self.row_nbytes = None
+
+    def __call__(self, indices: Tensor) -> Any:
+        """Return the rows of these indices."""
+        rows = indices.tolist()
+        if self._like is not None:
+            return self._from_arrow(rows)
+        formatted = self._table[rows]
+        if all(_stacks(column, len(rows)) for column in formatted.values()):
+            return {name: torch.as_tensor(column) for name, column in formatted.items()}
+        return default_collate(self._table.__getitems__(rows))  # text, ragged or nested columns
+
+    def loaded(self) -> TensorRows:
+        """Return the whole table as tensors."""
+        return TensorRows(self._from_arrow(slice(None)))
+
+    def _from_arrow(self, rows: list[int] | slice) -> dict[str, Tensor]:
+        table = self._arrow[rows]
+        return {name: _column(table[name], like) for name, like in self._like.items()}  # type: ignore[union-attr]
+
+    def _reads_alike(self) -> bool:
+        """Return whether a few rows are the same both ways."""
+        rows = sorted({0, len(self._table) // 2, len(self._table) - 1})
+        formatted = self._table[rows]
+        return all(
+            _stacks(formatted[name], len(rows)) and _same(torch.as_tensor(formatted[name]), column)
+            for name, column in self._from_arrow(rows).items()
+        )
+
+
+class SubsetRows(Rows):
+    """Rows of a `Subset`, fetched from what it is a subset of.
+
+    Args:
+        rows: Place of each sample in the whole.
+        whole: What it is a subset of.
+    """
+
+    def __init__(self, rows: Tensor, whole: Rows) -> None:
+        self._rows, self._whole = rows, whole
+        self.in_memory, self.row_nbytes, self.nbytes = whole.in_memory, whole.row_nbytes, whole.nbytes
+
+    def __call__(self, indices: Tensor) -> Any:
+        """Return the rows of these indices."""
+        return self._whole(self._rows.index_select(0, indices))
+
+    def loaded(self) -> Rows:
+        """Return the same rows of the whole as tensors."""
+        return SubsetRows(self._rows, self._whole.loaded())
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the same rows of the whole on a device."""
+        return SubsetRows(self._rows, self._whole.to(device))
+
+
+def rows_of(dataset: Dataset[Any]) -> Rows | None:
+    """Return what fetches many samples at once, just as the default collate function joins single ones.
+
+    Only for what is known to draw nothing and to index alike: by exact type a `TensorDataset`, a `datasets.Dataset` in
+    torch or numpy format, and a `Subset` of one; `None` for anything else.
+    """
+    if type(dataset) is TensorDataset:
+        return TensorRows(dataset.tensors)
+    if type(dataset) is Subset:
+        whole = rows_of(dataset.dataset) if isinstance(dataset.indices, (Sequence, numpy.ndarray)) else None
+        if whole is None:
+            return None
+        length = len(dataset.dataset)  # type: ignore[arg-type]
+        return SubsetRows(torch.as_tensor(not_negative(dataset.indices, length), dtype=torch.int64), whole)
+    return TableRows(dataset) if _is_table(dataset) else None
+
+
+def not_negative(indices: Iterable[Any], length: int) -> list[int]:
+    """Return indices counted from the front; a negative one counts from the end, as in a list."""
+    return [int(index) + length if index < 0 else int(index) for index in indices]
+
+
+# --- columns of a table -----------------------------------------------------------------------------------------------
+
+
+def _is_table(dataset: Any) -> bool:
+    # Asked by name: importing datasets costs a second, and who has one has imported it.
+    kind = type(dataset)
+    if (kind.__module__, kind.__qualname__) != ("datasets.arrow_dataset", "Dataset"):
+        return False
+    return dataset.format["type"] in ("torch", "numpy") and not dataset.format["format_kwargs"]
+
+
+def _stacks(column: Any, num_rows: int) -> bool:
+    """Return whether a column came as one numeric array with a row per sample."""
+    is_numeric = isinstance(column, Tensor) or getattr(getattr(column, "dtype", None), "kind", "") in tuple("iufb")
+    return is_numeric and column.ndim > 0 and len(column) == num_rows
+
+
+def _plain_columns(table: Any) -> dict[str, Tensor] | None:
+    """Return the first row of each column, as it is formatted; `None` if not all are numbers, of one shape each."""
+    if not len(table) or table.format["output_all_columns"]:
+        return None
+    formatted = table[[0]]
+    if not formatted or not all(_stacks(column, 1) for column in formatted.values()):
+        return None
+    like = {name: torch.as_tensor(column)[0] for name, column in formatted.items()}
+    are_plain = all(_is_plain(chunk, one.shape) for name, one in like.items() for chunk in table.data[name].chunks)
+    return like if are_plain else None
+
+
+def _is_plain(array: Any, shape: Sequence[int]) -> bool:
+    """Return whether an Arrow array holds numbers, or lists of lists of them of this shape, and nothing is missing."""
+    array = getattr(array, "storage", array)  # of datasets' own types, such as Array2D
+    if array.null_count:
+        return False
+    if not shape:
+        return str(array.type).startswith(("int", "uint", "float", "double", "halffloat", "bool"))
+    if not hasattr(array, "value_lengths"):
+        return False
+    lengths = array.value_lengths().to_numpy(zero_copy_only=False)
+    return bool((lengths == shape[0]).all()) and _is_plain(array.flatten(), shape[1:])
+
+
+def _column(column: Any, like: Tensor) -> Tensor:
+    """Return a plain Arrow column as a tensor, where possible in its own memory.
+
+    Args:
+        column: Of an Arrow table.
+        like: A row of it, as the library formats it: shape and dtype.
+    """
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    for _ in like.shape:
+        array = getattr(array, "storage", array).flatten()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the memory may be Arrow's own; it is only read from
+        values = torch.from_numpy(getattr(array, "storage", array).to_numpy(zero_copy_only=False))
+    return values.reshape(len(column), *like.shape).to(like.dtype)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+# --- several micro-batches at once ------------------------------------------------------------------------------------
+
+
+def divide(batch: Any, sizes: Sequence[int]) -> list[Any]:
+    """Divide rows that were fetched together into micro-batches.
+
+    Each is memory of its own to who uses it: no writing to one, and no gradient through it, reaches another. On the CPU
+    each begins at a multiple of 64 bytes, as if it had been fetched alone: matrix products of the same numbers at
+    another offset differ in their last bits.
+
+    Args:
+        batch: A list or a dictionary of tensors, as `Rows` return it.
+        sizes: Samples of each part.
+    """
+    if isinstance(batch, Mapping):
+        columns = [_parts(column, sizes) for column in batch.values()]
+        return [dict(zip(batch, parts, strict=True)) for parts in zip(*columns, strict=True)]
+    return [list(parts) for parts in zip(*(_parts(column, sizes) for column in batch), strict=True)]
+
+
+def _parts(column: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    parts = torch.split(column, list(sizes))
+    if column.device.type == "cpu" and any(part.data_ptr() % 64 for part in parts) and not column.is_pinned():
+        return [part.clone() for part in parts]
+    return [part.data for part in parts]  # no view to autograd
+
+
+def pinned(batch: Any) -> Any:
+    """Return rows that were fetched together in page-locked memory, those on a device as they are."""
+    if isinstance(batch, Mapping):
+        return dict(zip(batch, pinned(batch.values()), strict=True))
+    return [column.pin_memory() if column.device.type == "cpu" else column for column in batch]

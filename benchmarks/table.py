@@ -1,0 +1,127 @@
+"""Writes the tables of `benchmarks/README.md` from `benchmarks/results/peers.json`, between its two comments.
+
+python benchmarks/table.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common import interval
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16, per second
+Cell = dict[str, Any]
+Samples = dict[str, Any]
+
+
+def is_void(samples: Samples) -> bool:
+    """Whether the last test losses are not those of the reference: to 5 %, or 3 of its standard deviations."""
+    own, reference = samples["test_loss"]["own"], samples["test_loss"]["reference"]
+    expected = statistics.mean(reference)
+    spread = statistics.stdev(reference) if len(reference) > 1 else 0.0
+    return not abs(statistics.mean(own) - expected) <= max(0.05 * abs(expected), 3 * spread)
+
+
+def ratios(samples: Samples, what: str = "seconds_per_epoch") -> list[float]:
+    return [own / other for own, other in zip(samples[what]["own"], samples[what]["reference"], strict=True)]
+
+
+def median_ratio(samples: Samples) -> str:
+    return "void" if is_void(samples) else f"{statistics.median(ratios(samples)):.2f}"
+
+
+def row(cell: Cell, name: str) -> dict[str, str]:
+    """Return what the table of a cell says of a contender, by heading."""
+    samples = cell["contenders"][name]
+    every = ratios(samples)
+    low, high = interval(every)
+    seconds = statistics.median(samples["seconds_per_epoch"]["own"])
+    told = {
+        cell["data"]: name,
+        "ratio [95 %]": f"{median_ratio(samples)} [{low:.2f}, {high:.2f}]",
+        "range": f"{min(every):.2f} to {max(every):.2f}",
+        "s per epoch": f"{seconds:.3f}",
+        f"{cell['unit']} / s": f"{cell['units_per_epoch'] / seconds:,.0f}",
+        "test loss": f"{statistics.mean(samples['test_loss']['own']):.4f}",
+    }
+    if is_void(samples):
+        told |= dict.fromkeys(("ratio [95 %]", "range", "s per epoch", f"{cell['unit']} / s"), "void")
+    elif cell["flops_per_epoch"]:
+        peak = next((peak for card, peak in PEAKS.items() if card in cell["device"]), None)
+        told["MFU"] = "MFU unknown" if peak is None else f"{cell['flops_per_epoch'] / seconds / peak:.1%}"
+    if "peak_device_mib" in samples:
+        memory = statistics.median(ratios(samples, "peak_device_mib"))
+        told["peak GPU memory"] = f"{memory:.2f}"
+    if "peak_memory_mib" in samples:
+        memory = statistics.median(samples["peak_memory_mib"])
+        of_reference = statistics.median(cell["contenders"][cell["reference"]].get("peak_memory_mib", [math.nan]))
+        told["peak memory"] = f"{memory / of_reference:.2f}"
+    if "startup_seconds" in samples:
+        startups = samples["startup_seconds"]
+        told["start-up, s"] = f"{statistics.median(startups):.1f} ({min(startups):.1f} to {max(startups):.1f})"
+    return told
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Return rows as a table; a heading is there if any row has it."""
+    headings = list(dict.fromkeys(heading for one in rows for heading in one))
+    lines = [headings, ["---"] * len(headings), *([one.get(heading, "") for heading in headings] for one in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell_table(cell: Cell) -> str:
+    epochs = "1 epoch" if cell["num_epochs"] == 1 else f"{cell['num_epochs']} epochs"
+    title = f"#### {cell['workload']}, {cell['data']} ({epochs} of {cell['rows']:,} rows)"
+    return f"{title}\n\n{markdown([row(cell, name) for name in cell['contenders']])}\n"
+
+
+def overview(cells: list[Cell]) -> str:
+    """Return the median ratios of all cells, a row per contender."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell["contenders"]))
+    rows = [{"median ratio": name} for name in names]
+    for cell in cells:
+        for name, one in zip(names, rows, strict=True):
+            found = cell["contenders"].get(name)
+            one[f"{cell['workload']}, {cell['data']}"] = median_ratio(found) if found else ""
+    return markdown(rows) + "\n"
+
+
+def tables(results: dict[str, Cell]) -> str:
+    """Return all tables, by device and number of processes."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in results.values():
+        processes = "1 process" if cell["processes"] == 1 else f"{cell['processes']} processes"
+        size = ", small: a smoke test" if cell["small"] else ""
+        groups.setdefault(f"### {cell['device']}, {processes}{size}", []).append(cell)
+    parts = []
+    for heading, cells in groups.items():
+        where = {
+            f"Python {cell['machine']['python']}, {cell['machine']['cpus']} CPU cores, "
+            + ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
+            for cell in cells
+        }
+        parts += [f"{heading}\n", *(f"{line}.\n" for line in sorted(where))]
+        parts += [overview(cells)] if len(cells) > 1 else []
+        parts += [cell_table(cell) for cell in cells]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "peers.json")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    options = parser.parse_args()
+    before, rest = options.readme.read_text().split(BEGIN)
+    results = json.loads(options.results.read_text())["results"]
+    options.readme.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
