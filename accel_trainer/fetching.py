@@ -23,11 +23,13 @@ class Rows:
 
     Attributes:
         in_memory: Whether they are tensors already; a loader worker would only add the way back.
+        columns: The tensors of all rows and maybe of others, collated as a batch is; `None` if not in memory.
         row_nbytes: What one row takes as tensors; `None` if they are not all of one shape.
         nbytes: What there is to keep in memory takes.
     """
 
     in_memory = False
+    columns: Any = None
     row_nbytes: int | None = None
     nbytes = 0
 
@@ -56,6 +58,7 @@ class TensorRows(Rows):
     def __init__(self, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
         self._names = tuple(tensors) if isinstance(tensors, Mapping) else None
         self._tensors = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
+        self.columns = self._named(self._tensors)
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors)
         self.row_nbytes = sum(tensor[:1].nbytes for tensor in self._tensors)
 
@@ -131,7 +134,8 @@ class SubsetRows(Rows):
 
     def __init__(self, rows: Tensor, whole: Rows) -> None:
         self._rows, self._whole = rows, whole
-        self.in_memory, self.row_nbytes, self.nbytes = whole.in_memory, whole.row_nbytes, whole.nbytes
+        self.in_memory, self.columns = whole.in_memory, whole.columns  # those of the whole, which are more
+        self.row_nbytes, self.nbytes = whole.row_nbytes, whole.nbytes
 
     def __call__(self, indices: Tensor) -> Any:
         """Return the rows of these indices."""

@@ -26,8 +26,9 @@ _NOTHING = nullcontext()
 class Gradients:
     """Turn the losses of micro-batches into the gradient of the weighted mean over the whole batch.
 
-    Backward runs on weight x loss; the sum over micro-batches and processes is divided by the total weight. With one
-    process and one micro-batch both are left out, so the gradient is bit for bit that of a plain loop.
+    Backward runs on weight x loss; the sum over micro-batches and processes is divided by the total weight, or the loss
+    is beforehand where all processes know the total. With one process and one micro-batch both are left out, so the
+    gradient is bit for bit that of a plain loop.
 
     Over several processes `DistributedDataParallel` adds the gradients while the backward still runs. It needs every
     parameter to get a gradient on every process; where the first step shows that this is not so (or the user says
@@ -38,8 +39,10 @@ class Gradients:
         prepared: What `Accelerator.prepare` made of it.
         accelerator: The accelerator that prepared it.
         layout: This process and the cut.
-        weighs_samples: Whether the weight of a batch is its number of samples, known everywhere.
         find_unused: Whether a later step can leave parameters without gradient.
+
+    Attributes:
+        weighs_samples: Whether the weight of a batch is its number of samples, known everywhere without an exchange.
     """
 
     def __init__(
@@ -48,19 +51,20 @@ class Gradients:
         prepared: nn.Module,
         accelerator: Accelerator,
         layout: Layout,
-        weighs_samples: bool,
         find_unused: bool = False,
     ) -> None:
         self.layout = layout
         self._model = model
         self._names, self.parameters = _trainable(model)
         self._prepared, self._accelerator = prepared, accelerator
-        self._weighs_samples = weighs_samples
+        self.weighs_samples = False
         self._alone = layout.num_processes == 1
         self._probed = find_unused
         self._overlaps = False  # whether DistributedDataParallel can add the gradients ...
         self._overlapped = False  # ... and does so in this batch
+        self._scale = 1  # of this batch's gradients: DistributedDataParallel takes the mean over the processes
         self._weight: Any = 0
+        self._total: tuple[Tensor, Any] | None = None  # that of all processes, and its exchange
 
     @property
     def _plain(self) -> bool:
@@ -74,7 +78,7 @@ class Gradients:
             self._names, self._probed, self._overlaps = names, True, False
         for parameter in self._model.parameters():
             parameter.grad = None
-        self._weight = 0
+        self._weight, self._total = 0, None
 
     def context(self, micro_batch: MicroBatch, hold: bool) -> AbstractContextManager[Any]:
         """Return what forward and backward of a micro-batch run under: gradients are sent after the last one only.
@@ -85,7 +89,9 @@ class Gradients:
         """
         if self._alone:
             return _NOTHING
-        self._overlapped = self._overlaps and not hold
+        self._overlapped = self._overlaps and not hold  # may turn to false before the last micro-batch
+        if micro_batch.piece.is_first:
+            self._scale = self.layout.num_processes if self._overlapped else 1
         if self._overlapped and micro_batch.piece.is_last:
             return _NOTHING
         later: AbstractContextManager[Any] = self._accelerator.no_sync(self._prepared)
@@ -94,9 +100,13 @@ class Gradients:
     def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
         """Add the gradient of one micro-batch."""
         loss = forward.loss
-        if not self._plain:
+        if not self._plain and self.weighs_samples:
+            loss = _weighted(loss, forward.weight * self._scale / micro_batch.batch_size)
+        elif not self._plain:
             self._weight = self._weight + forward.weight
             loss = _weighted(loss, forward.weight)
+            if self._overlapped and micro_batch.piece.is_last:
+                self._begin_total()  # under way while the backward runs
         self._run_backward(loss)
 
     def _run_backward(self, loss: Tensor) -> None:
@@ -113,14 +123,14 @@ class Gradients:
             return
         if self._overlapped:
             self._check_all_present()
-        total: float | Tensor = batch_size if self._weighs_samples else self._total_weight()
-        if self._overlapped:
-            total = total / self.layout.num_processes  # DistributedDataParallel has taken the mean over the processes
         elif not self._alone:
             self._add_over_processes()
-        self._divide(total)
+        total = self._scale if self.weighs_samples else self._total_weight()
+        self._divide(total / self.layout.num_processes if self._overlapped else total)
 
     def _divide(self, total: float | Tensor) -> None:
+        if not isinstance(total, Tensor) and total == 1:
+            return
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_div_(gradients, total)
@@ -131,10 +141,17 @@ class Gradients:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def _begin_total(self) -> None:
+        total = self._as_weight(self._weight).clone()
+        self._total = total, torch.distributed.all_reduce(total, async_op=True)
+
     def _total_weight(self) -> Tensor:
-        total = self._as_weight(self._weight)
-        if not self._alone:
-            torch.distributed.all_reduce(total)
+        if self._alone:
+            return _never_zero(self._as_weight(self._weight))
+        if self._total is None:
+            self._begin_total()
+        (total, exchange), self._total = self._total, None  # type: ignore[misc]
+        exchange.wait()
         return _never_zero(total)
 
     def _as_weight(self, weight: Any) -> Tensor:
@@ -175,7 +192,6 @@ class TreeGradients(Gradients):
         model: The user's model.
         accelerator: The accelerator that prepared it.
         layout: This process and the cut.
-        weighs_samples: Whether the weight of a batch is its number of samples, known everywhere.
         host_group: Processes that exchange host memory; `None` for the default group.
     """
 
@@ -184,10 +200,9 @@ class TreeGradients(Gradients):
         model: nn.Module,
         accelerator: Accelerator,
         layout: Layout,
-        weighs_samples: bool,
         host_group: torch.distributed.ProcessGroup | None,
     ) -> None:
-        super().__init__(model, model, accelerator, layout, weighs_samples)
+        super().__init__(model, model, accelerator, layout)
         self._sum = TreeSum(layout, host_group)
         self._watches = True
 
@@ -215,7 +230,7 @@ class TreeGradients(Gradients):
                 raise ValueError(
                     f"bitwise=True needs dense gradients; {name} has a sparse one: use sparse=False there."
                 )
-        if not self._weighs_samples:
+        if not self.weighs_samples:
             leaf.append(self._as_weight(forward.weight).clone())
         self._sum.add(micro_batch.piece.index, leaf)
         self.clear()
@@ -224,10 +239,10 @@ class TreeGradients(Gradients):
         """Make the gradients those of the mean over the batch, on every process."""
         self._watches = False
         like: list[Tensor] = [*self.parameters]
-        if not self._weighs_samples:
+        if not self.weighs_samples:
             like.append(self._as_weight(0))
         total = self._sum.total(min(batch_size, self.layout.num_micro_batches), like)
-        weight = batch_size if self._weighs_samples else _never_zero(total.pop())  # type: ignore[arg-type]
+        weight = batch_size if self.weighs_samples else _never_zero(total.pop())  # type: ignore[arg-type]
         for parameter, gradient in zip(self.parameters, total, strict=True):
             parameter.grad = gradient
         self._divide(weight)

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -40,7 +40,7 @@ from .losses import (
 )
 from .memory import TrainingMemory, keep_data, until_it_fits
 from .randomness import EVALUATION, TRAINING, Draws, derive_seed, draws_of, preserved
-from .reductions import ChainSum, TreeSum
+from .reductions import ChainSum, TreeSum, are_same_everywhere
 from .saving import Saver
 from .schedules import Schedule
 from .state import RunState
@@ -87,11 +87,20 @@ class Training:
 
     def begin_epoch(self, epoch: int) -> bool:
         """Begin an epoch, or go on with the one under way; return whether it is a new one."""
+        if self.gradients.weighs_samples and not self.objective.weighs_evenly(self.feed.rows):
+            raise RuntimeError("train_loader has come to hold targets that the loss leaves out: begin a new run.")
         is_new = epoch != self.state.epoch
         if is_new:
             self.state.epoch, self.ledger = epoch, Ledger(self.hardware.process)
             self.norm_sum, self.num_norms = 0.0, 0
         return is_new
+
+    def follow(self, feed: Feed) -> None:
+        """Take the batches of this feed from here on; all processes call it together."""
+        self.feed = feed
+        self.memory.follow(feed)
+        uneven = self.hardware.any_process(not self.objective.weighs_evenly(feed.rows))
+        self.gradients.weighs_samples = not uneven[0]
 
     def is_sound(self) -> bool:
         """Return whether the weights, and the buffers that were so at the start, are finite: one read-back."""
@@ -202,7 +211,8 @@ def compute_gradients(training: Training, micro_batch: MicroBatch) -> None:
     """Run a micro-batch forward and backward; of what that takes, only loss, gradients and buffers stay in memory."""
     prepared = training.prepared
     micro_batch.data = training.hardware.place(micro_batch.data)
-    forward = training.objective(prepared.model if micro_batch.is_full else prepared.eager, micro_batch)
+    model = prepared.model if micro_batch.is_full else prepared.eager
+    forward = training.objective(model, micro_batch, training.gradients.weighs_samples)
     check_loss(forward.loss, needs_grad=True)
     training.gradients.backward(forward, micro_batch)
     training.buffers.after(micro_batch)
@@ -260,6 +270,7 @@ def evaluate(
     hardware = prepared.hardware
     objective.to(hardware.device)
     draws = max(prepared.draws, draws_of(*objective.functions, *metrics.functions))
+    evenly = objective.weighs_evenly(feed.rows)
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
         ledger = Ledger(hardware.process, metrics.totalled)
@@ -272,19 +283,16 @@ def evaluate(
                 if draws:
                     hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place), draws)
                 with memory.attempt(micro_batch):
-                    score(prepared, objective, metrics, micro_batch, ledger)
+                    micro_batch.data = hardware.place(micro_batch.data)
+                    model = prepared.model if micro_batch.is_full else prepared.eager
+                    forward = objective(model, micro_batch, evenly)
+                    check_loss(forward.loss, needs_grad=False)
+                    scores = metrics.totals(forward, micro_batch.num_samples)
+                    ledger.add(micro_batch.batch_number, micro_batch, forward, scores)
+                    del forward  # two outputs in memory are one too many
     totals = ledger.exchange()
     values = totals.metrics | metrics.merge(hardware.num_processes)
     return {"loss": totals.loss, **{name: values[name] for name in metrics.names}}
-
-
-def score(prepared: Prepared, objective: Objective, metrics: Metrics, micro_batch: MicroBatch, ledger: Ledger) -> None:
-    """Run a micro-batch forward and take in its loss and metrics."""
-    micro_batch.data = prepared.hardware.place(micro_batch.data)
-    forward = objective(prepared.model if micro_batch.is_full else prepared.eager, micro_batch)
-    check_loss(forward.loss, needs_grad=False)
-    totals = metrics.totals(forward, micro_batch.num_samples)
-    ledger.add(micro_batch.batch_number, micro_batch, forward, totals)
 
 
 def predict(prepared: Prepared, feed: Feed) -> Any:
@@ -541,9 +549,9 @@ def check_weights(training: Training) -> None:
     if training.hardware.num_processes == 1:
         return
     named = list(training.prepared.plain.named_parameters())
-    sums = torch.stack([_bits(parameter) for _, parameter in named]).tolist()
-    for (name, _), values in zip(named, zip(*gather_object([sums]), strict=True), strict=True):
-        if len(set(values)) > 1:
+    bits = torch.stack([_bits(parameter) for _, parameter in named])
+    for (name, _), is_same in zip(named, are_same_everywhere(bits), strict=True):
+        if not is_same:
             raise RuntimeError(
                 f"The weights differ between the processes, first in {name}. Call the model that compute_loss is "
                 "given, not one it has from elsewhere, let nothing in it depend on the process, and set "
@@ -618,8 +626,7 @@ class _Session:
             new = assemble(self.config, prepared, Objective(loss_fn), schedule, stopping, state, feed)
             self.training = new
             return new
-        old.feed = feed
-        old.memory.follow(feed)
+        old.follow(feed)
         return old
 
     def evaluating(self, model: nn.Module) -> Prepared:
@@ -654,7 +661,7 @@ def assemble(
     gradients: Gradients
     changes: ChainSum | TreeSum
     if config.bitwise:
-        gradients = TreeGradients(model, hardware.accelerator, layout, objective.weighs_samples, hardware.host_group)
+        gradients = TreeGradients(model, hardware.accelerator, layout, hardware.host_group)
         changes = TreeSum(layout, hardware.host_group)
     else:
         gradients = Gradients(
@@ -662,11 +669,10 @@ def assemble(
             prepared.model,
             hardware.accelerator,
             layout,
-            objective.weighs_samples,
             config.find_unused_parameters,
         )
         changes = ChainSum(layout)
-    return Training(
+    training = Training(
         config=config,
         hardware=hardware,
         prepared=prepared,
@@ -682,6 +688,8 @@ def assemble(
         draws=max(prepared.draws, draws_of(*objective.functions, prepared.optimizer)),
         finite_buffers=frozenset(name for name, buffer in model.named_buffers() if is_finite([buffer])),
     )
+    training.follow(feed)
+    return training
 
 
 def told_of_recut(name: str, num_micro_batches: int) -> str:

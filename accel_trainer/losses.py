@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .batches import MicroBatch, tensors_in
+from .fetching import Rows
 
 __all__ = ["Fault", "Forward", "Ledger", "Metrics", "Objective", "Totals", "check_loss", "inputs_of", "split_batch"]
 
@@ -111,8 +112,23 @@ class Objective:
         weight = None if self._divisor is None else self._divisor.keywords["weight"]
         # torch's gradient of a micro-batch of no other class is nan.
         self._has_weightless_class = weight is not None and bool((weight == 0).any())
-        # Whether all processes know the weights beforehand, from the number of samples alone.
-        self.weighs_samples = compute_loss is None and weight_fn is None and self._divisor is None
+
+    def weighs_evenly(self, rows: Rows | None) -> bool:
+        """Return whether each sample weighs as much as any other, so that all processes know the weight of a batch.
+
+        Args:
+            rows: The data, where it is known. A loss that leaves targets out does so in some data only, and whether in
+                this is looked up if it is in memory (one read-back).
+        """
+        if self.compute_loss is not None or self.weight_fn is not None:
+            return False
+        if self._divisor is None:
+            return True
+        columns = None if rows is None else rows.columns
+        if columns is None or self._divisor.keywords["weight"] is not None:
+            return False
+        _, targets = split_batch(columns)
+        return targets.is_floating_point() or not bool((targets == self._divisor.keywords["ignore_index"]).any())
 
     @property
     def functions(self) -> list[Any]:
@@ -126,22 +142,28 @@ class Objective:
         if isinstance(function, nn.Module):
             function.to(device)
 
-    def __call__(self, model: nn.Module, micro_batch: MicroBatch) -> Forward:
-        """Run the model on a micro-batch and return its loss and weight (0 for a stand-in)."""
+    def __call__(self, model: nn.Module, micro_batch: MicroBatch, evenly: bool) -> Forward:
+        """Run the model on a micro-batch and return its loss and weight (0 for a stand-in).
+
+        Args:
+            model: What to call.
+            micro_batch: On the device.
+            evenly: Whether each sample is known to weigh the same.
+        """
         if self.compute_loss is None and self.weight_fn is None:
-            forward = self._forward(model, micro_batch)
+            forward = self._forward(model, micro_batch, evenly)
             if self._has_weightless_class:
                 _mute(forward, list(tensors_in(forward.outputs)))
         else:
             with _watch_outputs(model) as outputs:
-                forward = self._forward(model, micro_batch)
+                forward = self._forward(model, micro_batch, evenly)
             forward.weight = _checked_weight(forward.weight)
             _mute(forward, outputs)
         if not micro_batch.piece.counts:
             forward.weight = 0
         return forward
 
-    def _forward(self, model: nn.Module, micro_batch: MicroBatch) -> Forward:
+    def _forward(self, model: nn.Module, micro_batch: MicroBatch, evenly: bool) -> Forward:
         batch = micro_batch.data
         weight: Weight = micro_batch.num_samples if self.weight_fn is None else self.weight_fn(batch)
         if self.compute_loss is not None:
@@ -150,9 +172,8 @@ class Objective:
         inputs, targets = split_batch(batch)
         outputs = model(inputs)
         loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
-        if self._divisor is not None:
-            known = _divided_by(loss)
-            weight = self._divisor(targets) if known is None else known
+        if self._divisor is not None and not evenly:
+            weight = self._divisor(targets)
         return Forward(loss, weight, outputs, targets)
 
 
@@ -255,18 +276,6 @@ def _divisor_of(loss_fn: Any) -> functools.partial[Weight] | None:
     else:
         return None
     return functools.partial(_class_divisor, weight=weight, ignore_index=ignore_index, loss_fn=function)
-
-
-_EXACT = 2**24  # whole numbers up to here have a float of their own
-
-
-def _divided_by(loss: Tensor) -> Tensor | None:
-    """Return what torch's kernel has divided this loss by, which it keeps for the backward; `None` if unknown."""
-    total: Tensor | None = getattr(loss.grad_fn, "_saved_total_weight", None)
-    if total is None or total.dtype not in (torch.float32, torch.float64):
-        return None
-    targets = loss.grad_fn._saved_target  # type: ignore[union-attr]
-    return total if targets.numel() <= _EXACT else None
 
 
 def _class_divisor(targets: Any, weight: Tensor | None, ignore_index: int, loss_fn: Any) -> Weight:

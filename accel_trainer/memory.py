@@ -195,7 +195,7 @@ class TrainingMemory(Memory):
         holds: Whether the batch under way is held back.
     """
 
-    _TRIALS = 5  # batches; the optimizer takes its memory in the first
+    _TRIALS = 3  # batches; the optimizer takes its memory in the first
 
     def __init__(self, hardware: Hardware, feed: Feed) -> None:
         super().__init__(hardware, feed)

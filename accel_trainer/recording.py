@@ -101,11 +101,11 @@ class Recorder:
         optimizer.register_step_pre_hook(lambda *_: self._before_update(training.state.num_batches, model))
         optimizer.register_step_post_hook(lambda *_: self._after_update(training.state.num_batches, model))
 
-    def forward(self, training: Training, model: nn.Module, micro_batch: MicroBatch) -> Forward:
+    def forward(self, training: Training, model: nn.Module, micro_batch: MicroBatch, evenly: bool) -> Forward:
         """Run the objective of a training on a micro-batch and mark what goes in and comes out."""
         objective, step, index = training.objective.inner, training.state.num_batches, micro_batch.piece.index  # type: ignore[attr-defined]
         if not micro_batch.piece.counts:
-            return objective(model, micro_batch)  # type: ignore[no-any-return]
+            return objective(model, micro_batch, evenly)  # type: ignore[no-any-return]
         is_test = not torch.is_grad_enabled()
         if is_test:
             index += micro_batch.batch_number * training.feed.layout.num_micro_batches
@@ -114,7 +114,7 @@ class Recorder:
             if step == self._look_at and not is_test:
                 for name, module in training.prepared.plain.named_modules():
                     hooks.callback(module.register_forward_hook(self._watch(step, index, name)).remove)
-            forward: Forward = objective(model, micro_batch)
+            forward: Forward = objective(model, micro_batch, evenly)
         self._add(
             Place(step, "test loss" if is_test else "loss", index, ""), [forward.loss, torch.as_tensor(forward.weight)]
         )
@@ -158,8 +158,8 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def __call__(self, model: nn.Module, micro_batch: MicroBatch) -> Forward:
-        return self._recorder.forward(self._training, model, micro_batch)
+    def __call__(self, model: nn.Module, micro_batch: MicroBatch, evenly: bool) -> Forward:
+        return self._recorder.forward(self._training, model, micro_batch, evenly)
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

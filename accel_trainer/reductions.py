@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .batches import Layout, run_of
 
-__all__ = ["ChainSum", "TreeSum", "add_over_processes", "any_process", "share_from_main"]
+__all__ = ["ChainSum", "TreeSum", "add_over_processes", "any_process", "are_same_everywhere", "share_from_main"]
 
 _BUCKET = 2**23  # elements sent together: large enough to hide latency, small against the model
 
@@ -61,6 +61,15 @@ def any_process(flags: Sequence[bool], group: torch.distributed.ProcessGroup | N
     counts = torch.tensor(flags, dtype=torch.uint8)
     torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, group)
     return [bool(count) for count in counts.tolist()]
+
+
+def are_same_everywhere(numbers: Tensor) -> list[bool]:
+    """Return for each whole number of a vector on the device whether all processes have the same: one read-back."""
+    extremes = torch.cat([numbers, ~numbers])  # the least is the inverse of the greatest inverse
+    torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+    greatest, inverse_of_least = extremes.chunk(2)
+    same: list[bool] = (greatest == ~inverse_of_least).tolist()
+    return same
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

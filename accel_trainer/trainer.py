@@ -202,12 +202,12 @@ class Trainer:
         test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader", on_recut)
         checked_state(self.model)
         prepared = Prepared(hardware, self.model, optimizer, config.compile)
-        training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, train_feed)
         announce(_start_line(hardware, train_loader, layout, config))
         for name, feed in (("train_loader", train_feed), ("test_loader", test_feed)):
             kept = None if feed is None else keep_data(feed, hardware, config.data_in_memory, name)
             if kept is not None:
                 announce(kept)
+        training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, train_feed)
         self._attach_callbacks(training, with_bar=announce is say and wants_bar())
         parts = (stopping, self.state, self.history, training.clock)
         run = loop.Run(

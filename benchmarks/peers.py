@@ -71,6 +71,11 @@ class Cell:
         return HAND if self.processes == 1 else DDP
 
     @property
+    def num_epochs(self) -> int:
+        """Of a timed piece; on several processes what is done once, at the start, takes longer."""
+        return WORKLOADS[self.workload](self.small).num_epochs.get(self.data, 1) * (1 if self.processes == 1 else 3)
+
+    @property
     def device(self) -> str:
         """Where it is trained."""
         return torch.cuda.get_device_name() if self.processes == 1 and torch.cuda.is_available() else "CPU"
@@ -113,7 +118,7 @@ def _take_turns(cell: Cell, contender: str, turns: int, seed: int) -> dict[str, 
 
 def piece(cell: Cell, name: str, seed: int, num_epochs: int | None = None) -> dict[str, float]:
     """Time one training from the first weights."""
-    task = make_task(cell.workload, cell.data, cell.small, num_epochs)
+    task = make_task(cell.workload, cell.data, cell.small, num_epochs or cell.num_epochs)
     on_gpu = task.device.type == "cuda"
     torch.manual_seed(seed)
     gc.collect()
@@ -228,7 +233,7 @@ def describe(cell: Cell) -> dict[str, Any]:
         "processes": cell.processes,
         "small": cell.small,
         "reference": cell.reference,
-        "num_epochs": workload.num_epochs.get(cell.data, 1),
+        "num_epochs": cell.num_epochs,
         "rows": train,
         "unit": "tokens" if workload.tokens > 1 else "samples",
         "units_per_epoch": train * workload.tokens,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,20 @@ def row(cell: Cell, name: str) -> dict[str, str]:
     return told
 
 
+def to_the_limit(cell: Cell) -> str:
+    """Return the ratio of accel_trainer to whole-batch slices, by way of the reference, with its interval."""
+    own, limit = (cell["contenders"].get(name) for name in ("accel_trainer", "whole-batch slices"))
+    if own is None or limit is None or is_void(own) or is_void(limit):
+        return ""
+    own_ratios, limit_ratios, draw = ratios(own), ratios(limit), random.Random(0)
+    quotients = sorted(
+        statistics.median(draw.choices(own_ratios, k=len(own_ratios)))
+        / statistics.median(draw.choices(limit_ratios, k=len(limit_ratios)))
+        for _ in range(2000)
+    )
+    return f"{statistics.median(quotients):.2f} [{quotients[50]:.2f}, {quotients[1949]:.2f}]"
+
+
 def markdown(rows: list[dict[str, str]]) -> str:
     """Return rows as a table; a heading is there if any row has it."""
     headings = list(dict.fromkeys(heading for one in rows for heading in one))
@@ -90,6 +105,9 @@ def overview(cells: list[Cell]) -> str:
         for name, one in zip(names, rows, strict=True):
             found = cell["contenders"].get(name)
             one[f"{cell['workload']}, {cell['data']}"] = median_ratio(found) if found else ""
+    limits = {f"{cell['workload']}, {cell['data']}": to_the_limit(cell) for cell in cells}
+    if any(limits.values()):
+        rows.append({"median ratio": "accel_trainer to the slices [95 %]"} | limits)
     return markdown(rows) + "\n"
 
 

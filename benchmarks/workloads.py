@@ -66,12 +66,12 @@ def tiny(small: bool) -> Workload:
         torch.optim.SGD,
         {"lr": 0.01},
         batch_size=32,
-        num_epochs={"tensors": 3, "dataset": 1, "workers": 2},
+        num_epochs={"tensors": 4, "dataset": 2, "workers": 2},
     )
 
 
 def digits(small: bool) -> Workload:
-    epochs = {"tensors": 2, "dataset": 2, "workers": 2} if small else {"tensors": 20, "dataset": 10, "workers": 6}
+    epochs = {"tensors": 2, "dataset": 2, "workers": 2} if small else {"tensors": 60, "dataset": 20, "workers": 10}
     return Workload(make_mlp, digits_rows, torch.optim.SGD, {"lr": 0.01}, batch_size=32, num_epochs=epochs)
 
 
@@ -82,7 +82,7 @@ def cnn(small: bool) -> Workload:
         torch.optim.AdamW,
         {"lr": 3e-4},
         batch_size=64,
-        num_epochs={"tensors": 1, "dataset": 1, "workers": 2},
+        num_epochs={"tensors": 3, "dataset": 1, "workers": 2},
     )
 
 
@@ -94,7 +94,7 @@ def transformer(small: bool) -> Workload:
         torch.optim.AdamW,
         {"lr": 3e-4},
         batch_size=8,
-        num_epochs={"tensors": 1},
+        num_epochs={"tensors": 2},
         loss_fn=TokenLoss(),
     )
 
