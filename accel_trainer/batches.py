@@ -468,7 +468,8 @@ class Feed:
 
     def _planned(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
         """Yield the micro-batches with their indices in place of their data."""
-        full_size = getattr(sampler_of(self.loader), "batch_size", None)
+        sampler = sampler_of(self.loader)
+        full_size = sampler.batch_size if type(sampler) is BatchSampler else None
         for number, indices in enumerate(index_batches(self.loader, self.seed, epoch, first_batch), start=first_batch):
             if not isinstance(indices, torch.Tensor) and not hasattr(indices, "__len__"):
                 raise TypeError(

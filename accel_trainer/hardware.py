@@ -105,7 +105,7 @@ class Hardware:
             return recursively_apply(_aligned, data) if self.bitwise else data
         if self._copying is None:
             return send_to_device(data, self.device, non_blocking=True)
-        if all(tensor.device == self.device for tensor in tensors_in(data)):
+        if all(tensor.is_cuda for tensor in tensors_in(data)):
             return data
         # On a stream of its own the copy runs while the device still computes what was asked before.
         computing = torch.cuda.current_stream(self.device)
@@ -113,8 +113,8 @@ class Hardware:
             placed = send_to_device(data, self.device, non_blocking=True)
         computing.wait_stream(self._copying)
         for tensor in tensors_in(placed):
-            if tensor.device == self.device:
-                tensor.record_stream(computing)
+            if tensor.is_cuda:
+                tensor.record_stream(computing)  # its memory is not given away before that
         return placed
 
     def from_main(self, function: Callable[[], Any]) -> Any:

@@ -44,7 +44,9 @@ def keep_data(feed: Feed, hardware: Hardware, choice: bool | Literal["auto"], na
             f"{type(feed.loader.dataset).__name__} that is not. Use 'auto'."
         )
     is_cuda = hardware.device.type == "cuda"
-    if choice is False or rows is None or rows.row_nbytes is None or (rows.in_memory and not is_cuda):
+    if choice is False or rows is None or rows.row_nbytes is None:
+        return None
+    if rows.in_memory and (not is_cuda or all(tensor.is_cuda for tensor in tensors_in(rows.columns))):
         return None
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", hardware.num_processes))
     in_host = choice is True or rows.in_memory or rows.nbytes * processes_here < _SHARE_OF_HOST * free_memory()

@@ -42,7 +42,7 @@ _OPTIMIZER, _PROGRESS = "optimizer.safetensors", "progress.safetensors"
 # --- which run it is --------------------------------------------------------------------------------------------------
 
 _OF_THE_CONFIG = ("seed", "steps_per_epoch", "monitor", "mode", "max_grad_norm", "schedule_every")
-_TOLD = ("num_micro_batches", "bitwise", "mixed_precision", "num_threads", "patience", "min_delta")
+_TOLD = ("num_micro_batches", "bitwise", "mixed_precision", "compile", "num_threads", "patience", "min_delta")
 
 
 def identity_of(

@@ -378,11 +378,16 @@ _HINTS = {
 
 
 def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layout, config: TrainConfig) -> str:
+    told = hardware.describe()
+    if hardware.compiler != "no":
+        told += f", compiled by {hardware.compiler} (launcher)"
+    elif config.compile:
+        told += f", compiled{' by regions' if config.compile == 'regional' else ''} (argument)"
     if train_loader.batch_size is None:
-        return hardware.describe()
+        return told
     default = "bitwise" if config.bitwise else "one per process"
     source = "argument" if config.num_micro_batches else default
-    return f"{hardware.describe()}; {describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})"
+    return f"{told}; {describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})"
 
 
 _LEAVING = ("SIGTERM", "SIGUSR1")  # what ends the program too
