@@ -301,8 +301,8 @@ def _sheltered(loader: DataLoader[Any]) -> Iterator[None]:
         loader.worker_init_fn = user
 
 
-_TOGETHER = 64  # micro-batches that are fetched in one go, at most ...
-_TOGETHER_BYTES = 2**23  # ... and what they may take
+_TOGETHER = 32  # micro-batches that are fetched in one go, at most ...
+_TOGETHER_BYTES = 2**20  # ... and what they may take: who keeps one keeps the memory of all
 
 
 class Feed:
@@ -320,6 +320,7 @@ class Feed:
     Attributes:
         rows: What fetches many samples at once, `None` where the data is not known to be rows. May be replaced by the
             same rows elsewhere before anything is fetched.
+        num_changes: Grows while data in memory is found changed within a pass.
     """
 
     def __init__(
@@ -333,6 +334,7 @@ class Feed:
         self.loader, self.layout, self.seed, self.on_recut = loader, layout, seed, on_recut
         self._pin_memory = pin_memory
         self.rows: Rows | None = None
+        self.num_changes = 0
         self._requests = _Requests()
         if not is_stream(loader) and loader.collate_fn is default_collate and loader.batch_sampler is not None:
             self.rows = rows_of(loader.dataset)
@@ -413,6 +415,10 @@ class Feed:
         if is_stream(self.loader):
             yield from self._streamed(epoch, first_batch)
             return
+        if self.rows is not None and not self.rows.is_current:  # a table has been given a transform, say
+            self.rows = rows_of(self.loader.dataset)
+            for made in ("_dataset", "_loader"):
+                self.__dict__.pop(made, None)
         again: int | None = first_batch
         while again is not None:
             again = yield from self._in_one_cut(epoch, again)
@@ -450,12 +456,17 @@ class Feed:
             size = len(first.data) * (rows.row_nbytes or 1)
             others = min(_TOGETHER, _TOGETHER_BYTES // max(1, size)) - 1
             together = [first, *itertools.islice(planned, max(0, others))]
+            version = rows.version
             data = rows(torch.cat([micro_batch.data for micro_batch in together]))
             if self._pin_memory:
                 data = pinned(data)
             sizes = [len(micro_batch.data) for micro_batch in together]
             for micro_batch, part in zip(together, divide(data, sizes), strict=True):
-                micro_batch.data = part
+                if rows.version == version:
+                    micro_batch.data = part
+                else:  # a callback has written into the data
+                    micro_batch.data = rows(micro_batch.data)
+                    self.num_changes += 1
                 yield micro_batch
 
     def _from_workers(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:

@@ -37,6 +37,16 @@ class Rows:
         """Return the rows of these indices, collated."""
         raise NotImplementedError
 
+    @property
+    def version(self) -> Any:
+        """What differs once the rows have been changed in place."""
+        return None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the dataset has still the form in which these rows were found."""
+        return True
+
     def loaded(self) -> Rows:
         """Return the same rows as tensors, on the host."""
         return self
@@ -51,26 +61,46 @@ class TensorRows(Rows):
 
     Args:
         tensors: With a row per sample each.
+        source: What they are a copy of.
     """
 
     in_memory = True
 
-    def __init__(self, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor] | Mapping[str, Tensor], source: Rows | None = None) -> None:
         self._names = tuple(tensors) if isinstance(tensors, Mapping) else None
         self._tensors = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
+        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]  # torch counts for no other
+        self._source, self._copied = source, None if source is None else source.version
         self.columns = self._named(self._tensors)
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors)
-        self.row_nbytes = sum(tensor[:1].nbytes for tensor in self._tensors)
+        if not any(tensor.requires_grad for tensor in self._tensors):  # those lead back to the whole, one by one
+            self.row_nbytes = sum(tensor[:1].nbytes for tensor in self._tensors)
 
     def __call__(self, indices: Tensor) -> Any:
         """Return the rows of these indices, in fresh memory."""
+        if self._source is not None and self._source.version != self._copied:
+            self._copied = self._source.version
+            for mine, changed in zip(self._tensors, self._source._tensors, strict=True):  # type: ignore[attr-defined]
+                mine.copy_(changed)
         if self._tensors and self._tensors[0].device != indices.device:
             indices = indices.to(self._tensors[0].device, non_blocking=True)
         return self._named([tensor.index_select(0, indices) for tensor in self._tensors])
 
+    @property
+    def version(self) -> Any:
+        """The versions that torch counts; what NumPy writes into shared memory is not among them."""
+        if self._source is not None:
+            return self._source.version
+        return [tensor._version for tensor in self._versioned]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the dataset has still the form in which these rows were found."""
+        return self._source is None or self._source.is_current
+
     def to(self, device: torch.device) -> TensorRows:
         """Return the same rows on a device."""
-        return TensorRows(self._named([tensor.to(device) for tensor in self._tensors]))
+        return TensorRows(self._named([tensor.to(device) for tensor in self._tensors]), source=self)
 
     def _named(self, tensors: list[Tensor]) -> Any:
         return tensors if self._names is None else dict(zip(self._names, tensors, strict=True))
@@ -87,7 +117,7 @@ class TableRows(Rows):
     """
 
     def __init__(self, table: Any) -> None:
-        self._table = table
+        self._table, self._format = table, table.format
         self._like = _plain_columns(table)
         if self._like is not None:
             self._arrow = table.with_format("arrow", columns=list(self._like))
@@ -100,7 +130,7 @@ class TableRows(Rows):
         """Return the rows of these indices."""
         rows = indices.tolist()
         if self._like is not None:
-            return self._from_arrow(rows)
+            return self._from_arrow(rows, copy=True)
         formatted = self._table[rows]
         if all(_stacks(column, len(rows)) for column in formatted.values()):
             return {name: torch.as_tensor(column) for name, column in formatted.items()}
@@ -108,11 +138,16 @@ class TableRows(Rows):
 
     def loaded(self) -> TensorRows:
         """Return the whole table as tensors."""
-        return TensorRows(self._from_arrow(slice(None)))
+        return TensorRows(self._from_arrow(slice(None)), source=self)
 
-    def _from_arrow(self, rows: list[int] | slice) -> dict[str, Tensor]:
+    @property
+    def is_current(self) -> bool:
+        """Whether the dataset has still the form in which these rows were found."""
+        return bool(self._table.format == self._format)
+
+    def _from_arrow(self, rows: list[int] | slice, copy: bool = False) -> dict[str, Tensor]:
         table = self._arrow[rows]
-        return {name: _column(table[name], like) for name, like in self._like.items()}  # type: ignore[union-attr]
+        return {name: _column(table[name], like, copy) for name, like in self._like.items()}  # type: ignore[union-attr]
 
     def _reads_alike(self) -> bool:
         """Return whether a few rows are the same both ways."""
@@ -137,6 +172,16 @@ class SubsetRows(Rows):
         self.in_memory, self.columns = whole.in_memory, whole.columns  # those of the whole, which are more
         self.row_nbytes, self.nbytes = whole.row_nbytes, whole.nbytes
 
+    @property
+    def version(self) -> Any:
+        """What differs once the rows of the whole have been changed in place."""
+        return self._whole.version
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the dataset has still the form in which these rows were found."""
+        return self._whole.is_current
+
     def __call__(self, indices: Tensor) -> Any:
         """Return the rows of these indices."""
         return self._whole(self._rows.index_select(0, indices))
@@ -157,14 +202,20 @@ def rows_of(dataset: Dataset[Any]) -> Rows | None:
     torch or numpy format, and a `Subset` of one; `None` for anything else.
     """
     if type(dataset) is TensorDataset:
-        return TensorRows(dataset.tensors)
+        return TensorRows(dataset.tensors) if all(map(_can_be_selected, dataset.tensors)) else None
     if type(dataset) is Subset:
-        whole = rows_of(dataset.dataset) if isinstance(dataset.indices, (Sequence, numpy.ndarray)) else None
+        rows = dataset.indices if isinstance(dataset.indices, (Sequence, numpy.ndarray)) else ()
+        places = numpy.asarray(rows)
+        whole = rows_of(dataset.dataset) if places.ndim == 1 and places.dtype.kind in "iu" else None
         if whole is None:
             return None
         length = len(dataset.dataset)  # type: ignore[arg-type]
-        return SubsetRows(torch.as_tensor(not_negative(dataset.indices, length), dtype=torch.int64), whole)
+        return SubsetRows(torch.as_tensor(not_negative(places.tolist(), length), dtype=torch.int64), whole)
     return TableRows(dataset) if _is_table(dataset) else None
+
+
+def _can_be_selected(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.dtype not in (torch.uint16, torch.uint32, torch.uint64)
 
 
 def not_negative(indices: Iterable[Any], length: int) -> list[int]:
@@ -214,20 +265,21 @@ def _is_plain(array: Any, shape: Sequence[int]) -> bool:
     return bool((lengths == shape[0]).all()) and _is_plain(array.flatten(), shape[1:])
 
 
-def _column(column: Any, like: Tensor) -> Tensor:
-    """Return a plain Arrow column as a tensor, where possible in its own memory.
+def _column(column: Any, like: Tensor, copy: bool) -> Tensor:
+    """Return a plain Arrow column as a tensor.
 
     Args:
         column: Of an Arrow table.
         like: A row of it, as the library formats it: shape and dtype.
+        copy: For who may write to it: otherwise the memory can be Arrow's own, or that of a file.
     """
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     for _ in like.shape:
         array = getattr(array, "storage", array).flatten()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the memory may be Arrow's own; it is only read from
+        warnings.simplefilter("ignore")  # the memory may not be written to
         values = torch.from_numpy(getattr(array, "storage", array).to_numpy(zero_copy_only=False))
-    return values.reshape(len(column), *like.shape).to(like.dtype)
+    return values.reshape(len(column), *like.shape).to(like.dtype, copy=copy)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

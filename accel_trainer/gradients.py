@@ -26,9 +26,9 @@ _NOTHING = nullcontext()
 class Gradients:
     """Turn the losses of micro-batches into the gradient of the weighted mean over the whole batch.
 
-    Backward runs on weight x loss; the sum over micro-batches and processes is divided by the total weight, or the loss
-    is beforehand where all processes know the total. With one process and one micro-batch both are left out, so the
-    gradient is bit for bit that of a plain loop.
+    Backward runs on weight x loss; the sum over micro-batches and processes is divided by the total weight. Both are
+    left out with one process and one micro-batch, so that the gradient is bit for bit that of a plain loop, and where
+    the processes have one micro-batch each of the same size, whose mean is known to be that of the batch.
 
     Over several processes `DistributedDataParallel` adds the gradients while the backward still runs. It needs every
     parameter to get a gradient on every process; where the first step shows that this is not so (or the user says
@@ -62,7 +62,7 @@ class Gradients:
         self._probed = find_unused
         self._overlaps = False  # whether DistributedDataParallel can add the gradients ...
         self._overlapped = False  # ... and does so in this batch
-        self._scale = 1  # of this batch's gradients: DistributedDataParallel takes the mean over the processes
+        self._is_mean = False  # whether its mean over the processes is the gradient
         self._weight: Any = 0
         self._total: tuple[Tensor, Any] | None = None  # that of all processes, and its exchange
 
@@ -89,9 +89,10 @@ class Gradients:
         """
         if self._alone:
             return _NOTHING
-        self._overlapped = self._overlaps and not hold  # may turn to false before the last micro-batch
-        if micro_batch.piece.is_first:
-            self._scale = self.layout.num_processes if self._overlapped else 1
+        self._overlapped = self._overlaps and not hold
+        share, rest = divmod(micro_batch.batch_size, self.layout.num_processes)
+        is_share = rest == 0 and micro_batch.num_samples == share
+        self._is_mean = self._overlapped and self.weighs_samples and is_share
         if self._overlapped and micro_batch.piece.is_last:
             return _NOTHING
         later: AbstractContextManager[Any] = self._accelerator.no_sync(self._prepared)
@@ -100,12 +101,10 @@ class Gradients:
     def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
         """Add the gradient of one micro-batch."""
         loss = forward.loss
-        if not self._plain and self.weighs_samples:
-            loss = _weighted(loss, forward.weight * self._scale / micro_batch.batch_size)
-        elif not self._plain:
+        if not self._plain and not self._is_mean:
             self._weight = self._weight + forward.weight
             loss = _weighted(loss, forward.weight)
-            if self._overlapped and micro_batch.piece.is_last:
+            if self._overlapped and micro_batch.piece.is_last and not self.weighs_samples:
                 self._begin_total()  # under way while the backward runs
         self._run_backward(loss)
 
@@ -125,12 +124,11 @@ class Gradients:
             self._check_all_present()
         elif not self._alone:
             self._add_over_processes()
-        total = self._scale if self.weighs_samples else self._total_weight()
-        self._divide(total / self.layout.num_processes if self._overlapped else total)
+        if not self._is_mean:
+            total = batch_size if self.weighs_samples else self._total_weight()
+            self._divide(total / self.layout.num_processes if self._overlapped else total)
 
     def _divide(self, total: float | Tensor) -> None:
-        if not isinstance(total, Tensor) and total == 1:
-            return
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_div_(gradients, total)

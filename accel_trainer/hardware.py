@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    DynamoBackend,
     broadcast_object_list,
     recursively_apply,
     send_to_device,
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 
 from .batches import Layout, tensors_in
 from .errors import HardwareError
-from .randomness import Draws, draws_of, seed_all, torch_generators
+from .randomness import Draws, seed_all, torch_generators
 from .reductions import any_process, share_from_main
 
 __all__ = ["Hardware", "Prepared", "check_model", "check_optimizer", "fixed_arithmetic"]
@@ -321,6 +322,9 @@ def _device_source(device: torch.device) -> str:
 _TRACES = ("forward", "_original_forward", "_is_accelerate_prepared", "_is_torch_compile")
 
 
+_NOTHING = nullcontext()
+
+
 class Prepared:
     """A model, and an optimizer, on the hardware: wrapped, moved, in its precision.
 
@@ -334,8 +338,6 @@ class Prepared:
 
     Attributes:
         model: What to call in place of the user's model.
-        draws: The generators that the model may draw from.
-        eager: The same, not compiled: for batches of another size than all others, to which a compiler would adapt.
     """
 
     def __init__(
@@ -346,7 +348,6 @@ class Prepared:
         compile: bool | Literal["regional"] = False,
     ) -> None:
         self.hardware, self.plain, self.optimizer = hardware, model, optimizer
-        self.draws = draws_of(*model.modules())
         self._before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
         accelerator = hardware.accelerator
         # Under a launcher Accelerate's CPU is "cpu:0", and moving there would copy what is on "cpu": memory that
@@ -358,7 +359,8 @@ class Prepared:
             # Not wrapped: nothing is exchanged, or gradients.TreeGradients does it.
             if hardware.bitwise:
                 _realign(model)
-            self.model = accelerator.prepare_model(model, device_placement=places, evaluation_mode=True)
+            with _not_compiling(accelerator):
+                self.model = accelerator.prepare_model(model, device_placement=places, evaluation_mode=True)
             if hardware.num_processes > 1:
                 tensors = (*model.parameters(), *model.buffers())
                 share_from_main([tensor for tensor in tensors if tensor.layout == torch.strided])
@@ -370,27 +372,49 @@ class Prepared:
             handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
             handler.broadcast_buffers = False
             accelerator.ddp_handler = handler
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _not_compiling(accelerator):
                 # torch 2.13 renames the setting; Accelerate 1.15 knows the old name only.
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 placement = [places, places]
                 self.model, self._accelerated = accelerator.prepare(model, optimizer, device_placement=placement)
         self._steps_plainly = accelerator.scaler is None and hardware.device.type != "xla"
-        if compile and hardware.compiler == "no":
-            self.model = _compiled(self.model, compile)
-        self.eager: nn.Module = getattr(self.model, "_orig_mod", self.model)
+        self._blocks = self._compile(compile)
         self._attached = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
         self._detach()
+
+    def _compile(self, compile: bool | Literal["regional"]) -> dict[nn.Module, Any]:
+        """Compile the model, or return a compiled call for each of the blocks that it repeats."""
+        plugin = self.hardware.accelerator.state.dynamo_plugin
+        if self.hardware.compiler != "no":
+            how, compile = plugin.to_kwargs(), "regional" if plugin.use_regional_compilation else True
+        else:
+            how = {}
+        self.is_compiled = bool(compile)
+        blocks = _repeated_blocks(self.plain) if compile == "regional" else []
+        if compile and not blocks:
+            self.model = torch.compile(self.model, **how)
+        return {block: torch.compile(_inlined(block._call_impl), **how) for block in blocks}
+
+    def stance(self, is_full: bool) -> AbstractContextManager[Any]:
+        """Return what a forward runs under: a batch of another size than all others is not worth a graph of its own."""
+        if is_full or not self.is_compiled:
+            return _NOTHING
+        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
 
     def _detach(self) -> None:
         for name in self._attached:
             self.plain.__dict__.pop(name, None)
         self.plain.__dict__.update(self._before)
+        for block in self._blocks:
+            block._compiled_call_impl = None
 
     @contextmanager
     def attached(self) -> Iterator[nn.Module]:
         """Yield what to call in place of the model."""
         self.plain.__dict__.update(self._attached)
+        for block, compiled in self._blocks.items():
+            block._compiled_call_impl = compiled
         try:
             yield self.model
         finally:
@@ -410,14 +434,32 @@ class Prepared:
         return not self._accelerated.step_was_skipped
 
 
-def _compiled(model: nn.Module, compile: bool | Literal["regional"]) -> nn.Module:
-    if compile == "regional":
-        from accelerate.utils import compile_regions  # since Accelerate 1.4
+@contextmanager
+def _not_compiling(accelerator: Accelerator) -> Iterator[None]:
+    """Keep Accelerate from compiling: by regions it makes copies of modules, which would not follow the user's."""
+    plugin = accelerator.state.dynamo_plugin
+    backend, plugin.backend = plugin.backend, DynamoBackend.NO
+    try:
+        yield
+    finally:
+        plugin.backend = backend
 
-        regional: nn.Module = compile_regions(model)
-        return regional
-    whole: nn.Module = torch.compile(model)  # type: ignore[assignment]
-    return whole
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that a model repeats: one graph serves all of a kind."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    blocks = [block for module in lists if len({type(block) for block in module}) == 1 for block in module]
+    inner = {module for block in blocks for module in block.modules() if module is not block}
+    return [block for block in blocks if block not in inner]
+
+
+def _inlined(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that does the same: torch passes over the code of its own modules where it stands alone."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return called
 
 
 def num_compilations() -> int:

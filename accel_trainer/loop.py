@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ from .losses import (
     check_loss,
     inputs_of,
     is_finite,
-    looks_finite,
+    sum_of_norms,
     widest_float,
 )
 from .memory import TrainingMemory, keep_data, until_it_fits
@@ -56,7 +56,9 @@ class Training:
     Attributes:
         ledger: The losses of the epoch under way.
         draws: The generators that a step may draw from.
+        observers: The user's callbacks, which run in it too.
         watched: The hooks that a callback listens to.
+        num_changes: Those of the data that have been looked at.
         finite_buffers: Names of those that were finite at the start; a mask may hold infinities.
         num_graphs_before: Graphs that the process had compiled before the run.
         batches: Number of each batch since the last report -> its pass over the data and place there.
@@ -74,10 +76,12 @@ class Training:
     state: RunState
     feed: Feed
     ledger: Ledger
-    draws: Draws
+    draws: Draws = Draws.ANYTHING
+    observers: Sequence[Any] = ()
     clock: Clock = field(default_factory=Clock)
     call: Callable[[str], None] = lambda hook: None
     watched: frozenset[str] = frozenset()
+    num_changes: int = 0
     before_batch: Callable[[], None] = lambda: None
     norm_sum: Any = 0.0
     num_norms: int = 0
@@ -87,8 +91,9 @@ class Training:
 
     def begin_epoch(self, epoch: int) -> bool:
         """Begin an epoch, or go on with the one under way; return whether it is a new one."""
-        if self.gradients.weighs_samples and not self.objective.weighs_evenly(self.feed.rows):
-            raise RuntimeError("train_loader has come to hold targets that the loss leaves out: begin a new run.")
+        self.weigh()
+        others = (*self.objective.functions, self.prepared.optimizer, *self.observers)
+        self.draws = draws_of(self.prepared.plain, *others)
         is_new = epoch != self.state.epoch
         if is_new:
             self.state.epoch, self.ledger = epoch, Ledger(self.hardware.process)
@@ -96,11 +101,30 @@ class Training:
         return is_new
 
     def follow(self, feed: Feed) -> None:
-        """Take the batches of this feed from here on; all processes call it together."""
+        """Take the batches of this feed from here on."""
         self.feed = feed
         self.memory.follow(feed)
-        uneven = self.hardware.any_process(not self.objective.weighs_evenly(feed.rows))
-        self.gradients.weighs_samples = not uneven[0]
+
+    def weigh(self) -> None:
+        """Find out whether each sample weighs the same; all processes call it together."""
+        self.num_changes = self.feed.num_changes
+        evenly = self.objective.weighs_evenly(self.feed.rows)
+        if self.objective.may_leave_out:
+            evenly = not self.hardware.any_process(not evenly)[0]
+        self.gradients.weighs_samples = evenly
+
+    def look_again(self) -> None:
+        """See to it that data which was changed within an epoch still weighs what was found at its beginning.
+
+        Raises:
+            RuntimeError: It holds targets now that the loss leaves out.
+        """
+        self.num_changes = self.feed.num_changes
+        if self.gradients.weighs_samples and not self.objective.weighs_evenly(self.feed.rows):
+            raise RuntimeError(
+                "Within an epoch train_loader has come to hold targets that the loss leaves out (ignore_index). Change "
+                "them between epochs, or give weight_fn."
+            )
 
     def is_sound(self) -> bool:
         """Return whether the weights, and the buffers that were so at the start, are finite: one read-back."""
@@ -187,6 +211,8 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
             if piece.is_first:
                 if not training.stopping.may_go_on():
                     return None
+                if training.num_changes != training.feed.num_changes:
+                    training.look_again()
                 training.before_batch()
                 state.num_batches += 1
             if training.draws:
@@ -211,8 +237,8 @@ def compute_gradients(training: Training, micro_batch: MicroBatch) -> None:
     """Run a micro-batch forward and backward; of what that takes, only loss, gradients and buffers stay in memory."""
     prepared = training.prepared
     micro_batch.data = training.hardware.place(micro_batch.data)
-    model = prepared.model if micro_batch.is_full else prepared.eager
-    forward = training.objective(model, micro_batch, training.gradients.weighs_samples)
+    with prepared.stance(micro_batch.is_full):
+        forward = training.objective(prepared.model, micro_batch, training.gradients.weighs_samples)
     check_loss(forward.loss, needs_grad=True)
     training.gradients.backward(forward, micro_batch)
     training.buffers.after(micro_batch)
@@ -269,7 +295,7 @@ def evaluate(
     """
     hardware = prepared.hardware
     objective.to(hardware.device)
-    draws = max(prepared.draws, draws_of(*objective.functions, *metrics.functions))
+    draws = draws_of(prepared.plain, *objective.functions, *metrics.functions)
     evenly = objective.weighs_evenly(feed.rows)
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
@@ -284,8 +310,8 @@ def evaluate(
                     hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place), draws)
                 with memory.attempt(micro_batch):
                     micro_batch.data = hardware.place(micro_batch.data)
-                    model = prepared.model if micro_batch.is_full else prepared.eager
-                    forward = objective(model, micro_batch, evenly)
+                    with prepared.stance(micro_batch.is_full):
+                        forward = objective(prepared.model, micro_batch, evenly)
                     check_loss(forward.loss, needs_grad=False)
                     scores = metrics.totals(forward, micro_batch.num_samples)
                     ledger.add(micro_batch.batch_number, micro_batch, forward, scores)
@@ -297,18 +323,18 @@ def evaluate(
 
 def predict(prepared: Prepared, feed: Feed) -> Any:
     """Return the model's outputs for every sample in the order of the loader, on the main process, in host memory."""
-    hardware = prepared.hardware
+    hardware, draws = prepared.hardware, draws_of(prepared.plain)
     for memory in until_it_fits(hardware, feed):
         parts: list[Any] = []
         waiting: list[Any] = []
         with evaluation_pass(prepared, feed) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.counts and not memory.exceeded:
-                    hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place), prepared.draws)
+                    hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place), draws)
                     with memory.attempt(micro_batch):
                         inputs = inputs_of(hardware.place(micro_batch.data))
-                        model = prepared.model if micro_batch.is_full else prepared.eager
-                        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+                        with prepared.stance(micro_batch.is_full):
+                            outputs = call(prepared.model, inputs)
                         outputs = check_outputs(send_to_device(outputs, "cpu"), micro_batch.num_samples)
                         waiting.append((micro_batch.place, outputs))
                 # All processes have as many batches, so they meet here at the same moments.
@@ -317,6 +343,11 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
                     waiting = []
         parts += collect(waiting, hardware)
     return join(parts) if hardware.is_main else None
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call the model with a tensor, or a dictionary of arguments."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 _BATCHES_PER_GATHER = 32
@@ -418,8 +449,8 @@ def _first_batches(micro_batches: Iterable[MicroBatch], num_batches: int, feed: 
 
 
 @contextmanager
-def _modes_kept(*models: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for model in models for module in model.modules()]
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
@@ -428,11 +459,10 @@ def _modes_kept(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode, and each of their modules back in the mode it had."""
-    with _modes_kept(*models):
-        for model in models:
-            model.eval()
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and each of its modules back in the mode it had."""
+    with _modes_kept(model):
+        model.eval()
         yield
 
 
@@ -452,8 +482,7 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 def evaluation_pass(prepared: Prepared, feed: Feed) -> Iterator[Iterator[MicroBatch]]:
     """Yield the micro-batches of a loader, the model in evaluation mode, without gradients, its buffers kept."""
     buffers = FixedBuffers(prepared.plain)
-    models = {prepared.plain, prepared.model}  # a model compiled by regions has modules of its own
-    with evaluation_mode(*models), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
+    with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
         yield _each(micro_batches, buffers.restore)
 
 
@@ -507,7 +536,8 @@ def must_skip(training: Training) -> bool:
     gradients = [one.grad for one in training.gradients.parameters if one.grad is not None]
     if training.hardware.accelerator.scaler is not None:
         gradients = []  # what overflows in fp16 is skipped by the scaler, which then lowers its scale
-    is_wrong = not (losses & looks_finite(gradients)) and not (losses and is_finite(gradients))
+    norms = torch.as_tensor(sum_of_norms(gradients), device=training.hardware.device)
+    is_wrong = not (losses & norms.isfinite()) and not (losses and is_finite(gradients))
     return training.hardware.any_process(is_wrong)[0]
 
 
@@ -672,7 +702,7 @@ def assemble(
             config.find_unused_parameters,
         )
         changes = ChainSum(layout)
-    training = Training(
+    return Training(
         config=config,
         hardware=hardware,
         prepared=prepared,
@@ -685,11 +715,8 @@ def assemble(
         state=state,
         feed=feed,
         ledger=Ledger(hardware.process),
-        draws=max(prepared.draws, draws_of(*objective.functions, prepared.optimizer)),
         finite_buffers=frozenset(name for name, buffer in model.named_buffers() if is_finite([buffer])),
     )
-    training.follow(feed)
-    return training
 
 
 def told_of_recut(name: str, num_micro_batches: int) -> str:

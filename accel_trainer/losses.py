@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numbers import Real
 from operator import add
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -109,9 +110,15 @@ class Objective:
         _check_reduction(loss_fn)
         self.loss_fn, self.compute_loss, self.weight_fn = loss_fn, compute_loss, weight_fn
         self._divisor = _divisor_of(loss_fn) if weight_fn is None else None
+        self._known: WeakKeyDictionary[Rows, tuple[Any, bool]] = WeakKeyDictionary()  # version of data, answer
         weight = None if self._divisor is None else self._divisor.keywords["weight"]
         # torch's gradient of a micro-batch of no other class is nan.
         self._has_weightless_class = weight is not None and bool((weight == 0).any())
+
+    @property
+    def may_leave_out(self) -> bool:
+        """Whether it depends on the data if each sample weighs the same."""
+        return self._divisor is not None and self.compute_loss is None
 
     def weighs_evenly(self, rows: Rows | None) -> bool:
         """Return whether each sample weighs as much as any other, so that all processes know the weight of a batch.
@@ -124,11 +131,18 @@ class Objective:
             return False
         if self._divisor is None:
             return True
-        columns = None if rows is None else rows.columns
-        if columns is None or self._divisor.keywords["weight"] is not None:
+        if (
+            rows is None
+            or rows.row_nbytes is None
+            or not rows.in_memory
+            or self._divisor.keywords["weight"] is not None
+        ):
             return False
-        _, targets = split_batch(columns)
-        return targets.is_floating_point() or not bool((targets == self._divisor.keywords["ignore_index"]).any())
+        if rows not in self._known or self._known[rows][0] != rows.version:
+            _, targets = split_batch(rows.columns)
+            left_out = not targets.is_floating_point() and (targets == self._divisor.keywords["ignore_index"]).any()
+            self._known[rows] = rows.version, not left_out
+        return self._known[rows][1]
 
     @property
     def functions(self) -> list[Any]:
@@ -319,11 +333,11 @@ class Totals:
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all elements of all tensors are finite; one read-back if they are."""
     tensors = list(tensors)
-    return bool(looks_finite(tensors)) or bool(looks_finite(tensors, math.inf))
+    return any(math.isfinite(sum_of_norms(tensors, order)) for order in (2, math.inf))
 
 
-def looks_finite(tensors: Iterable[Tensor], order: float = 2) -> bool | Tensor:
-    """Return whether the norms of all tensors are finite, as a tensor on their device; `True` of none.
+def sum_of_norms(tensors: Iterable[Tensor], order: float = 2) -> float | Tensor:
+    """Return a number that is finite if all elements of all tensors are, on their device; 0 of none.
 
     Squares of finite elements may overflow; the norm of order infinity, which cannot, takes ten times as long.
     """
@@ -332,8 +346,8 @@ def looks_finite(tensors: Iterable[Tensor], order: float = 2) -> bool | Tensor:
         if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
             dense = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
             groups.setdefault(tensor.dtype, []).append(dense.detach())
-    flags = [torch.stack(torch._foreach_norm(own, order)).isfinite().all() for own in groups.values()]
-    return True if not flags else flags[0] if len(flags) == 1 else torch.stack(flags).all()
+    sums = [torch.stack(torch._foreach_norm(own, order)).sum() for own in groups.values()]
+    return sum(sums[1:], sums[0]) if sums else 0.0
 
 
 class Ledger:

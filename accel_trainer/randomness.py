@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 __all__ = [
@@ -71,22 +72,47 @@ _CERTAIN = frozenset(
 _EXCEPTIONS = ("RReLU", "MultiheadAttention", "FractionalMaxPool", "Lazy")
 
 
-def draws_of(*things: Any) -> Draws:
-    """Return what modules, functions and optimizers may draw from when they are called.
+def draws_of(model: nn.Module | None, *others: Any) -> Draws:
+    """Return what a model, and functions and optimizers beside it, may draw from when they are called.
 
-    Where no code but torch's runs, nothing draws from Python's and NumPy's generators.
+    Where no code but torch's runs, nothing draws from Python's and NumPy's generators. Costs microseconds a module.
+
+    Args:
+        model: With its modules and parameters; `None` for none.
+        *others: Modules, functions, optimizers.
     """
-    return max(map(_draws, things), default=Draws.NOTHING)
+    modules, parameters = (model.modules(), model.parameters()) if model is not None else ((), ())
+    everywhere = (hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_"))
+    if any(everywhere) or any(map(_has_code, parameters)):
+        return Draws.ANYTHING
+    return max(map(_draws, (*modules, *others)), default=Draws.NOTHING)
+
+
+def _has_code(parameter: nn.Parameter) -> bool:
+    hooks = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(hooks) or type(parameter) is not nn.Parameter
 
 
 def _draws(thing: Any) -> Draws:
     kind = thing if isinstance(thing, (FunctionType, BuiltinFunctionType)) else type(thing)
-    own = getattr(thing, "__dict__", {})
-    is_changed = "forward" in own or any(value for name, value in own.items() if name.endswith("_hooks"))
-    if is_changed or str(kind.__module__).partition(".")[0] != "torch":
+    drawn = _draws_of_kind(kind)
+    if drawn is Draws.ANYTHING:
+        return drawn
+    for name, value in getattr(thing, "__dict__", {}).items():
+        if name.endswith("_hooks") and value:
+            return Draws.ANYTHING
+        if callable(value) and not isinstance(thing, Optimizer):  # an activation, a distance, a method of its own;
+            drawn = max(drawn, _draws(value))  # that of an optimizer is its scheduler's
+    return drawn
+
+
+def _draws_of_kind(kind: Any) -> Draws:
+    code = getattr(kind, "forward", kind)
+    if not all(str(one.__module__).startswith(("torch.nn.", "torch.optim.")) for one in (kind, code)):
         return Draws.ANYTHING
     is_certain = kind.__module__ in _CERTAIN and not kind.__name__.startswith(_EXCEPTIONS)
-    return Draws.NOTHING if is_certain or isinstance(thing, Optimizer) else Draws.TORCH
+    is_optimizer = isinstance(kind, type) and issubclass(kind, Optimizer)
+    return Draws.NOTHING if is_certain or is_optimizer else Draws.TORCH
 
 
 def torch_generators(device: torch.device) -> list[torch.Generator]:

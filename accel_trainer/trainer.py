@@ -30,7 +30,7 @@ from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_ar
 from .history import History
 from .losses import Metrics, Objective, Totals
 from .memory import keep_data
-from .randomness import Draws, preserved
+from .randomness import preserved
 from .saving import Saver
 from .schedules import Schedule, check_scheduler, settings_of
 from .state import RunState
@@ -233,8 +233,7 @@ class Trainer:
         listeners = Callbacks(callbacks)
         training.call = lambda hook: self._call(listeners, training.stopping, hook)
         training.watched = frozenset(filter(listeners.listens, HOOKS))
-        if self._callbacks:
-            training.draws = Draws.ANYTHING
+        training.observers = self._callbacks
 
     def _identity(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> dict[str, Any]:
         functions = {
@@ -491,8 +490,9 @@ def _advice(run: loop.Run) -> str | None:
             "TORCH_LOGS=recompiles to see why."
         )
     loader, rows = training.feed.loader, training.feed.rows
+    is_read_here = is_stream(loader) or (rows is not None and rows.in_memory)
     remedies = {
-        "data_seconds": None if rows is not None else f"raise num_workers of train_loader (now {loader.num_workers})",
+        "data_seconds": None if is_read_here else f"raise num_workers of train_loader (now {loader.num_workers})",
         "evaluation_seconds": "evaluate less often with steps_per_epoch, or on fewer samples",
         "saving_seconds": "raise checkpoint_every" if run.folder is not None else None,
     }

@@ -4,8 +4,8 @@
 
 60,000 images of 28 x 28 numbers and their labels, in a file that is memory-mapped, are read in shuffled batches of 64;
 nothing is trained. Ours reads them once as it does where they fit in memory, and once as where they do not. The three
-take turns in one process, in changing order; what is compared is the ratio within a round. Making the tensors is part
-of the first round of the one that keeps them, and told apart.
+take turns in one process, in changing order; what is compared is the ratio within a round. Making the tensors, once for
+all epochs, is timed apart and in no round.
 """
 
 from __future__ import annotations

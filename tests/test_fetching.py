@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import accel_trainer.batches as batches
 import accel_trainer.memory as memory
-from accel_trainer import Trainer, evaluate_model, train_model
+from accel_trainer import Callback, Trainer, evaluate_model, train_model
 from accel_trainer.batches import Feed, Layout
 from accel_trainer.fetching import TableRows, divide, rows_of
 from accel_trainer.hardware import Hardware
@@ -165,6 +165,103 @@ def test_a_model_that_writes_into_its_inputs_harms_nobody():
     one_by_one = [data[index] for index in range(len(data))]  # a list: nothing is fetched together
     assert torch.equal(data.tensors[0], before)
     assert torch.equal(first, run(Writes(), one_by_one))
+
+
+def trained_weights(data, batch_size, model=None, callbacks=(), loss_fn=None, **choices):
+    torch.manual_seed(0)
+    model = model or nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = quiet(num_epochs=1, **choices)
+    trainer = Trainer(model, optimizer, loss_fn or nn.CrossEntropyLoss(), callbacks=callbacks, config=config)
+    history = trainer.fit(loader_of(data, batch_size, shuffle=False))
+    return history.train_losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("num_rows, batch_size", [(1, 1), (33, 1), (65, 1), (17, 16)])
+def test_what_is_read_from_a_table_may_be_written_to(num_rows, batch_size, tmp_path):
+    """A group of one row is a slice in Arrow: its memory is the table's, or a file's, where writing is a crash."""
+    columns = {"x": numpy.ones((num_rows, 16), dtype="float32"), "y": numpy.zeros(num_rows, dtype="int64")}
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path)
+    for table in (datasets.Dataset.from_dict(columns), datasets.load_from_disk(str(tmp_path))):
+        table = table.with_format("torch")
+        for micro_batch in Feed(DataLoader(table, batch_size), ALONE, 0).micro_batches(1):
+            for tensor in micro_batch.data.values():
+                tensor.mul_(2).add_(1)
+        assert table[:]["x"].eq(1).all() and table[:]["y"].eq(0).all()
+
+
+@pytest.mark.parametrize("batch_size", [7, 16])
+def test_gradients_flow_into_tensors_of_a_dataset_that_require_them(batch_size):
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codes, self.layer = nn.Parameter(torch.ones(48, 5)), nn.Linear(5, 3)
+
+        def forward(self, codes):
+            return self.layer(codes)
+
+    torch.manual_seed(0)
+    model = Decoder()
+    data = TensorDataset(model.codes, torch.zeros(48, dtype=torch.int64))
+    Trainer(model, torch.optim.SGD(model.parameters(), lr=1.0), nn.CrossEntropyLoss(), config=quiet()).fit(
+        DataLoader(data, batch_size)
+    )
+    assert (model.codes.detach() - 1).abs().amin(dim=0).gt(1e-4).all()
+
+
+def test_what_a_callback_writes_into_the_data_is_seen_by_the_next_batch():
+    class Relabel(Callback):
+        def __init__(self, targets):
+            self.targets = targets
+
+        def on_step_end(self, trainer):
+            self.targets.copy_((self.targets + 1) % 3)
+
+    def run(one_by_one):
+        data = make_data(40)
+        inputs, targets = data.tensors[0], data.tensors[1].clone()
+        data = TensorDataset(inputs, targets)
+        if one_by_one:
+            data.__class__ = type("Mine", (TensorDataset,), {})  # nothing is known of it
+        return trained_weights(data, 8, callbacks=[Relabel(targets)])
+
+    (losses, weights), (expected, expected_weights) = run(False), run(True)
+    assert losses == expected and all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+
+
+def test_targets_that_come_to_be_left_out_within_an_epoch_are_an_error():
+    class Hide(Callback):
+        def on_step_end(self, trainer):
+            data.tensors[1][20:] = -100
+
+    data = TensorDataset(*(tensor.clone() for tensor in make_data(40).tensors))
+    with pytest.raises(
+        RuntimeError, match="Within an epoch train_loader has come to hold targets that the loss leaves"
+    ):
+        trained_weights(data, 8, callbacks=[Hide()], num_micro_batches=4)
+
+
+def test_a_format_that_a_table_gets_later_is_followed():
+    table = datasets.Dataset.from_dict({"inputs": [[1.0]] * 4, "labels": [[1.0]] * 4}).with_format("torch")
+    model, loader = nn.Linear(1, 1), DataLoader(table, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    before = train_model(loader, model, nn.MSELoss(), optimizer)
+
+    def seven(columns):
+        return {"inputs": torch.ones(len(columns["inputs"]), 1), "labels": torch.full((len(columns["labels"]), 1), 7.0)}
+
+    table.set_transform(seven)
+    assert train_model(loader, model, nn.MSELoss(), optimizer) > before + 5
+
+
+@pytest.mark.parametrize("indices", [numpy.array([True, False, True]), numpy.array([0.0, 1.0]), [[0, 1]], "01"])
+def test_indices_that_are_no_places_are_left_to_the_dataset(indices):
+    assert rows_of(Subset(TensorDataset(torch.arange(3)), indices)) is None
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(3, dtype=torch.uint16), torch.eye(3).to_sparse()])
+def test_tensors_whose_rows_cannot_be_selected_are_left_to_the_dataset(tensor):
+    assert rows_of(TensorDataset(tensor)) is None
 
 
 # --- kept in memory ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from accel_trainer import Callback, Trainer
+from accel_trainer import Callback, Trainer, train_model
 from accel_trainer.randomness import Draws, draws_of
 from accel_trainer.weights import load_best
 from support import ROOT, correct, loader_of, make_data, make_model, quiet
@@ -140,16 +140,24 @@ class Mine(nn.Linear):
     pass
 
 
-def patched():
+def changed(thing, name, value):
+    setattr(thing, name, value)
+    return thing
+
+
+def hooked(register, hook=lambda *_: None):
     layer = nn.Linear(1, 1)
-    layer.forward = lambda inputs: inputs
+
+    (getattr(layer, register, None) or getattr(layer.weight, register))(hook)
     return layer
 
 
-def hooked():
-    layer = nn.Linear(1, 1)
-    layer.register_forward_hook(lambda *_: None)
-    return layer
+class Odd(nn.Parameter):
+    pass
+
+
+def traced():
+    return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(1, 1)))
 
 
 @pytest.mark.parametrize(
@@ -158,22 +166,63 @@ def hooked():
         (nn.Linear(1, 1), Draws.NOTHING),
         (nn.Conv2d(1, 1, 1), Draws.NOTHING),
         (nn.CrossEntropyLoss(), Draws.NOTHING),
-        (torch.optim.SGD([torch.zeros(1)]), Draws.NOTHING),
         (nn.Dropout(), Draws.TORCH),
         (nn.RReLU(), Draws.TORCH),
         (nn.MultiheadAttention(2, 1, dropout=0.1), Draws.TORCH),
         (nn.LSTM(1, 1, 2, dropout=0.1), Draws.TORCH),
-        (F.dropout, Draws.TORCH),
+        (nn.TransformerEncoderLayer(4, 1), Draws.TORCH),
         (Mine(1, 1), Draws.ANYTHING),
-        (patched(), Draws.ANYTHING),
-        (hooked(), Draws.ANYTHING),
+        (changed(nn.Linear(1, 1), "forward", lambda inputs: inputs), Draws.ANYTHING),
+        (changed(nn.Conv1d(1, 1, 1), "_conv_forward", lambda *_: None), Draws.ANYTHING),
+        (changed(nn.Linear(1, 1), "weight", Odd(torch.zeros(1, 1))), Draws.ANYTHING),
+        (nn.TransformerEncoderLayer(4, 1, activation=lambda inputs: inputs), Draws.ANYTHING),
+        (nn.TripletMarginWithDistanceLoss(distance_function=lambda one, other: one - other), Draws.ANYTHING),
+        (hooked("register_forward_hook"), Draws.ANYTHING),
+        (hooked("register_full_backward_hook"), Draws.ANYTHING),
+        (hooked("register_hook"), Draws.ANYTHING),
+        (hooked("register_post_accumulate_grad_hook"), Draws.ANYTHING),
+        (traced(), Draws.ANYTHING),
+    ],
+)
+def test_generators_are_seeded_where_a_model_may_draw(thing, expected):
+    assert draws_of(nn.Sequential(nn.ReLU(), thing)) == expected
+
+
+@pytest.mark.parametrize(
+    "thing, expected",
+    [
+        (torch.optim.SGD([torch.zeros(1)]), Draws.NOTHING),
+        (F.dropout, Draws.TORCH),
         (correct, Draws.ANYTHING),
         (functools.partial(F.cross_entropy), Draws.ANYTHING),
+        (Callback(), Draws.ANYTHING),
     ],
-    ids=lambda thing: getattr(thing, "__name__", type(thing).__name__),
 )
-def test_generators_are_seeded_where_something_may_draw(thing, expected):
+def test_generators_are_seeded_where_what_stands_beside_it_may_draw(thing, expected):
     assert draws_of(nn.ReLU(), thing) == expected
+
+
+def test_what_is_changed_for_all_modules_counts(monkeypatch):
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert draws_of(nn.ReLU()) == Draws.ANYTHING
+    handle.remove()
+    assert draws_of(nn.ReLU()) == Draws.NOTHING
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, inputs: inputs)
+    assert draws_of(nn.ReLU()) == Draws.ANYTHING
+
+
+def test_a_layer_that_comes_later_is_seen():
+    def run(num_drawn):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Identity(), nn.Linear(8, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader, loss_fn = loader_of(make_data(37), 7), nn.CrossEntropyLoss()
+        train_model(loader, model, loss_fn, optimizer)
+        model[1] = nn.Dropout(0.5)
+        torch.rand(num_drawn)
+        return train_model(loader, model, loss_fn, optimizer)
+
+    assert run(0) == run(5)
 
 
 @pytest.mark.filterwarnings("ignore")  # of odd arguments
@@ -250,9 +299,9 @@ def fit_blocks(compile, tmp_path=None, num_samples=37, **choices):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own insides
-@pytest.mark.parametrize("compile, num_graphs", [(True, 2), ("regional", 6)])
+@pytest.mark.parametrize("compile, num_graphs", [(True, 2), ("regional", 2)])
 def test_short_last_batches_are_not_compiled_and_nothing_else_changes(compile, num_graphs, counted, tmp_path):
-    """One graph for training and one for evaluation; of regions: two layers and the block that repeats, twice each."""
+    """One graph for training and one for evaluation, of the model or of the block that repeats."""
     plain, expected, _ = fit_blocks(False)
     model, history, trainer = fit_blocks(compile, tmp_path / "run")
     assert counted.frame_count == num_graphs
@@ -265,9 +314,39 @@ def test_short_last_batches_are_not_compiled_and_nothing_else_changes(compile, n
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_the_launch_compiles_counts_as_little(monkeypatch):
+@pytest.mark.parametrize("compile", [True, "regional"])
+def test_a_compiled_model_follows_what_is_changed_in_the_users(compile, counted):
+    class Heats(Callback):
+        def on_epoch_end(self, trainer):
+            trainer.model.temperature *= 0.5
+            if trainer.state.epoch == 2:
+                trainer.model.blocks[1] = nn.Identity()
+
+    class Warm(Blocks):
+        temperature = 1.0
+
+        def forward(self, inputs):
+            return super().forward(inputs) * self.temperature
+
+    def run(compile):
+        torch.manual_seed(0)
+        model = Warm()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = quiet(num_epochs=3, compile=compile)
+        trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Heats()], config=config)
+        return trainer.fit(loader_of(make_data(37), 8), loader_of(make_data(29), 8)), model
+
+    (expected, _), (history, model) = run(False), run(compile)
+    assert history.train_losses == expected.train_losses and history.test_losses == expected.test_losses
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("regional", ["false", "true"])
+def test_what_the_launch_compiles_counts_as_little(monkeypatch, regional):
     torch._dynamo.reset()
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", regional)
     torch._dynamo.utils.counters.clear()
     fit_blocks(False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
@@ -326,6 +405,7 @@ HEAVY = ("torch", "torch._dynamo", "accelerate", "transformers", "datasets", "ma
 def test_nothing_is_imported_before_it_is_needed():
     assert modules_after("import accel_trainer") == []
     assert modules_after("from accel_trainer import TrainConfig; TrainConfig(patience=3)") == []
+    assert modules_after("import accel_trainer; accel_trainer.config.TrainConfig()") == []
     assert modules_after("from accel_trainer import Trainer, train_model, load_best") == ["torch", "accelerate"]
     assert "Trainer" in modules_after("import accel_trainer; print(*dir(accel_trainer))")
 
