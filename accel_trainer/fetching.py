@@ -118,23 +118,26 @@ class TableRows(Rows):
 
     def __init__(self, table: Any) -> None:
         self._table, self._format = table, table.format
-        self._like = _plain_columns(table)
+        some = sorted({0, len(table) // 2, len(table) - 1}) if len(table) else []
+        formatted = _numbers(table[some]) if some else None
+        self._like = None if formatted is None else _plain_columns(table, formatted)
         if self._like is not None:
             self._arrow = table.with_format("arrow", columns=list(self._like))
-            self.row_nbytes = sum(one.nbytes for one in self._like.values())
-            self.nbytes = self.row_nbytes * len(table)
-            if not self._reads_alike():
-                self._like = self.row_nbytes = None
+            if all(_same(formatted[name], column) for name, column in self._from_arrow(some).items()):  # type: ignore[index]
+                self.row_nbytes = sum(one.nbytes for one in self._like.values())
+                self.nbytes = self.row_nbytes * len(table)
+            else:
+                self._like = None
 
     def __call__(self, indices: Tensor) -> Any:
         """Return the rows of these indices."""
         rows = indices.tolist()
         if self._like is not None:
             return self._from_arrow(rows, copy=True)
-        formatted = self._table[rows]
-        if all(_stacks(column, len(rows)) for column in formatted.values()):
-            return {name: torch.as_tensor(column) for name, column in formatted.items()}
-        return default_collate(self._table.__getitems__(rows))  # text, ragged or nested columns
+        columns = _numbers(self._table[rows])
+        if columns is None:  # text, ragged or nested
+            return default_collate(self._table.__getitems__(rows))
+        return columns
 
     def loaded(self) -> TensorRows:
         """Return the whole table as tensors."""
@@ -148,15 +151,6 @@ class TableRows(Rows):
     def _from_arrow(self, rows: list[int] | slice, copy: bool = False) -> dict[str, Tensor]:
         table = self._arrow[rows]
         return {name: _column(table[name], like, copy) for name, like in self._like.items()}  # type: ignore[union-attr]
-
-    def _reads_alike(self) -> bool:
-        """Return whether a few rows are the same both ways."""
-        rows = sorted({0, len(self._table) // 2, len(self._table) - 1})
-        formatted = self._table[rows]
-        return all(
-            _stacks(formatted[name], len(rows)) and _same(torch.as_tensor(formatted[name]), column)
-            for name, column in self._from_arrow(rows).items()
-        )
 
 
 class SubsetRows(Rows):
@@ -234,20 +228,20 @@ def _is_table(dataset: Any) -> bool:
     return dataset.format["type"] in ("torch", "numpy") and not dataset.format["format_kwargs"]
 
 
-def _stacks(column: Any, num_rows: int) -> bool:
-    """Return whether a column came as one numeric array with a row per sample."""
-    is_numeric = isinstance(column, Tensor) or getattr(getattr(column, "dtype", None), "kind", "") in tuple("iufb")
-    return is_numeric and column.ndim > 0 and len(column) == num_rows
+def _numbers(columns: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Return formatted columns as tensors if each came as one numeric array with a row per sample, else `None`."""
+    for column in columns.values():
+        is_numeric = isinstance(column, Tensor) or getattr(getattr(column, "dtype", None), "kind", "") in tuple("iufb")
+        if not is_numeric or column.ndim == 0:
+            return None
+    return {name: torch.as_tensor(column) for name, column in columns.items()} or None
 
 
-def _plain_columns(table: Any) -> dict[str, Tensor] | None:
-    """Return the first row of each column, as it is formatted; `None` if not all are numbers, of one shape each."""
-    if not len(table) or table.format["output_all_columns"]:
+def _plain_columns(table: Any, formatted: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return a row of each column; `None` if not all are plain in the whole table."""
+    like = {name: column[0] for name, column in formatted.items()}
+    if table.format["output_all_columns"]:
         return None
-    formatted = table[[0]]
-    if not formatted or not all(_stacks(column, 1) for column in formatted.values()):
-        return None
-    like = {name: torch.as_tensor(column)[0] for name, column in formatted.items()}
     are_plain = all(_is_plain(chunk, one.shape) for name, one in like.items() for chunk in table.data[name].chunks)
     return like if are_plain else None
 

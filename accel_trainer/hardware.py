@@ -385,10 +385,12 @@ class Prepared:
     def _compile(self, compile: bool | Literal["regional"]) -> dict[nn.Module, Any]:
         """Compile the model, or return a compiled call for each of the blocks that it repeats."""
         plugin = self.hardware.accelerator.state.dynamo_plugin
+        how: dict[str, Any] = {}
         if self.hardware.compiler != "no":
-            how, compile = plugin.to_kwargs(), "regional" if plugin.use_regional_compilation else True
-        else:
-            how = {}
+            by_launch: bool | Literal["regional"] = (
+                "regional" if getattr(plugin, "use_regional_compilation", False) else True
+            )  # since 1.4
+            how, compile = plugin.to_kwargs(), compile or by_launch
         self.is_compiled = bool(compile)
         blocks = _repeated_blocks(self.plain) if compile == "regional" else []
         if compile and not blocks:

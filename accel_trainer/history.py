@@ -40,7 +40,8 @@ class History:
         metrics: Name of each metric -> its value on the test set per epoch.
         samples_per_second: Train samples of each epoch, over all processes, per second of waiting for data and
             computing.
-        epoch_seconds: Seconds that each epoch took, from the end of the one before to its own.
+        epoch_seconds: Seconds that each epoch took, from the end of the one before to its own; what is saved after an
+            epoch counts for the next, after the last for none.
         data_seconds: Those of them in which the training waited for data ...
         compute_seconds: ... computed, the time of callbacks included ...
         evaluation_seconds: ... evaluated the test set ...

