@@ -135,6 +135,7 @@ class Objective:
             rows is None
             or rows.row_nbytes is None
             or not rows.in_memory
+            or not rows.is_current  # a table that has been given another form
             or self._divisor.keywords["weight"] is not None
         ):
             return False
