@@ -197,7 +197,7 @@ class TrainingMemory(Memory):
         holds: Whether the batch under way is held back.
     """
 
-    _TRIALS = 3  # batches; the optimizer takes its memory in the first
+    _TRIALS = 2  # batches; the optimizer takes its memory at the end of the first
 
     def __init__(self, hardware: Hardware, feed: Feed) -> None:
         super().__init__(hardware, feed)

@@ -73,7 +73,7 @@ class Cell:
     @property
     def num_epochs(self) -> int:
         """Of a timed piece; on several processes what is done once, at the start, takes longer."""
-        return WORKLOADS[self.workload](self.small).num_epochs.get(self.data, 1) * (1 if self.processes == 1 else 3)
+        return WORKLOADS[self.workload](self.small).num_epochs.get(self.data, 1) * (1 if self.processes == 1 else 8)
 
     @property
     def device(self) -> str:

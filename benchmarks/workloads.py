@@ -71,7 +71,7 @@ def tiny(small: bool) -> Workload:
 
 
 def digits(small: bool) -> Workload:
-    epochs = {"tensors": 2, "dataset": 2, "workers": 2} if small else {"tensors": 60, "dataset": 20, "workers": 10}
+    epochs = {"tensors": 2, "dataset": 2, "workers": 2} if small else {"tensors": 60, "dataset": 60, "workers": 10}
     return Workload(make_mlp, digits_rows, torch.optim.SGD, {"lr": 0.01}, batch_size=32, num_epochs=epochs)
 
 
