@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .config import TrainConfig
     from .errors import CheckpointError, HardwareError, NonFiniteError, ProcessFailedError, StopTraining
     from .history import History
+    from .launching import launch
     from .loop import evaluate_model, train_model
     from .trainer import Trainer
     from .weights import load_best
@@ -40,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "evaluate_model",
+    "launch",
     "load_best",
     "train_model",
 ]
@@ -52,6 +54,7 @@ _HOMES = {
     "TrainConfig": "config",
     "Trainer": "trainer",
     "evaluate_model": "loop",
+    "launch": "launching",
     "load_best": "weights",
     "train_model": "loop",
 }

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import io
+import math
+import os
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of a notebook without ipywidgets, where the bar is one of text
+    from tqdm.auto import tqdm
 
 from .errors import StopTraining
+from .launching import call_in_launcher
+from .picture import figure_of_losses
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -113,29 +122,59 @@ def wants_bar() -> bool:
 
 
 class ProgressBar(Callback):
-    """Show the steps of an epoch, redrawn by time, on the main process only.
+    """Show where the epoch and the run are, redrawn by time, on the main process only.
 
     Args:
         num_steps: Steps of an epoch; `None` if unknown.
+        num_steps_of_run: Steps of the whole run; `None` if unknown.
+        batch_size: Samples per step; `None` if they vary.
     """
 
-    def __init__(self, num_steps: int | None) -> None:
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int | None, num_steps_of_run: int | None, batch_size: int | None) -> None:
+        self._num_steps, self._num_steps_of_run, self._batch_size = num_steps, num_steps_of_run, batch_size
         self._bar: Any = None
+        self._shown = math.nan
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Begin to measure the time of the run."""
+        self._started, self._step_at_start = time.perf_counter(), trainer.state.step
 
     def on_epoch_start(self, trainer: Trainer) -> None:
         """Open the bar of this epoch."""
-        self._bar = tqdm(total=self._num_steps, desc=f"Epoch {trainer.state.epoch}", leave=False, mininterval=0.2)
-        self._shown = trainer.state.recent_loss
+        place = "{bar} {n_fmt}/{total_fmt}" if self._num_steps else "step {n_fmt}"
+        shape = f"{{desc}} {place}  {{postfix[0]}}"
+        options: dict[str, Any] = {"bar_format": shape, "postfix": [""], "leave": False, "dynamic_ncols": True}
+        done = trainer.state.position % self._num_steps if self._num_steps else 0
+        label = f"Epoch {trainer.state.epoch}/{trainer.config.num_epochs}"
+        self._bar = tqdm(total=self._num_steps, initial=done, desc=label, mininterval=0.2, **options)
+        self._next = 0.0
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Count one step."""
         if self._bar is None:  # gone on within an epoch
             self.on_epoch_start(trainer)
+        now = time.perf_counter()
+        if now >= self._next:  # what follows the bar is put together no more often than it is seen
+            self._next = now + 0.2
+            self._bar.postfix[0] = self._told(trainer, now)
         self._bar.update()
-        if trainer.state.recent_loss != self._shown:
-            self._shown = trainer.state.recent_loss
-            self._bar.set_postfix(loss=f"{self._shown:.4f}", refresh=False)
+
+    def _told(self, trainer: Trainer, now: float) -> str:
+        """Return loss, rate, and the time left for the epoch and the run."""
+        parts = []
+        if not math.isnan(trainer.state.recent_loss):
+            parts.append(f"loss {trainer.state.recent_loss:.4f}")
+        done = trainer.state.step - self._step_at_start
+        per_step = (now - self._started) / max(done, 1)
+        if done:
+            rate, unit = (self._batch_size, "samples/s") if self._batch_size else (1, "steps/s")
+            parts.append(f"{rate / per_step:,.0f} {unit}")
+        if done and self._num_steps:
+            left = tqdm.format_interval(max(self._num_steps - self._bar.n, 0) * per_step)
+            if self._num_steps_of_run:
+                left += f", run {tqdm.format_interval(max(self._num_steps_of_run - trainer.state.step, 0) * per_step)}"
+            parts.append(f"left {left}")
+        return "  ".join(parts)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Take the bar away."""
@@ -149,6 +188,72 @@ class ProgressBar(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook, or was launched by one."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return "IPKernelApp" in getattr(shell, "config", {}) or os.environ.get(_OF_NOTEBOOK) == "1"
+
+
+_OF_NOTEBOOK = "ACCEL_TRAINER_IN_NOTEBOOK"
+
+
+class LiveCurve(Callback):
+    """Show train and test loss in a notebook, drawn anew as the epochs end, on the main process only.
+
+    Drawing takes a tenth of a second; it is done no more often than takes a twentieth of the time, and at the end.
+    """
+
+    _SHARE = 0.05
+
+    def __init__(self) -> None:
+        self._name, self._not_before = f"accel_trainer-{time.time_ns()}", 0.0
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Draw, if it is time."""
+        started = time.perf_counter()
+        if started >= self._not_before:
+            self._show(trainer)
+            ended = time.perf_counter()
+            self._not_before = ended + (ended - started) / self._SHARE
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Draw the last state."""
+        if trainer.history.num_epochs:
+            self._show(trainer)
+
+    def _show(self, trainer: Trainer) -> None:
+        history = trainer.history
+        losses = self._name, history.train_losses, history.test_losses, history.best_epoch
+        if not call_in_launcher(show_losses, *losses):
+            show_losses(*losses)
+
+
+def show_losses(name: str, train_losses: list[float], test_losses: list[float], best_epoch: int | None) -> None:
+    """Show the losses in the notebook of this process, in place of what was shown under that name before."""
+    from IPython.display import display
+
+    figure = figure_of_losses(train_losses, test_losses, best_epoch)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=90)
+    is_new = name not in _shown
+    _shown.add(name)
+    content = {"image/png": picture.getvalue(), "text/plain": "losses"}
+    display(content, raw=True, display_id=name, update=not is_new)  # type: ignore[no-untyped-call]
+
+
+_shown: set[str] = set()
+_STYLES = {"best": "\033[32m"}
+_PLAIN = "\033[0m"
+
+
+def styled(text: str, style: str) -> str:
+    """Return a text in a colour where it goes to a terminal that is not asked to be plain (NO_COLOR), else as it is."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+        return text
+    return f"{_STYLES[style]}{text}{_PLAIN}"
 
 
 def say(text: str) -> None:

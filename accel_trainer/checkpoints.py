@@ -30,14 +30,14 @@ from .weights import flush, read_weights, save_tensors
 if os.name == "posix":
     import fcntl
 
-__all__ = ["Checkpoint", "RunFolder", "Snapshot", "newest_step"]
+__all__ = ["Checkpoint", "RunFolder", "Snapshot", "is_in_use", "newest_step", "write_whole"]
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 _NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json", "history.jsonl")
 _KNOWN = (*_NEEDED, "progress.safetensors", "best/model.safetensors")
 _STEP = re.compile(r"step_(\d{8,})")
-_NOTES = ("preempted.json", "nonfinite.json")
+_NOTES = ("preempted.json", "nonfinite.json")  # of how a run has ended
 _LARGEST_JSON = 2**28  # bytes: more is not ours
 _LOCK_SECONDS = 10.0  # for the last of a run that was told to leave
 
@@ -133,8 +133,31 @@ def _put_in_place(path: Path, write: Callable[[Path], None]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    _put_in_place(path, lambda beside: _write(beside, content))
+def write_whole(path: Path, content: bytes, flushed: bool = True) -> None:
+    """Write a file whole or not at all; `flushed` sees it through to the disk, for what cannot be made again.
+
+    Raises:
+        OSError: It could not be written; the one before is untouched.
+    """
+
+    def write(beside: Path) -> None:
+        beside.write_bytes(content)
+        if flushed:
+            flush(beside)
+
+    _put_in_place(path, write)
+
+
+def is_in_use(run_dir: Path) -> bool:
+    """Return whether a run of another process goes on in a folder."""
+    if os.name != "posix" or not (run_dir / ".lock").exists():
+        return False
+    with open(run_dir / ".lock", "rb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -297,7 +320,7 @@ class RunFolder:
             else:
                 self._check_unused()  # another may have come first
             self.best_path.parent.mkdir(exist_ok=True)
-            _write_whole(self.path / "history.jsonl", b"".join(self._lines))
+            write_whole(self.path / "history.jsonl", b"".join(self._lines))
         except FileExistsError:
             raise
         except OSError as error:
@@ -354,7 +377,7 @@ class RunFolder:
         if steps_in(self._checkpoints):
             return
         with suppress(OSError):
-            for name in ("config.json", "environment.json", "history.jsonl", "preempted.json", ".lock"):
+            for name in ("config.json", "environment.json", "history.jsonl", "preempted.json", "report.html", ".lock"):
                 _remove(self.path / name)
             for name in ("best", "checkpoints", ""):
                 if (self.path / name).is_dir():
@@ -365,7 +388,8 @@ class RunFolder:
     def _clean(self) -> None:
         """Remove what a crash has left half done."""
         with suppress(OSError):
-            names = ("config.json", "environment.json", "history.jsonl", "best/model.safetensors", *_NOTES)
+            files = ("config.json", "environment.json", "history.jsonl", "report.html", "evaluations.json")
+            names = [*files, "best/model.safetensors", *_NOTES]
             halves = [self.path / f"{name}.part" for name in names]
             for path in [*halves, self.path / "losses.part.png", *self._checkpoints.glob(".step_*.part")]:
                 _remove(path)
@@ -396,7 +420,7 @@ class RunFolder:
         _remove(self.best_path)
         if best.exists():
             _link(best, self.best_path)
-        for name in _NOTES:
+        for name in (*_NOTES, "evaluations.json"):  # which are of weights that are not the last any more
             _remove(self.path / name)
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -477,7 +501,7 @@ class RunFolder:
             path = self.path / "history.jsonl"
             if not self._is_complete or not path.is_file():
                 self.path.mkdir(parents=True, exist_ok=True)
-                _write_whole(path, self.history)
+                write_whole(path, self.history)
                 return
             with open(path, "ab", buffering=0) as file:
                 size = file.tell()
@@ -493,24 +517,21 @@ class RunFolder:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the folder."""
         text = json.dumps(encode(content), indent=2, default=str) + "\n"
-        self.attempt(name, lambda: _write_whole(self.path / name, text.encode()))
+        self.attempt(name, lambda: write_whole(self.path / name, text.encode()))
 
     def read_best(self) -> dict[str, Tensor]:
         """Return the best weights by name."""
         return read_weights(self.best_path)
 
     def draw(self, history: History) -> None:
-        """Draw `losses.png`; without matplotlib there is none."""
+        """Draw `losses.png`."""
 
         def draw() -> None:
             beside = self.path / "losses.part.png"
             history.plot(beside)
             os.replace(beside, self.path / "losses.png")
 
-        try:
-            self.attempt("losses.png", draw)
-        except ModuleNotFoundError as error:
-            warnings.warn(f"No losses.png: {error}", stacklevel=2)
+        self.attempt("losses.png", draw)
 
     def attempt(self, name: str, write: Callable[[], object]) -> bool:
         """Write, and return whether that succeeded; a disk that is full or gone is no error of the training."""

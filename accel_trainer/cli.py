@@ -1,14 +1,27 @@
-"""The command line: `python -m accel_trainer parity [my_module:make_run]`."""
+"""The command line: `accel_trainer COMMAND`, `python -m accel_trainer`, `accelerate launch -m accel_trainer`.
+
+train, evaluate, check and parity work on a run function, named as `my_module:make_run` or `path/to/script.py:make_run`:
+it takes a `TrainConfig` and returns a dictionary of what `Trainer` takes, with its loaders.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import difflib
 import json
+import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+
+from .config import TrainConfig
 
 if TYPE_CHECKING:
     from .parity import Row
@@ -17,78 +30,239 @@ __all__ = ["main"]
 
 # Imports of torch wait until the arguments are known to be right.
 
+_RUN = "your run function, as my_module:make_run or path/to/script.py:make_run"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 for a broken promise, 2 for wrong arguments."""
-    options = _parser().parse_args(arguments)
-    code: int = options.command(options)
-    return code
+    """Run a command and return its exit code: 0, 1 for what is not as it should be, 2 for wrong arguments."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return _COMMANDS[options.command](options[options.command])
+    except _WrongError as error:
+        return _fail(str(error))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m accel_trainer", description="One training run on any hardware.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    parity = commands.add_parser(
-        "parity",
-        help="train under every layout of this machine and compare",
-        description="Train a small model under every layout this machine has - processes, GPUs, precision, "
-        "micro-batches, bitwise on and off - and compare losses and weights with what is promised. Exit code 1: a "
-        "promise is broken.",
-    )
-    parity.set_defaults(command=_parity)
-    parity.add_argument(
-        "run",
-        nargs="?",
-        help="your own run function, as my_module:make_run or path/to/script.py:make_run: it takes a TrainConfig and "
-        "returns a dictionary of what Trainer takes, with train_loader and test_loader (default: handwritten digits)",
-    )
-    parity.add_argument(
-        "--processes",
-        type=_at_least_one,
-        nargs="+",
-        default=[1, 2, 3, 4],
-        help="numbers of CPU processes (default: 1 2 3 4)",
-    )
-    parity.add_argument(
-        "--num_micro_batches", type=_at_least_one, default=8, help="the fixed number of most rows (default: 8)"
-    )
-    parity.add_argument("--num_epochs", type=_at_least_one, default=2, help="epochs of each run (default: 2)")
-    parity.add_argument("--max_steps", type=_at_least_one, help="steps of each run at most (default: no limit)")
-    parity.add_argument("--seed", type=int, default=0, help="seed of each run (default: 0)")
-    parity.add_argument(
-        "--timeout", type=_at_least_one, default=1800, help="seconds that one run may take (default: 1800)"
-    )
-    printed = parity.add_mutually_exclusive_group()
-    printed.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="(default: table)")
-    printed.add_argument(
-        "--markdown", dest="format", action="store_const", const="markdown", help="a table for a README or an issue"
-    )
+class _WrongError(Exception):
+    """What was given is wrong; told in one line."""
+
+
+class _Parser(ArgumentParser):
+    """Tell a wrong argument in one line, with the nearest right one; on several processes once."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(message.split())
+        for wrong in re.findall(r"--\w+", text) or re.findall(r"'(\w+)'", text):
+            near = difflib.get_close_matches(wrong, [*self._words()], n=1)
+            if near and near[0] != wrong:
+                text += f" Did you mean {near[0]}?"
+                break
+        raise SystemExit(_fail(text))
+
+    def _words(self) -> Iterator[str]:
+        for action in self._actions:
+            yield from action.option_strings
+            for name, parser in (action.choices or {}).items() if isinstance(action.choices, dict) else ():
+                yield name
+                if isinstance(parser, _Parser):
+                    yield from parser._words()
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="accel_trainer", description="One training run on any hardware.")
+    commands = parser.add_subcommands(dest="command", metavar="COMMAND")
+    for name, (told, fill) in _FILL.items():
+        sub = _Parser(description=f"{told[0].upper()}{told[1:]}.")
+        fill(sub)
+        commands.add_subcommand(name, sub, help=told)
     return parser
 
 
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def _fill_train(parser: _Parser) -> None:
+    parser.add_argument("run", type=str, help=_RUN)
+    _add_config(parser)
+
+
+def _fill_evaluate(parser: _Parser) -> None:
+    parser.add_argument("run", type=str, help=_RUN)
+    parser.add_argument("run_dir", type=str, help="folder of a run, whose best weights are evaluated")
+    parser.add_argument("--loader", type=str, help="final_loader, test_loader or train_loader (default: the first)")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
+
+
+def _fill_check(parser: _Parser) -> None:
+    parser.add_argument("run", type=str, help=_RUN)
+    _add_config(parser)
+
+
+def _fill_report(parser: _Parser) -> None:
+    parser.add_argument("runs", type=str, nargs="+", help="run folders; several are put side by side")
+    parser.add_argument("--output", type=str, help="the page to write (default: report.html, of one run in its folder)")
+
+
+def _fill_runs(parser: _Parser) -> None:
+    parser.add_argument("folder", type=str, nargs="?", default="runs", help="looked through for runs")
+
+
+def _fill_parity(parser: _Parser) -> None:
+    parser.add_argument("run", type=str, nargs="?", help=f"{_RUN} (default: handwritten digits)")
+    parser.add_argument(
+        "--processes", type=PositiveInt, nargs="+", default=[1, 2, 3, 4], help="numbers of CPU processes"
+    )
+    parser.add_argument("--num_micro_batches", type=PositiveInt, default=8, help="the fixed number of most rows")
+    parser.add_argument("--num_epochs", type=PositiveInt, default=2, help="epochs of each run")
+    parser.add_argument("--max_steps", type=PositiveInt | None, help="steps of each run at most")
+    parser.add_argument("--seed", type=int, default=0, help="seed of each run")
+    parser.add_argument("--timeout", type=PositiveInt, default=1800, help="seconds that one run may take")
+    printed = parser.add_mutually_exclusive_group()
+    printed.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="what is printed")
+    printed.add_argument("--markdown", action="store_true", help="a table for a README or an issue")
+
+
+def _add_config(parser: _Parser) -> None:
+    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    parser.add_class_arguments(TrainConfig)
+
+
+_FILL = {
+    "train": ("train a run function under this launch, and evaluate its final_loader", _fill_train),
+    "evaluate": ("evaluate the best weights of a run", _fill_evaluate),
+    "check": (
+        "try two steps on the full layout: does it fit, agree, save, load, and how long will it take",
+        _fill_check,
+    ),
+    "parity": ("train under every layout of this machine and compare with what is promised", _fill_parity),
+    "report": ("write the page of a run, or of several side by side", _fill_report),
+    "runs": ("list the runs in a folder", _fill_runs),
+}
+
+
+def _config_of(options: Namespace, **more: Any) -> TrainConfig:
+    values = {name: options[name] for name in TrainConfig.__dataclass_fields__}
+    try:
+        return TrainConfig(**(values | more))
+    except ValueError as error:
+        raise _WrongError(str(error)) from None
+
+
+def _made(name: str, config: TrainConfig) -> tuple[Any, dict[str, Any]]:
+    """Return the `Trainer` of a run function and its loaders."""
+    _check_run_function(name)
+    from .run_functions import make_run
+    from .trainer import Trainer
+
+    try:
+        of_trainer, loaders = make_run(name, config)
+        return Trainer(**{"config": config} | {"loss_fn": None} | of_trainer), loaders
+    except (ValueError, TypeError) as error:
+        raise _WrongError(str(error)) from error
+
+
+# --- train, evaluate, check -------------------------------------------------------------------------------------------
+
+
+def _train(options: Namespace) -> int:
+    trainer, loaders = _made(options.run, _config_of(options))
+    trainer.fit(loaders["train_loader"], loaders.get("test_loader"))
+    if "final_loader" in loaders:
+        _print_scores("Final evaluation", trainer.evaluate(loaders["final_loader"]), trainer.is_main_process)
+    return 0
+
+
+def _print_scores(told: str, scores: dict[str, float], is_main: bool) -> None:
+    if is_main:
+        print(f"{told}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
+
+
+def _evaluate(options: Namespace) -> int:
+    _check_run_function(options.run)
+    from .report import RunRecord, keep_evaluation, page_of
+
+    try:
+        record = RunRecord.load(options.run_dir)
+    except (FileNotFoundError, ValueError) as error:
+        return _fail(str(error))
+    asked = {name: value for name, value in record.asked.items() if name in TrainConfig.__dataclass_fields__}
+    config = TrainConfig(**asked | {"run_dir": None, "resume": False, "checkpoint_every": None})
+    trainer, loaders = _made(options.run, config)
+    name = options.loader or next(one for one in ("final_loader", "test_loader", "train_loader") if one in loaders)
+    if name not in loaders:
+        return _fail(f"{options.run} returns no {name!r}, but {', '.join(loaders)}.")
+    from .weights import load_best
+
+    load_best(trainer.model, record.path)
+    scores = trainer.evaluate(loaders[name])
+    if trainer.is_main_process:
+        num_samples = len(loaders[name].dataset) if hasattr(loaders[name].dataset, "__len__") else None
+        keep_evaluation(page_of(record), num_samples, record.history.best_epoch, scores)
+    if options.format == "json":
+        print(json.dumps(scores) if trainer.is_main_process else "", end="\n" if trainer.is_main_process else "")
+    else:
+        told = f"{name} with the weights of epoch {record.history.best_epoch}"
+        _print_scores(told, scores, trainer.is_main_process)
+    return 0
+
+
+def _check(options: Namespace) -> int:
+    from .preflight import check
+
+    _check_run_function(options.run)
+    return check(options.run, _config_of(options, run_dir=None, resume=False, checkpoint_every=None), options.run_dir)
+
+
+# --- report, runs -----------------------------------------------------------------------------------------------------
+
+
+def _report(options: Namespace) -> int:
+    from .checkpoints import write_whole
+    from .report import RunRecord, render
+
+    try:
+        records = [RunRecord.load(one) for one in options.runs]
+        default = records[0].path / "report.html" if len(records) == 1 else Path("report.html")
+        output = Path(options.output) if options.output else default
+        write_whole(output, render(records).encode())
+    except (OSError, ValueError) as error:
+        return _fail(str(error))
+    print(output)
+    return 0
+
+
+def _runs(options: Namespace) -> int:
+    from .report import runs_in
+
+    try:
+        records = runs_in(options.folder)
+    except FileNotFoundError as error:
+        return _fail(str(error))
+    cells = [("run", "state", "epochs", "best epoch", "best value", "changed", "how it ended")]
+    for record in records:
+        history, of = record.history, record.asked.get("num_epochs", "?")
+        best = "-" if history.best_value is None else f"{record.monitor} {history.best_value:.5g}"
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.changed))
+        name = os.path.relpath(record.path, options.folder)
+        epochs = f"{history.num_epochs}/{of}"
+        cells.append((name, record.state, epochs, str(history.best_epoch or "-"), best, when, record.told))
+    print("\n".join(_aligned(cells)) if records else f"No runs in {options.folder}.")
+    return 0
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of a table whose columns are as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-def _parity(options: argparse.Namespace) -> int:
-    from .config import TrainConfig
-
+def _parity(options: Namespace) -> int:
+    if options.run is not None:
+        _check_run_function(options.run)
+    max_steps = None if options.max_steps is None else int(options.max_steps)
+    choices = {"num_epochs": int(options.num_epochs), "max_steps": max_steps, "seed": options.seed}
     try:
-        if options.run is not None:
-            _check_run_function(options.run)
-        config = TrainConfig(
-            num_epochs=options.num_epochs,
-            max_steps=options.max_steps,
-            seed=options.seed,
-            verbose=False,
-            restore_best=False,
-        )
+        config = TrainConfig(**choices, verbose=False, restore_best=False)
     except ValueError as error:
         return _fail(str(error))
 
@@ -98,16 +272,20 @@ def _parity(options: argparse.Namespace) -> int:
     from .parity import Parity, plan
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cases = plan(options.run, options.processes, options.num_micro_batches, num_gpus)
+    cases = plan(options.run, [int(one) for one in options.processes], int(options.num_micro_batches), num_gpus)
     rows: list[Row] = []
     try:
         with _ended_by_sigterm():
-            rows.extend(Parity(config, _say, options.timeout).rows(cases))
+            rows.extend(Parity(config, _say, int(options.timeout)).rows(cases))
     except ProcessFailedError as error:
         return _fail(f"the run fails under the first layout already, one process: {error}{_hint(str(error))}")
     except KeyboardInterrupt:
         _say("Interrupted.")
-    print({"table": _table, "markdown": _markdown, "json": _json}[options.format](rows))
+    print(
+        {"table": _table, "markdown": _markdown, "json": _json}["markdown" if options.markdown else options.format](
+            rows
+        )
+    )
     if len(rows) < len(cases) and not any(row.case.promise == "cut" and row.kept is None for row in rows):
         return 130
     return 1 if any(row.kept is False for row in rows) else 0
@@ -120,10 +298,11 @@ def _check_run_function(name: str) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             find_run_function(name)
-    except (ValueError, SystemExit):
-        raise
+    except ValueError as error:
+        raise _WrongError(str(error)) from None
     except Exception as error:
-        raise ValueError(f"{name.partition(':')[0]} cannot be imported: {type(error).__name__}: {error}") from error
+        told = f"{name.partition(':')[0]} cannot be imported: {type(error).__name__}: {error}"
+        raise _WrongError(told) from error
 
 
 def _hint(error: str) -> str:
@@ -133,7 +312,8 @@ def _hint(error: str) -> str:
 
 
 def _fail(text: str) -> int:
-    print(f"error: {text}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {text}", file=sys.stderr)
     return 2
 
 
@@ -174,10 +354,7 @@ def _json(rows: list[Row]) -> str:
 def _table(rows: list[Row]) -> str:
     lines: list[str] = []
     for name, cells in _blocks(rows):
-        widths = [max(len(text) for text in column) for column in zip(_TITLES, *cells, strict=True)]
-        lines += ["", name]
-        for line in [_TITLES, *cells]:
-            lines.append("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        lines += ["", name, *_aligned([_TITLES, *cells])]
     return "\n".join([*lines, "", *_notes(rows), _summary(rows)])
 
 
@@ -218,3 +395,13 @@ def _summary(rows: list[Row]) -> str:
     also = f" {unjudged} could not be judged: see above." if unjudged else ""
     told = f"{broken} of {broken + kept} promises broken." if broken else f"{kept} of {kept} promises kept."
     return told + also
+
+
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "check": _check,
+    "parity": _parity,
+    "report": _report,
+    "runs": _runs,
+}

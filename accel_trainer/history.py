@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .report import draw_losses
+from .picture import draw_losses
 
-__all__ = ["History"]
+__all__ = ["SERIES", "History"]
 
-_PER_EPOCH = {
+# Name of a value of one epoch -> the attribute of `History` that has all of them.
+SERIES = {
     "train_loss": "train_losses",
     "test_loss": "test_losses",
     "learning_rate": "learning_rates",
@@ -81,13 +82,13 @@ class History:
         """Append one epoch; a value of `None` is left out."""
         for name, value in values.items():
             if value is not None:
-                getattr(self, _PER_EPOCH[name]).append(value)
+                getattr(self, SERIES[name]).append(value)
         for name, value in (metrics or {}).items():
             self.metrics.setdefault(name, []).append(value)
 
     def last(self) -> dict[str, Any]:
         """Return what was recorded for the last epoch, by name."""
-        values = {name: getattr(self, series) for name, series in _PER_EPOCH.items()}
+        values = {name: getattr(self, series) for name, series in SERIES.items()}
         row = {name: series[-1] for name, series in values.items() if series}
         return row | {"metrics": {name: series[-1] for name, series in self.metrics.items()}}
 
@@ -96,11 +97,7 @@ class History:
         return asdict(self)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the losses into an image file; its ending chooses the format.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-        """
+        """Draw the losses into an image file; its ending chooses the format."""
         draw_losses(path, self.train_losses, self.test_losses, self.best_epoch)
 
     def overfitting(self) -> str | None:
@@ -147,7 +144,7 @@ class History:
 
     def _take_in(self, row: dict[str, Any]) -> None:
         if "epoch" in row:
-            self.record(metrics=row["metrics"], **{name: row.get(name) for name in _PER_EPOCH})
+            self.record(metrics=row["metrics"], **{name: row.get(name) for name in SERIES})
         for name in ("best_epoch", "best_value", "stop_reason"):
             setattr(self, name, row.get(name))
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -14,7 +17,7 @@ from typing import Any
 
 from .errors import ProcessFailedError
 
-__all__ = ["run_on_processes"]
+__all__ = ["call_in_launcher", "launch", "run_on_processes"]
 
 _GRACE_SECONDS = 15.0  # for the others to end after one has failed
 
@@ -25,6 +28,7 @@ def run_on_processes(
     *args: Any,
     environment: Mapping[str, str] | None = None,
     timeout: float | None = None,
+    on_message: Callable[[Any], None] | None = None,
 ) -> list[Any]:
     """Call a function in new processes, which form a group, and return what each returned.
 
@@ -37,6 +41,8 @@ def run_on_processes(
         *args: For the function.
         environment: Variables to add to this process's own.
         timeout: Seconds that it may take; `None` for no limit.
+        on_message: Takes what they print. They are then interrupted as this process is, and may end in order; the
+            second time they are killed.
 
     Raises:
         ProcessFailedError: With the traceback of the process that failed first.
@@ -50,11 +56,16 @@ def run_on_processes(
         for rank in range(num_processes):
             variables = _variables(rank, num_processes, port) | dict(environment or {})
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(sender, start_method, variables, function, args))
+            process = context.Process(
+                target=_child, args=(sender, start_method, variables, on_message is not None, function, args)
+            )
             process.start()
             processes[receiver] = process
             sender.close()
-        return _collect(processes, None if timeout is None else time.monotonic() + timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if on_message is None:
+            return _collect(processes, deadline)
+        return _collect_interruptibly(processes, deadline, on_message)
     except BaseException:
         for process in processes.values():
             process.kill()
@@ -62,6 +73,120 @@ def run_on_processes(
     finally:
         for process in processes.values():
             process.join()
+
+
+def launch(function: Callable[..., Any], *args: Any, num_processes: int | None = None) -> Any:
+    """Run a function on several processes of this machine and return what the main process returns.
+
+    For notebooks, and for scripts that want to start the processes themselves. The function may be one of the
+    notebook: it, what it refers to, its arguments and its result travel as copies. The processes are new ones, so
+    nothing that this one has done with devices or Accelerate stands in the way; the port is always a free one. What
+    they print appears here. Interrupting the notebook interrupts them, as Ctrl-C does: `fit` then saves and returns.
+
+    Args:
+        function: What to run on each process; it makes the model, the loaders and the `Trainer`.
+        *args: For the function.
+        num_processes: How many, at least 1; `None` starts one per GPU, or one where there is none.
+
+    Returns:
+        The result of the main process.
+
+    Raises:
+        ValueError: A number of processes that is not possible, or called within a launched process.
+        ProcessFailedError: With the traceback of the process that failed first.
+
+    Example:
+        >>> def double(number):
+        ...     return 2 * number
+        >>> launch(double, 21, num_processes=1)
+        42
+    """
+    import cloudpickle
+
+    if num_processes is None:
+        import torch
+
+        num_processes = max(torch.cuda.device_count(), 1)
+    if type(num_processes) is not int or num_processes < 1:
+        raise ValueError(f"num_processes must be a whole number of at least 1, or None, got {num_processes!r}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("launch starts processes, and this is one of several already: call the function itself.")
+    sent = cloudpickle.dumps((function, args))
+    sent = cloudpickle.dumps((function, args))
+    environment = {"ACCEL_TRAINER_IN_NOTEBOOK": "1"} if "ipykernel" in sys.modules else {}
+    results = run_on_processes(num_processes, _call, sent, environment=environment, on_message=_show)
+    return cloudpickle.loads(results[0])
+
+
+def _call(sent: bytes) -> bytes | None:
+    """Call what `launch` was given, in one of its processes."""
+    import cloudpickle
+
+    function, args = cloudpickle.loads(sent)
+    result = function(*args)
+    return cloudpickle.dumps(result) if os.environ.get("RANK", "0") == "0" else None
+
+
+def _show(message: Any) -> None:
+    """Show what a launched process has printed or drawn."""
+    if isinstance(message, str):
+        sys.stdout.write(message)
+        sys.stdout.flush()
+    else:
+        function, *args = message
+        function(*args)
+
+
+class _Channel:
+    """What a launched process sends to the one that has launched it: its output, and calls to make there."""
+
+    encoding = "utf-8"
+
+    def __init__(self, sender: Connection) -> None:
+        self._sender, self._lock = sender, threading.Lock()
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        self._line += text
+        if text.endswith("\n"):  # whole lines: those of several processes do not mix
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        if self._line:
+            text, self._line = self._line, ""
+            self.send(_Message(text))
+
+    def isatty(self) -> bool:
+        return False
+
+    def send(self, content: Any) -> None:
+        with self._lock:
+            self._sender.send(content)
+
+
+_channel: _Channel | None = None  # in a launched process
+
+
+def call_in_launcher(function: Callable[..., Any], *args: Any) -> bool:
+    """Call a function where `launch` was called; return `False` in a process that was not launched so.
+
+    Args:
+        function: Importable by name.
+        *args: Plain data.
+    """
+    if _channel is None:
+        return False
+    _channel.send(_Message((function, *args)))
+    return True
+
+
+def _end_with_launcher() -> None:
+    """End this process when the one that has launched it is gone, and with it the server that this is forked from."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _variables(rank: int, num_processes: int, port: str) -> dict[str, str]:
@@ -92,9 +217,16 @@ def _child(
     sender: Connection,
     start_method: str,
     variables: dict[str, str],
+    tells: bool,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    global _channel
+    if tells:
+        os.setpgid(0, 0)  # interrupted once, by the one that has launched it
+        threading.Thread(target=_end_with_launcher, daemon=True).start()
+        _channel = _Channel(sender)
+        sys.stdout = sys.stderr = _channel
     os.environ.clear()
     os.environ.update(variables)
     multiprocessing.set_start_method(start_method, force=True)
@@ -107,20 +239,61 @@ def _child(
     except BaseException as error:
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         outcome = _Failure(text, isinstance(error, ProcessFailedError))
-    sender.send(outcome)
-    sender.close()
+    if _channel is not None:
+        _channel.flush()
+    (_channel or sender).send(outcome)
+    if _channel is None:
+        sender.close()
 
 
-def _collect(processes: dict[Any, Any], deadline: float | None) -> list[Any]:
-    """Return the results in the order of the processes; wait for the others a little when one has failed."""
+@dataclass(frozen=True)
+class _Message:
+    """What is no result."""
+
+    content: Any
+
+
+def _collect_interruptibly(
+    processes: dict[Any, Any], deadline: float | None, on_message: Callable[[Any], None]
+) -> list[Any]:
+    """Return the results; the first interrupt goes to the processes, whose results are still waited for.
+
+    Raises:
+        KeyboardInterrupt: They do not end in order on it, or it has come again.
+    """
     outcomes: dict[Any, Any] = {}
+    try:
+        return _collect(processes, deadline, outcomes, on_message)
+    except KeyboardInterrupt:
+        for process in processes.values():
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+    try:
+        return _collect(processes, deadline, outcomes, on_message)
+    except ProcessFailedError as error:
+        raise KeyboardInterrupt("interrupted") from error
+
+
+def _collect(
+    processes: dict[Any, Any],
+    deadline: float | None,
+    outcomes: dict[Any, Any] | None = None,
+    on_message: Callable[[Any], None] | None = None,
+) -> list[Any]:
+    """Return the results in the order of the processes; wait for the others a little when one has failed."""
+    outcomes = {} if outcomes is None else outcomes
     while len(outcomes) < len(processes):
         left = None if deadline is None else max(deadline - time.monotonic(), 0)
         ready: list[Any] = wait([pipe for pipe in processes if pipe not in outcomes], timeout=left)
         if not ready:
             break
         for pipe in ready:
-            outcomes[pipe] = _received(pipe, processes[pipe])
+            received = _received(pipe, processes[pipe])
+            if isinstance(received, _Message):
+                if on_message is not None:
+                    on_message(received.content)
+                continue
+            outcomes[pipe] = received
             if isinstance(outcomes[pipe], _Failure):
                 grace = time.monotonic() + _GRACE_SECONDS
                 deadline = grace if deadline is None else min(deadline, grace)

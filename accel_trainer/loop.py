@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .batches import Feed, MicroBatch, check_loader
-from .callbacks import say
+from .callbacks import say, styled
 from .checkpoints import RunFolder
 from .clock import Clock
 from .config import TrainConfig
@@ -41,6 +41,7 @@ from .losses import (
 from .memory import TrainingMemory, keep_data, until_it_fits
 from .randomness import EVALUATION, TRAINING, Draws, derive_seed, draws_of, preserved
 from .reductions import ChainSum, TreeSum, are_same_everywhere
+from .report import LivePage
 from .saving import Saver
 from .schedules import Schedule
 from .state import RunState
@@ -143,6 +144,7 @@ class Run:
     history: History
     saver: Saver
     folder: RunFolder | None
+    page: LivePage | None
     monitor: str
     announce: Callable[[str], None]
 
@@ -526,8 +528,20 @@ def report_epoch(run: Run) -> None:
     row = {"epoch": state.epoch, "step": state.step} | history.last()
     if run.folder is not None:
         run.folder.append_history(row | {"best_epoch": state.best_epoch, "best_value": state.best_value})
-    test = f", Test Loss: {row['test_loss']:.4f}" if "test_loss" in row else ""
-    run.announce(f"Epoch {state.epoch}/{run.training.config.num_epochs} - Train Loss: {row['train_loss']:.4f}{test}")
+    told = f"Epoch {state.epoch}/{run.training.config.num_epochs} - Train Loss: {row['train_loss']:.4f}"
+    told += f", Test Loss: {row['test_loss']:.4f}" if "test_loss" in row else ""
+    told += "".join(f", {name}: {value:.4f}" for name, value in row["metrics"].items())
+    run.announce(styled(told + " (best)", "best") if state.best_epoch == state.epoch else told)
+    write_page(run, "running")
+
+
+def write_page(run: Run, state: str) -> None:
+    """Let the page of the run show its present state; while it is running, only as often as that costs nothing."""
+    page, folder = run.page, run.folder
+    if page is None or folder is None or (state == "running" and not page.is_due()):
+        return
+    with run.training.clock.measured("saving_seconds"):
+        folder.attempt("report.html", lambda: page.write(state))
 
 
 def must_skip(training: Training) -> bool:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from . import loop, resuming
 from .batches import Feed, Layout, check_loader, dataset_order, describe_batch, is_stream, num_batches, sampler_of
-from .callbacks import HOOKS, Callback, Callbacks, ProgressBar, say, wants_bar
+from .callbacks import HOOKS, Callback, Callbacks, LiveCurve, ProgressBar, in_notebook, say, styled, wants_bar
 from .clock import advice
 from .config import TrainConfig
 from .environment import describe_environment
@@ -31,6 +32,7 @@ from .history import History
 from .losses import Metrics, Objective, Totals
 from .memory import keep_data
 from .randomness import preserved
+from .report import LivePage, keep_evaluation
 from .saving import Saver
 from .schedules import Schedule, check_scheduler, settings_of
 from .state import RunState
@@ -120,6 +122,7 @@ class Trainer:
         self._settings_after: list[dict[str, Any]] | None = None
         self.history = History()
         self.state = RunState()
+        self._page: LivePage | None = None
         self.is_main_process = True
 
     # --- fit ----------------------------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ class Trainer:
         """
         if self.optimizer is None:
             raise ValueError("fit needs an optimizer; this Trainer was made without one.")
-        self.history, self.state = History(), RunState()
+        self.history, self.state, self._page = History(), RunState(), None
         with self._session() as (hardware, board):
             monitor = self._check_fit(train_loader, test_loader)
             if hardware.num_processes > 1:
@@ -217,6 +220,7 @@ class Trainer:
             history=self.history,
             saver=Saver(config, self.model, found.folder, hardware.is_main, *parts),
             folder=found.folder,
+            page=None if found.folder is None else LivePage(found.folder.path, self.history),
             monitor=monitor,
             announce=announce,
         )
@@ -224,12 +228,17 @@ class Trainer:
         if found.folder is not None:
             found.folder.write_json("environment.json", describe_environment(hardware.describe()))
             _write_config(run, identity)
+            loop.write_page(run, "running")
         return run
 
     def _attach_callbacks(self, training: loop.Training, with_bar: bool) -> None:
         callbacks = list(self._callbacks)
         if with_bar:
-            callbacks.append(ProgressBar(self.config.steps_per_epoch or num_batches(training.feed.loader)))
+            loader = training.feed.loader
+            num_steps = self.config.steps_per_epoch or num_batches(loader)
+            callbacks.append(ProgressBar(num_steps, _num_steps(self.config, loader), loader.batch_size))
+        if training.hardware.is_main and self.config.verbose and in_notebook():
+            callbacks.append(LiveCurve())
         listeners = Callbacks(callbacks)
         training.call = lambda hook: self._call(listeners, training.stopping, hook)
         training.watched = frozenset(filter(listeners.listens, HOOKS))
@@ -266,6 +275,7 @@ class Trainer:
         if self.config.restore_best and state.best_epoch is not None and moved_on and not leaves:
             run.saver.restore_best(run.training.hardware.num_processes)
         finish(run)
+        self._page = run.page
         run.training.call("on_fit_end")
 
     def _rewind(self, optimizer: Optimizer) -> None:
@@ -293,6 +303,8 @@ class Trainer:
 
         Call it on every process: they share the work.
 
+        After a `fit` with a `run_dir`, the scores are kept in its `evaluations.json` and shown in its `report.html`.
+
         Args:
             loader: Its batches are divided over the processes; each sample counts once. An empty one gives nan.
 
@@ -304,7 +316,11 @@ class Trainer:
             if prepared.hardware.num_processes > 1:
                 self._metrics.check_merging()
             feed = self._feed(loader, prepared.hardware, "loader")
-            return loop.evaluate(prepared, self._objective, feed, self._metrics)  # type: ignore[return-value]
+            scores: dict[str, float] = loop.evaluate(prepared, self._objective, feed, self._metrics)  # type: ignore[assignment]
+            if self._page is not None and prepared.hardware.is_main:
+                epoch = self.state.best_epoch if self.config.restore_best else self.state.epoch
+                keep_evaluation(self._page, None if is_stream(loader) else len(dataset_order(loader)), epoch, scores)
+            return scores
 
     def predict(self, loader: DataLoader[Any]) -> Any:
         """Return the model's outputs for every sample once, in dataset order, in host memory.
@@ -456,14 +472,16 @@ def _write_config(run: loop.Run, identity: dict[str, Any]) -> None:
     run.folder.write_json("config.json", {"asked": asdict(training.config), "resolved": resolved, "identity": identity})
 
 
-def finish(run: loop.Run) -> None:
-    """Say how the run ended and draw it."""
+def finish(run: loop.Run, is_failed: bool = False) -> None:
+    """Say how the run ended, and show it in picture and page."""
     history, state = run.history, run.training.state
     if run.folder is not None:
         summary = {"stop_reason": history.stop_reason, "best_epoch": state.best_epoch, "best_value": state.best_value}
         run.folder.append_history(summary)
         if history.num_epochs:
             run.folder.draw(history)
+        is_whole = run.training.stopping.kind in (None, "callback")
+        loop.write_page(run, "failed" if is_failed else "finished" if is_whole else "interrupted")
     run.announce(f"Stopped: {history.stop_reason}.")
     if not history.num_epochs:
         run.announce("No epoch was finished: nothing is recorded, and the model keeps its present weights.")
@@ -471,10 +489,17 @@ def finish(run: loop.Run) -> None:
         run.announce("No epoch has a finite monitored value: the model keeps its last weights.")
     else:
         kept = "the model holds its weights" if run.training.config.restore_best else "the model holds the last weights"
-        run.announce(f"Best epoch {state.best_epoch}: {run.monitor} {state.best_value:.4f}; {kept}.")
+        run.announce(styled(f"Best epoch {state.best_epoch}: {run.monitor} {state.best_value:.4f}; {kept}.", "best"))
+    if run.folder is not None and history.num_epochs:
+        run.announce(f"Files in {_short(run.folder.path)}: report.html, losses.png, history.jsonl, best, checkpoints.")
     for told in (history.overfitting(), _advice(run)):
         if told is not None:
             run.announce(told)
+
+
+def _short(path: Path) -> str:
+    """Return a path as seen from the working folder, where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
 
 
 _MANY_GRAPHS = 8  # one each for training and evaluation, and some for a model in parts, are as it should be
@@ -511,7 +536,7 @@ def _record_fault(run: loop.Run, error: NonFiniteError) -> None:
     scores = {} if run.test_feed is None else {"loss": math.nan, **dict.fromkeys(run.metrics.names, math.nan)}
     loop.record(run, Totals(math.nan, {}, 0, None), scores)
     loop.report_epoch(run)
-    finish(run)
+    finish(run, is_failed=True)
 
 
 def _num_steps(config: TrainConfig, train_loader: DataLoader[Any]) -> int | None:

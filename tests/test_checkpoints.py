@@ -37,7 +37,8 @@ def test_the_files_of_a_run(tmp_path):
     files = {str(path.relative_to(tmp_path / "a/run")) for path in (tmp_path / "a/run").rglob("*") if path.is_file()}
     checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "history.jsonl", "manifest.json"}
     assert files == {
-        *("config.json", "environment.json", "history.jsonl", "losses.png", "best/model.safetensors", ".lock"),
+        *("config.json", "environment.json", "history.jsonl", "losses.png", "report.html"),
+        *("best/model.safetensors", ".lock"),
         *(
             f"checkpoints/step_{step:08d}/{name}"
             for step in (10, 15)
@@ -195,14 +196,6 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path):
     assert History.load(tmp_path / "run").train_losses == history.train_losses
     load_best(make_model(), tmp_path / "run")
     assert fault_of(tmp_path / "run/checkpoints/step_00000015") is None
-
-
-def test_without_matplotlib_there_is_no_picture_and_a_hint(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.warns(UserWarning, match=r"pip install 'accel_trainer\[plot\]'"):
-        fit(tmp_path / "run")
-    with pytest.raises(ModuleNotFoundError, match="Drawing needs matplotlib"):
-        History([1.0]).plot(tmp_path / "x.png")
 
 
 # --- names and shapes of weights --------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ PACKAGE = ROOT / "accel_trainer"
 STOREYS = [
     ["__main__"],
     ["cli"],
-    ["parity"],
+    ["parity", "preflight"],
     ["__init__"],
     ["trainer"],
     ["resuming", "recording"],
     ["loop"],
     ["memory", "saving", "callbacks"],
+    ["report"],
     ["checkpoints"],
     ["hardware", "stopping", "schedules"],
     ["gradients"],
@@ -31,7 +32,7 @@ STOREYS = [
     ["fetching"],
     ["run_functions", "launching", "digits"],
     ["environment", "packing", "randomness", "history", "state", "config"],
-    ["report", "errors", "clock"],
+    ["picture", "errors", "clock"],
 ]
 
 
@@ -93,7 +94,11 @@ def test_the_demo_reaches_its_target_and_leaves_its_files(tmp_path):
     command = [sys.executable, *launcher, "--dynamo_backend=no", *template]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^Epoch 1/40 - Train Loss: \d+\.\d{4}, Test Loss: \d+\.\d{4}$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^Epoch 1/40 - Train Loss: \d+\.\d{4}, Test Loss: \d+\.\d{4}, accuracy: \d+\.\d{4} \(best\)$",
+        done.stdout,
+        re.MULTILINE,
+    )
     assert "no improvement of test_loss for 5 epochs" in done.stdout
     accuracy = float(re.search(r"Final evaluation: loss [\d.]+, accuracy ([\d.]+)", done.stdout).group(1))
     assert accuracy >= 0.97

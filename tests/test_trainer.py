@@ -755,6 +755,7 @@ def test_the_public_names_are_these():
         "TrainConfig",
         "Trainer",
         "evaluate_model",
+        "launch",
         "load_best",
         "train_model",
     ]
@@ -775,7 +776,7 @@ def test_the_lines_of_a_run(capsys):
         "batch 8 = 1 process x 2 micro-batches x 4 (micro-batches: argument)"
     )
     assert lines[1] == (
-        f"Epoch 1/2 - Train Loss: {history.train_losses[0]:.4f}, Test Loss: {history.test_losses[0]:.4f}"
+        f"Epoch 1/2 - Train Loss: {history.train_losses[0]:.4f}, Test Loss: {history.test_losses[0]:.4f} (best)"
     )
     assert lines[3] == "Stopped: all 2 epochs done."
     assert lines[4] == f"Best epoch 2: test_loss {history.test_losses[1]:.4f}; the model holds its weights."
@@ -796,8 +797,9 @@ def test_a_bar_in_a_terminal_does_not_break_the_lines():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stdout
     lines = done.stdout.decode().replace("\r\n", "\n").split("\n")
-    assert any("\r" in line and "Epoch 1:" in line and "500" in line for line in lines)  # the bar
-    shown = [line.split("\r")[-1] for line in lines]
+    assert any("\r" in line and "Epoch 1/2 " in line and "/500  " in line and "samples/s" in line for line in lines)
+    assert any("\033[32m" in line for line in lines)  # the best epoch, in colour
+    shown = [re.sub(r"\033\[\d*m", "", line.split("\r")[-1]) for line in lines]
     assert sum(line.startswith("Epoch 1/2 - Train Loss: ") for line in shown) == 1
     assert sum(line.startswith("Stopped: all 2 epochs done.") for line in shown) == 1
 

@@ -1,0 +1,176 @@
+"""Notebooks: launch from a real kernel, its results, errors and interrupts, the live curve, the quickstart."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from accel_trainer import ProcessFailedError, launch
+from support import ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the kernel's client
+
+
+def run_cells(folder, *cells):
+    """Run cells in a real kernel; return the outputs of each."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = NotebookClient(notebook, timeout=80, allow_errors=True, resources={"metadata": {"path": str(folder)}})
+    client.execute()
+    return [cell.outputs for cell in notebook.cells]
+
+
+def text_of(outputs):
+    return "".join(output.get("text", "") + output.get("evalue", "") for output in outputs)
+
+
+def pictures_of(outputs):
+    return [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+
+
+TRAIN = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from accel_trainer import TrainConfig, Trainer, launch
+
+inputs = torch.linspace(0, 1, 64).reshape(-1, 1)
+
+def train(num_epochs):
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    loader = DataLoader(TensorDataset(inputs, 2 * inputs), 16, shuffle=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = Trainer(model, optimizer, nn.MSELoss(), config=TrainConfig(num_epochs=num_epochs)).fit(loader, loader)
+    return history, model.weight.detach()
+"""
+
+
+FAILS = """
+def fails():
+    import os
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True)
+    if os.environ["RANK"] == "1":
+        raise ValueError("the cause")
+    accelerator.wait_for_everyone()
+
+launch(fails, num_processes=2)
+"""
+
+
+@pytest.mark.distributed
+def test_launch_in_a_kernel_returns_results_after_an_accelerator_and_shows_a_curve(tmp_path):
+    _, here, there, same, failed = run_cells(
+        tmp_path,
+        TRAIN + "from accelerate import Accelerator\nAccelerator()",  # which Accelerate's own launcher cannot bear
+        "alone = train(3)",
+        "both = launch(train, 3, num_processes=2)",
+        "print(torch.allclose(alone[1], both[1]), len(both[0].test_losses))",
+        FAILS,
+    )
+    for outputs in (here, there):
+        assert text_of(outputs).count("Epoch 3/3 - Train Loss: ") == 1
+        assert len(pictures_of(outputs)) == 1, text_of(outputs)  # drawn anew in its place
+    assert text_of(same).split() == ["True", "3"]
+    assert "ValueError: the cause" in text_of(failed) and "in fails" in text_of(failed)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_quickstart_runs_from_top_to_bottom(tmp_path, num_processes):
+    notebook = nbformat.read(ROOT / "scripts" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("num_processes = 1 ", f"num_processes = {num_processes} ")
+    NotebookClient(notebook, timeout=80, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert len(pictures_of(outputs)) == 2  # the live curve and losses.png
+    final = next(line for line in text_of(outputs).splitlines() if line.startswith("Final loss"))
+    assert float(final.split()[-1]) > 0.95
+    assert f"{num_processes} process" in text_of(outputs)
+
+
+def test_launch_refuses_what_it_cannot_do(monkeypatch):
+    for number in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="num_processes must be a whole number of at least 1"):
+            launch(print, num_processes=number)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one of several already"):
+        launch(print, num_processes=2)
+
+
+def test_launch_takes_a_closure_and_brings_back_output_in_whole_lines(capsys):
+    factor = 3
+
+    def function(number, *, told="line"):
+        print(told, end=" ")
+        print(os.environ.get("RANK", "0"))
+        return number * factor
+
+    assert launch(function, 2, num_processes=2) == 6
+    assert sorted(capsys.readouterr().out.splitlines()) == ["line 0", "line 1"]
+
+
+def dies():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_launch_tells_of_a_process_that_was_killed():
+    with pytest.raises(ProcessFailedError, match="killed by signal 9"):
+        launch(dies, num_processes=2)
+
+
+@pytest.mark.distributed
+def test_an_interrupt_ends_the_run_in_order_and_two_launches_do_not_meet(tmp_path):
+    script = TRAIN + textwrap.dedent("""
+        if __name__ == "__main__":
+            history, weight = launch(train, 10**6, num_processes=2)
+            print("came back:", history.stop_reason, flush=True)
+        """)
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "script.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        while "Epoch 2/" not in process.stdout.readline():
+            assert process.poll() is None
+    for process in both:
+        process.send_signal(signal.SIGINT)
+    for process in both:
+        rest, _ = process.communicate(timeout=30)
+        assert "came back: " in rest, rest[-500:]
+        assert process.returncode == 0
+
+
+def test_launched_processes_end_with_the_one_that_launched_them(tmp_path):
+    script = textwrap.dedent("""
+        import os, time
+        from accel_trainer import launch
+
+        def wait():
+            print(os.getpid(), flush=True)
+            time.sleep(100)
+
+        if __name__ == "__main__":
+            launch(wait, num_processes=1)
+        """)
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{child}")
