@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["TrainConfig"]
+__all__ = ["TRACKER_NAMES", "TrainConfig", "check_tracker_names"]
 
 _CHOICES = {
     "mode": ("min", "max"),
@@ -16,6 +18,8 @@ _CHOICES = {
     "schedule_every": ("step", "epoch"),
     "on_nonfinite": ("raise", "skip", "ignore"),
 }
+# Those of accelerate.tracking; a test compares.
+TRACKER_NAMES = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 _AT_LEAST_ONE = (
     "num_epochs",
     "max_steps",
@@ -75,6 +79,10 @@ class TrainConfig:
             The history shows it.
         find_unused_parameters: Set it when a step can leave some parameters without a gradient that
             had one in the first step. Costs the overlap of communication and backward.
+        trackers: Experiment trackers to tell of the run, by Accelerate's names: `tensorboard`, `wandb`, `trackio`,
+            `mlflow`, ... They are told the loss every `report_every` steps, and each epoch. A run that goes on from a
+            checkpoint goes on in them too; one that fails is left out with a warning.
+        project: What the trackers call project or experiment.
         verbose: Print the hardware, a line per epoch and the end of the run, on the main process.
 
     Raises:
@@ -110,6 +118,8 @@ class TrainConfig:
     time_limit_seconds: float | None = None
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
     find_unused_parameters: bool = False
+    trackers: tuple[str, ...] = ()
+    project: str = "accel_trainer"
     verbose: bool = True
 
     def __post_init__(self) -> None:
@@ -134,6 +144,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be True, False or {word!r}, got {value!r}.")
         if self.bitwise and self.mixed_precision == "fp8":
             raise ValueError("bitwise=True cannot be had with mixed_precision='fp8', whose scales the processes share.")
+        self._check_trackers()
         if not isinstance(self.monitor, str):
             raise ValueError(f"monitor must be a name, got {self.monitor!r}.")
         if self.run_dir is not None and not isinstance(self.run_dir, (str, os.PathLike)):
@@ -141,6 +152,12 @@ class TrainConfig:
         self._check_checkpoints()
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}.")
+
+    def _check_trackers(self) -> None:
+        check_tracker_names(self.trackers)
+        object.__setattr__(self, "trackers", tuple(self.trackers))  # a list is taken too
+        if not isinstance(self.project, str) or not self.project:
+            raise ValueError(f"project must be a name, got {self.project!r}.")
 
     def _check_checkpoints(self) -> None:
         every = self.checkpoint_every
@@ -164,3 +181,21 @@ def _check_count(name: str, value: object, optional: bool) -> None:
         raise ValueError(f"{name} must be a whole number{' or None' if optional else ''}, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_tracker_names(names: Iterable[str]) -> None:
+    """Refuse trackers that Accelerate does not know.
+
+    Args:
+        names: Names of trackers.
+
+    Raises:
+        ValueError: Not a list of names, or an unknown one; the message names the nearest.
+    """
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"trackers must be a list of names, such as ['tensorboard'], got {names!r}.")
+    for name in names:
+        if name not in TRACKER_NAMES:
+            nearest = difflib.get_close_matches(name, TRACKER_NAMES, n=1, cutoff=0.0)[0]
+            known = ", ".join(TRACKER_NAMES)
+            raise ValueError(f"trackers must be among {known}, got {name!r}; did you mean {nearest!r}?")

@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from . import loop, resuming
 from .batches import Feed, Layout, check_loader, dataset_order, describe_batch, is_stream, num_batches, sampler_of
 from .callbacks import HOOKS, Callback, Callbacks, LiveCurve, ProgressBar, in_notebook, say, styled, wants_bar
+from .checkpoints import RunFolder
 from .clock import advice
 from .config import TrainConfig
 from .environment import describe_environment
@@ -37,6 +38,7 @@ from .saving import Saver
 from .schedules import Schedule, check_scheduler, settings_of
 from .state import RunState
 from .stopping import Stopping, shared_failure
+from .trackers import Trackers
 from .weights import checked_state
 
 __all__ = ["Trainer"]
@@ -123,6 +125,7 @@ class Trainer:
         self.history = History()
         self.state = RunState()
         self._page: LivePage | None = None
+        self._trackers: Trackers | None = None
         self.is_main_process = True
 
     # --- fit ----------------------------------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ class Trainer:
         """
         if self.optimizer is None:
             raise ValueError("fit needs an optimizer; this Trainer was made without one.")
-        self.history, self.state, self._page = History(), RunState(), None
+        self.history, self.state, self._page, self._trackers = History(), RunState(), None, None
         with self._session() as (hardware, board):
             monitor = self._check_fit(train_loader, test_loader)
             if hardware.num_processes > 1:
@@ -162,6 +165,8 @@ class Trainer:
                     with run.training.prepared.attached(), _closed_at_the_end(run):
                         self._run(run)
                 finally:
+                    if self._trackers is not None:
+                        self._trackers.close()
                     self._settings_after = settings_of(self.optimizer)
         if stopping.kind in _LEAVING:
             restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
@@ -211,7 +216,7 @@ class Trainer:
             if kept is not None:
                 announce(kept)
         training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, train_feed)
-        self._attach_callbacks(training, with_bar=announce is say and wants_bar())
+        self._attach_callbacks(training, found.folder, with_bar=announce is say and wants_bar())
         parts = (stopping, self.state, self.history, training.clock)
         run = loop.Run(
             training=training,
@@ -231,7 +236,8 @@ class Trainer:
             loop.write_page(run, "running")
         return run
 
-    def _attach_callbacks(self, training: loop.Training, with_bar: bool) -> None:
+    def _attach_callbacks(self, training: loop.Training, folder: RunFolder | None, with_bar: bool) -> None:
+        run_dir, is_resumed = (None, False) if folder is None else (folder.path, folder.resumed is not None)
         callbacks = list(self._callbacks)
         if with_bar:
             loader = training.feed.loader
@@ -239,6 +245,11 @@ class Trainer:
             callbacks.append(ProgressBar(num_steps, _num_steps(self.config, loader), loader.batch_size))
         if training.hardware.is_main and self.config.verbose and in_notebook():
             callbacks.append(LiveCurve())
+        if training.hardware.is_main and self.config.trackers:
+            self._trackers = Trackers(
+                self.config.trackers, self.config.project, run_dir, asdict(self.config), is_resumed
+            )
+            callbacks.append(self._trackers)
         listeners = Callbacks(callbacks)
         training.call = lambda hook: self._call(listeners, training.stopping, hook)
         training.watched = frozenset(filter(listeners.listens, HOOKS))
