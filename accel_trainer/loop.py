@@ -32,6 +32,7 @@ from .losses import (
     Metrics,
     Objective,
     Totals,
+    call_model,
     check_loss,
     inputs_of,
     is_finite,
@@ -336,7 +337,7 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
                     with memory.attempt(micro_batch):
                         inputs = inputs_of(hardware.place(micro_batch.data))
                         with prepared.stance(micro_batch.is_full):
-                            outputs = call(prepared.model, inputs)
+                            outputs = call_model(prepared.model, inputs)
                         outputs = check_outputs(send_to_device(outputs, "cpu"), micro_batch.num_samples)
                         waiting.append((micro_batch.place, outputs))
                 # All processes have as many batches, so they meet here at the same moments.
@@ -345,11 +346,6 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
                     waiting = []
         parts += collect(waiting, hardware)
     return join(parts) if hardware.is_main else None
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Call the model with a tensor, or a dictionary of arguments."""
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 _BATCHES_PER_GATHER = 32

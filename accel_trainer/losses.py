@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from .batches import MicroBatch, tensors_in
 from .fetching import Rows
 
-__all__ = ["Fault", "Forward", "Ledger", "Metrics", "Objective", "Totals", "check_loss", "inputs_of", "split_batch"]
+__all__ = [
+    "Fault",
+    "Forward",
+    "Ledger",
+    "Metrics",
+    "Objective",
+    "Totals",
+    "call_model",
+    "check_loss",
+    "inputs_of",
+    "split_batch",
+]
 
 Weight = int | float | Tensor
 TARGET_NAMES = ("labels", "label", "targets", "target")
@@ -185,11 +196,16 @@ class Objective:
             result = self.compute_loss(model, batch)
             return Forward(*result) if isinstance(result, tuple) else Forward(result, weight)
         inputs, targets = split_batch(batch)
-        outputs = model(inputs)
+        outputs = call_model(model, inputs)
         loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
         if self._divisor is not None and not evenly:
             weight = self._divisor(targets)
         return Forward(loss, weight, outputs, targets)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call the model with what it takes: a tensor, or a dictionary of arguments."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def check_loss(loss: object, needs_grad: bool) -> None:
