@@ -50,6 +50,7 @@ def run_on_processes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "accel_trainer.trainer"])
     port = str(_free_port())
+    lifeline, _held = context.Pipe(duplex=False)
     start_method = multiprocessing.get_start_method()  # of the loader workers; a child's own would be the server's
     processes: dict[Any, Any] = {}
     try:
@@ -57,7 +58,7 @@ def run_on_processes(
             variables = _variables(rank, num_processes, port) | dict(environment or {})
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_child, args=(sender, start_method, variables, on_message is not None, function, args)
+                target=_child, args=(sender, start_method, variables, lifeline if on_message else None, function, args)
             )
             process.start()
             processes[receiver] = process
@@ -181,11 +182,9 @@ def call_in_launcher(function: Callable[..., Any], *args: Any) -> bool:
     return True
 
 
-def _end_with_launcher() -> None:
-    """End this process when the one that has launched it is gone, and with it the server that this is forked from."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _end_with_launcher(lifeline: Connection) -> None:
+    """End this process when the one that has launched it is gone, which alone holds the other end."""
+    lifeline.poll(None)
     os._exit(1)
 
 
@@ -217,14 +216,14 @@ def _child(
     sender: Connection,
     start_method: str,
     variables: dict[str, str],
-    tells: bool,
+    lifeline: Connection | None,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     global _channel
-    if tells:
+    if lifeline is not None:
         os.setpgid(0, 0)  # interrupted once, by the one that has launched it
-        threading.Thread(target=_end_with_launcher, daemon=True).start()
+        threading.Thread(target=_end_with_launcher, args=(lifeline,), daemon=True).start()
         _channel = _Channel(sender)
         sys.stdout = sys.stderr = _channel
     os.environ.clear()

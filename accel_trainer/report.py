@@ -168,7 +168,10 @@ class LivePage:
         self.state = state
         is_first = self._not_before == 0.0  # which loads the template too
         started = time.perf_counter()
-        text = render([RunRecord.load(self._run_dir, self._history, state)])
+        try:
+            text = render([RunRecord.load(self._run_dir, self._history, state)])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # a file that someone else has changed
+            raise OSError(f"a file beside it cannot be read: {error!r}") from error
         write_whole(self.path, text.encode(), flushed=False)
         ended = time.perf_counter()
         self._not_before = ended + (0.0 if is_first else (ended - started) / self._SHARE)

@@ -428,6 +428,8 @@ def _closed_at_the_end(run: loop.Run) -> Iterator[None]:
         run.saver.close(at_once=True)
         raise
     except BaseException:
+        if run.page is not None and run.page.state == "running":
+            loop.write_page(run, "failed")
         _close(run)
         raise
     _close(run)

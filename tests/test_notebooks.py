@@ -169,8 +169,9 @@ def test_launched_processes_end_with_the_one_that_launched_them(tmp_path):
     process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
     child = int(process.stdout.readline())
     process.kill()
-    process.communicate()
+    process.wait()
     deadline = time.monotonic() + 10
     while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
         time.sleep(0.1)
+    process.stdout.close()
     assert not os.path.exists(f"/proc/{child}")

@@ -96,6 +96,17 @@ class Boom(Callback):
         raise RuntimeError("boom")
 
 
+def test_an_error_ends_the_page_too_and_a_file_that_makes_no_sense_is_no_error_of_the_training(tmp_path):
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(tmp_path / "run", [Boom()])
+    page = (tmp_path / "run/report.html").read_text()
+    assert "failed" in page and not data_of(page)["is_running"] and len(data_of(page)["table"]["rows"]) == 1
+    trainer = fit(tmp_path / "other")
+    (tmp_path / "other/evaluations.json").write_text("nonsense")
+    with pytest.warns(UserWarning, match="evaluations.json"):
+        assert trainer.evaluate(loader_of(make_data(11), 4))["loss"] > 0
+
+
 def test_a_disk_that_fails_and_a_nan_do_not_stop_the_page(tmp_path, monkeypatch):
     def fails(page, state):
         raise OSError("no room")
