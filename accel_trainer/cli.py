@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
 
 from .config import TrainConfig
 
@@ -106,14 +105,12 @@ def _fill_runs(parser: _Parser) -> None:
 
 def _fill_parity(parser: _Parser) -> None:
     parser.add_argument("run", type=str, nargs="?", help=f"{_RUN} (default: handwritten digits)")
-    parser.add_argument(
-        "--processes", type=PositiveInt, nargs="+", default=[1, 2, 3, 4], help="numbers of CPU processes"
-    )
-    parser.add_argument("--num_micro_batches", type=PositiveInt, default=8, help="the fixed number of most rows")
-    parser.add_argument("--num_epochs", type=PositiveInt, default=2, help="epochs of each run")
-    parser.add_argument("--max_steps", type=PositiveInt | None, help="steps of each run at most")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of CPU processes")
+    parser.add_argument("--num_micro_batches", type=int, default=8, help="the fixed number of most rows")
+    parser.add_argument("--num_epochs", type=int, default=2, help="epochs of each run")
+    parser.add_argument("--max_steps", type=int | None, help="steps of each run at most")
     parser.add_argument("--seed", type=int, default=0, help="seed of each run")
-    parser.add_argument("--timeout", type=PositiveInt, default=1800, help="seconds that one run may take")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds that one run may take")
     printed = parser.add_mutually_exclusive_group()
     printed.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="what is printed")
     printed.add_argument("--markdown", action="store_true", help="a table for a README or an issue")
@@ -259,10 +256,18 @@ def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
 def _parity(options: Namespace) -> int:
     if options.run is not None:
         _check_run_function(options.run)
-    max_steps = None if options.max_steps is None else int(options.max_steps)
-    choices = {"num_epochs": int(options.num_epochs), "max_steps": max_steps, "seed": options.seed}
+    for name in ("processes", "num_micro_batches", "timeout"):
+        least = min(options[name]) if name == "processes" else options[name]
+        if least < 1:
+            return _fail(f"--{name} must be at least 1, got {least}.")
     try:
-        config = TrainConfig(**choices, verbose=False, restore_best=False)
+        config = TrainConfig(
+            num_epochs=options.num_epochs,
+            max_steps=options.max_steps,
+            seed=options.seed,
+            verbose=False,
+            restore_best=False,
+        )
     except ValueError as error:
         return _fail(str(error))
 
@@ -272,11 +277,11 @@ def _parity(options: Namespace) -> int:
     from .parity import Parity, plan
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cases = plan(options.run, [int(one) for one in options.processes], int(options.num_micro_batches), num_gpus)
+    cases = plan(options.run, options.processes, options.num_micro_batches, num_gpus)
     rows: list[Row] = []
     try:
         with _ended_by_sigterm():
-            rows.extend(Parity(config, _say, int(options.timeout)).rows(cases))
+            rows.extend(Parity(config, _say, options.timeout).rows(cases))
     except ProcessFailedError as error:
         return _fail(f"the run fails under the first layout already, one process: {error}{_hint(str(error))}")
     except KeyboardInterrupt:

@@ -462,9 +462,9 @@ def test_the_ledger_of_a_long_epoch_does_not_grow():
     )
     attach = trainer._attach_callbacks
 
-    def keep(training, with_bar):
+    def keep(training, *rest, **options):
         size.training = training
-        attach(training, with_bar)
+        attach(training, *rest, **options)
 
     trainer._attach_callbacks = keep
     trainer.fit(DataLoader(data, 1))
