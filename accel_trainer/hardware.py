@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import warnings
@@ -148,6 +150,23 @@ def _group_beside(group: object) -> torch.distributed.ProcessGroup:
     """Return a group of the same processes that exchanges host memory: decisions need not wait for a device."""
     beside: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
     return beside
+
+
+@atexit.register
+def _leave_groups() -> None:
+    """Let gloo's threads end before the interpreter does.
+
+    Torch leaves this to its users, who rarely know: a thread that still lets go of the last exchange's tensors while
+    Python is taken down aborts the process, after a training that went well. After an error other processes may still
+    wait in an exchange, and so would this.
+    """
+    if not torch.distributed.is_initialized() or hasattr(sys, "last_value"):
+        return
+    gc.collect()  # of what still holds a group in a circle
+    if torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+    elif _group_beside.cache_info().currsize:
+        torch.distributed.destroy_process_group(_group_beside(torch.distributed.group.WORLD))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,19 @@ def decode(value: Any) -> Any:
     if isinstance(value, list):
         return [decode(item) for item in value]
     return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values as one level, the names joined by dots.
+
+    Example:
+        >>> flattened({"seed": 0, "versions": {"torch": "2.13.0"}})
+        {'seed': 0, 'versions.torch': '2.13.0'}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": one for inner, one in flattened(value).items()}
+        else:
+            flat[name] = value
+    return flat

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import is_in_use, write_whole
-from .history import SERIES, History, decode, encode
+from .history import SERIES, History, decode, encode, flattened
 
 __all__ = ["LivePage", "RunRecord", "keep_evaluation", "page_of", "render", "runs_in"]
 
@@ -34,6 +35,7 @@ class RunRecord:
         state: `running`, `finished`, `interrupted`, `failed`, or `broken` off without a word.
         asked: The user's choices by name.
         resolved: What they were resolved to.
+        identity: What makes it the run that it is: model, data, loss, optimizer, scheduler.
         environment: Hardware, versions, command line.
         evaluations: Each with its number of samples and its scores.
         changed: When its history was last written, in seconds since 1970.
@@ -45,6 +47,7 @@ class RunRecord:
     state: str
     asked: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     changed: float = 0.0
@@ -74,6 +77,7 @@ class RunRecord:
             state=state or _state_of(path, history),
             asked=config.get("asked", {}),
             resolved=config.get("resolved", {}),
+            identity=config.get("identity", {}),
             environment=_read(path / "environment.json", {}),
             evaluations=_read(path / "evaluations.json", []),
             changed=(path / "history.jsonl").stat().st_mtime if (path / "history.jsonl").exists() else time.time(),
@@ -349,6 +353,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+_NO_DIFFERENCE = ("run_dir",)  # which always differs
 _Table = tuple[str, bool, list[str], list[list[str]]]
 
 
@@ -362,12 +367,13 @@ def _tables(record: RunRecord) -> list[_Table]:
             of = "a stream" if one["num_samples"] is None else f"{one['num_samples']:,} samples"
             rows.append([of, f"epoch {one['epoch']}", *(repr(one["scores"].get(name, "")) for name in names)])
         tables.append(("Final evaluation", True, ["of", "weights of", *names], rows))
-    environment = dict(record.environment)
+    environment = {name: value for name, value in record.environment.items() if value is not None}
     machine = {name: environment.pop(name) for name in ("hardware", "platform", "python") if name in environment}
     versions = environment.pop("versions", {})
     tables.append(("Hardware and versions", True, [], _rows(machine | versions | environment)))
     tables.append(("Config", False, [], _rows(record.asked)))
-    tables.append(("What it was resolved to", False, [], _rows(record.resolved)))
+    resolved = record.resolved | {name: one for name, one in record.identity.items() if name not in record.asked}
+    tables.append(("What it was resolved to", False, [], _rows(resolved)))
     return tables
 
 
@@ -400,26 +406,19 @@ def _differences(records: Sequence[RunRecord]) -> list[_Table]:
     finals = [one.evaluations[-1]["scores"] if one.evaluations else {} for one in records]
     for name in dict.fromkeys(name for scores in finals for name in scores):
         results.append([f"final {name}", *(_number(scores.get(name, "-")) for scores in finals)])
-    facts = [
-        flattened(one.asked) | flattened(one.resolved) | flattened(one.environment, skip=("environment",))
-        for one in records
-    ]
+    facts = [_facts(record) for record in records]
     differing = [
-        [name, *(str(one.get(name, "-")) for one in facts)]
+        [name, *(one.get(name, "-") for one in facts)]
         for name in dict.fromkeys(name for one in facts for name in one)
-        if len({str(one.get(name)) for one in facts}) > 1
+        if name not in _NO_DIFFERENCE and len({one.get(name) for one in facts}) > 1
     ]
     return [("Results", True, header, results), ("What differs", True, header, differing)]
 
 
-def flattened(values: Mapping[str, Any], skip: Sequence[str] = ()) -> dict[str, str]:
-    """Return name -> text, the names of nested values joined by dots."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if name in skip:
-            continue
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": text for key, text in flattened(value).items()}
-        else:
-            flat[name] = _shown(value)
-    return flat
+def _facts(record: RunRecord) -> dict[str, str]:
+    """Return what could tell a run from others."""
+    nested = record.identity | record.asked | record.resolved | record.environment
+    facts = {name: _shown(value) for name, value in flattened(nested).items()}
+    if "hardware" in facts:  # without where each choice came from
+        facts["hardware"] = re.sub(r" \([^()]*\)", "", facts["hardware"])
+    return facts

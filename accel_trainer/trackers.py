@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .callbacks import Callback
+from .history import flattened
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -79,8 +80,9 @@ class Trackers(Callback):
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Log what was measured in the epoch."""
-        row = {"epoch": trainer.state.epoch, **trainer.history.last()}
-        self._log(flattened(row, separator="/"), trainer.state.step)
+        row = trainer.history.last()
+        metrics = {f"metrics/{name}": value for name, value in row.pop("metrics").items()}
+        self._log({"epoch": trainer.state.epoch, **row, **metrics}, trainer.state.step)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Log what came out and finish."""
@@ -117,7 +119,7 @@ class Trackers(Callback):
         if name == "wandb":  # it drops values of a step before its last, as after going back to a checkpoint
             tracker.tracker.define_metric("*", step_metric="step")
         if known is None or name not in _TOLD_CONFIG_ONCE:
-            tracker.store_init_configuration(flattened(self._config))
+            tracker.store_init_configuration(_plain(self._config))
         self._ids[name] = _id_given_by(name, tracker) or run_id
 
     def _new_id(self, name: str) -> str:
@@ -216,17 +218,15 @@ def _write_ids(run_dir: Path, ids: Mapping[str, str]) -> None:
     os.replace(written, run_dir / "trackers.json")
 
 
-def flattened(values: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested values as one level of what every tracker takes: numbers, words, true and false.
 
     Example:
-        >>> flattened({"asked": {"num_epochs": 2, "patience": None}})
+        >>> _plain({"asked": {"num_epochs": 2, "patience": None}})
         {'asked.num_epochs': 2, 'asked.patience': 'None'}
     """
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}{separator}{inner}": one for inner, one in flattened(value, separator).items()}
-        else:
-            flat[name] = next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), str(value))
-    return flat
+    kinds = (bool, int, float, str)
+    return {
+        name: next((kind(value) for kind in kinds if isinstance(value, kind)), str(value))
+        for name, value in flattened(values).items()
+    }

@@ -39,6 +39,14 @@ for epoch in range(num_epochs):
     print(f"Epoch {epoch + 1}/{num_epochs} - Train Loss: {train_loss:.4f}, Test Loss: {test_loss:.4f}")
 """
 
+THREADS = """
+import atexit, os
+@atexit.register  # what is registered first runs last
+def show_threads_of_groups():
+    tasks = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    os.write(1, f"threads {[task for task in tasks if 'gloo' in task]}\\n".encode())
+"""
+
 CURE = """
 from accelerate import PartialState
 PartialState().print("printed once")
@@ -51,11 +59,12 @@ def test_the_tutorial_loop_runs_word_for_word_and_gives_the_same_numbers_everywh
     lines = [line for line in alone.stdout.splitlines() if line.startswith("Epoch")]
     assert len(lines) == 3
     for launcher, num_processes in (("torchrun", 2), ("accelerate", 2)):
-        done = launch(TUTORIAL + CURE, num_processes, launcher)
+        done = launch(THREADS + TUTORIAL + CURE, num_processes, launcher)
         assert done.returncode == 0, done.stderr
         printed = re.findall(r"Epoch \d/3 - Train Loss: \d\.\d{4}, Test Loss: \d\.\d{4}", done.stdout)
         assert sorted(printed) == sorted(lines * num_processes)  # the user's own print prints everywhere ...
         assert done.stdout.count("printed once") == 1  # ... but for the cure that the README shows
+        assert re.findall("threads (.*)", done.stdout) == ["[]"] * num_processes  # which could end it with an abort
 
 
 def test_one_process_is_a_plain_loop_bit_for_bit():

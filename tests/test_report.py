@@ -16,9 +16,9 @@ from accel_trainer.report import LivePage, RunRecord, render, runs_in
 from support import correct, loader_of, make_data, make_model, quiet
 
 
-def fit(run_dir, callbacks=(), **choices):
+def fit(run_dir, callbacks=(), lr=0.02, **choices):
     model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     config = quiet(**{"num_epochs": 3, "max_grad_norm": 1.0, "run_dir": run_dir, **choices})
     metrics = {"accuracy": correct}
     trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), metrics=metrics, callbacks=callbacks, config=config)
@@ -132,7 +132,7 @@ def test_text_in_the_page_is_text(tmp_path):
 
 def test_report_compares_runs_and_says_what_differs(tmp_path, monkeypatch, capsys):
     fit(tmp_path / "one", seed=1).evaluate(loader_of(make_data(11), 4))
-    fit(tmp_path / "two", seed=2, num_epochs=2)
+    fit(tmp_path / "two", seed=2, lr=0.01, num_epochs=2)
     monkeypatch.chdir(tmp_path)
     assert main(["report", "one", "two"]) == 0
     assert capsys.readouterr().out == "report.html\n"
@@ -142,7 +142,9 @@ def test_report_compares_runs_and_says_what_differs(tmp_path, monkeypatch, capsy
     assert one["values"] == History.load("one").test_losses
     assert two["values"] == [*History.load("two").test_losses, None]
     assert [cell for cell in re.findall(r"<th>seed</th><td>(.*?)</td><td>(.*?)</td>", page)] == [("1", "2")]
-    assert "<th>patience</th>" not in page  # equal
+    assert re.search(r"<th>learning rates</th><td>0.02</td><td>0.01</td>", page)
+    for equal in ("patience", "hardware", "run_dir"):  # the folder is the name of the run
+        assert f"<th>{equal}</th>" not in page
     assert main(["report", "one"]) == 0 and main(["report", "three"]) == 2
     assert "No history.jsonl in" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from accel_trainer import Callback, History, Trainer
 from accel_trainer.config import TRACKER_NAMES, check_tracker_names
-from accel_trainer.trackers import Trackers, flattened
+from accel_trainer.trackers import Trackers, _plain
 from support import correct, loader_of, make_data, make_model, quiet
 
 STEPS = 4  # of an epoch
@@ -443,8 +443,8 @@ def test_an_unknown_name_is_refused_with_the_nearest(names, message):
 
 
 def test_values_are_flattened_to_what_every_tracker_takes():
-    assert flattened(CONFIG) == FLAT
-    assert [type(value) for value in flattened({"a": True, "b": 1, "c": torch.float32, "d": (1, None)}).values()] == [
+    assert _plain(CONFIG) == FLAT
+    assert [type(value) for value in _plain({"a": True, "b": 1, "c": torch.float32, "d": (1, None)}).values()] == [
         bool,
         int,
         str,

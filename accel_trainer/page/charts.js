@@ -3,8 +3,10 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const colour = index => style("--c" + index % 8);
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
 const short = value => value == null ? "-" : value === 0 ? "0"
-  : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(3) : String(+value.toPrecision(5));
+  : Math.abs(value) < 1e-3 || Math.abs(value) >= 1e15 ? String(+value.toPrecision(4))
+  : Math.abs(value) >= 1e4 ? compact.format(value) : String(+value.toPrecision(5));
 
 // Marks the best epoch of each run that has one.
 const bestEpochs = chart => ({
@@ -51,8 +53,9 @@ function draw(chart, figure) {
     width: Math.max(figure.clientWidth - 20, 200), height: 250, series: [{ label: "epoch" }, ...series], bands,
     scales: { x: { time: false, range: (u, low, high) => low === high ? [low - 1, high + 1] : [low, high] },
       y: { range: (u, low, high) => chart.stacked ? [0, high * 1.05 || 1] : uPlot.rangeNum(low, high, 0.08, false) } },
-    axes: [{ ...axis("epoch"), incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5] },
-      { ...axis(chart.unit), size: 62, values: (u, ticks) => ticks.map(short) }],
+    axes: [{ ...axis("epoch"), size: 30, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5] },
+      { ...axis(chart.unit), values: (u, ticks) => ticks.map(short),
+        size: (u, texts) => 22 + 7 * Math.max(0, ...(texts ?? []).map(text => text.length)) }],
     cursor: { points: { size: 7 } }, plugins: [bestEpochs(chart)],
   }, [chart.epochs, ...values], figure);
 }
