@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed
@@ -623,11 +624,16 @@ class _Session:
         self.kept: WeakKeyDictionary[DataLoader[Any], Rows] = WeakKeyDictionary()
         self.training: Training | None = None
         self._evaluating: Prepared | None = None
+        _sessions.add(self)
         if self.hardware.is_main:
             say(self.hardware.describe())
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+    def end(self) -> None:
+        """Let go of what holds on to the group of processes."""
+        self.training = self._evaluating = None
 
     def feed(self, loader: DataLoader[Any], name: str) -> Feed:
         """Return the micro-batches of a loader."""
@@ -676,6 +682,15 @@ class _Session:
         if self._evaluating is None:
             self._evaluating = Prepared(self.hardware, model)
         return self._evaluating
+
+
+_sessions: WeakSet[_Session] = WeakSet()
+
+
+@atexit.register  # before the group is left
+def _end_sessions() -> None:
+    for session in _sessions:
+        session.end()
 
 
 def _session_of(model: nn.Module) -> _Session:

@@ -161,7 +161,9 @@ def test_wrong_arguments_get_one_line(tmp_path, capsys):
     ):
         assert main(["parity", name]) == 2
         assert told in capsys.readouterr().err
-    for arguments in (["parity", "--processes", "0"], ["parity", "--nonsense"], ["parrity"]):
+    assert main(["parity", "--processes", "0"]) == 2
+    assert "--processes must be at least 1, got 0." in capsys.readouterr().err
+    for arguments in (["parity", "--nonsense"], ["parrity"]):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == 2
