@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from .config import TrainConfig
+from .errors import HardwareError, ProcessFailedError
 
 if TYPE_CHECKING:
     from .parity import Row
@@ -38,12 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _COMMANDS[options.command](options[options.command])
-    except _WrongError as error:
+    except (ValueError, TypeError, OSError, HardwareError) as error:
+        if not _is_told(error):
+            raise
         return _fail(str(error))
 
 
-class _WrongError(Exception):
-    """What was given is wrong; told in one line."""
+def _is_told(error: Exception) -> bool:
+    """Return whether this package raised it on purpose: what it says is enough, where others need their traceback."""
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(raised.filename).parent == Path(__file__).parent and str(raised.line).startswith("raise ")
 
 
 class _Parser(ArgumentParser):
@@ -135,11 +141,7 @@ _FILL = {
 
 
 def _config_of(options: Namespace, **more: Any) -> TrainConfig:
-    values = {name: options[name] for name in TrainConfig.__dataclass_fields__}
-    try:
-        return TrainConfig(**(values | more))
-    except ValueError as error:
-        raise _WrongError(str(error)) from None
+    return TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__} | more)
 
 
 def _made(name: str, config: TrainConfig) -> tuple[Any, dict[str, Any]]:
@@ -148,11 +150,8 @@ def _made(name: str, config: TrainConfig) -> tuple[Any, dict[str, Any]]:
     from .run_functions import make_run
     from .trainer import Trainer
 
-    try:
-        of_trainer, loaders = make_run(name, config)
-        return Trainer(**{"config": config} | {"loss_fn": None} | of_trainer), loaders
-    except (ValueError, TypeError) as error:
-        raise _WrongError(str(error)) from error
+    of_trainer, loaders = make_run(name, config)
+    return Trainer(**{"config": config, "loss_fn": None} | of_trainer), loaders
 
 
 # --- train, evaluate, check -------------------------------------------------------------------------------------------
@@ -175,16 +174,13 @@ def _evaluate(options: Namespace) -> int:
     _check_run_function(options.run)
     from .report import RunRecord, keep_evaluation, page_of
 
-    try:
-        record = RunRecord.load(options.run_dir)
-    except (FileNotFoundError, ValueError) as error:
-        return _fail(str(error))
+    record = RunRecord.load(options.run_dir)
     asked = {name: value for name, value in record.asked.items() if name in TrainConfig.__dataclass_fields__}
     config = TrainConfig(**asked | {"run_dir": None, "resume": False, "checkpoint_every": None})
     trainer, loaders = _made(options.run, config)
     name = options.loader or next(one for one in ("final_loader", "test_loader", "train_loader") if one in loaders)
     if name not in loaders:
-        return _fail(f"{options.run} returns no {name!r}, but {', '.join(loaders)}.")
+        raise ValueError(f"{options.run} returns no {name!r}, but {', '.join(loaders)}.")
     from .weights import load_best
 
     load_best(trainer.model, record.path)
@@ -214,13 +210,13 @@ def _report(options: Namespace) -> int:
     from .checkpoints import write_whole
     from .report import RunRecord, render
 
+    records = [RunRecord.load(one) for one in options.runs]
+    default = records[0].path / "report.html" if len(records) == 1 else Path("report.html")
+    output = Path(options.output) if options.output else default
     try:
-        records = [RunRecord.load(one) for one in options.runs]
-        default = records[0].path / "report.html" if len(records) == 1 else Path("report.html")
-        output = Path(options.output) if options.output else default
         write_whole(output, render(records).encode())
-    except (OSError, ValueError) as error:
-        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{output} cannot be written: {error.strerror}.")
     print(output)
     return 0
 
@@ -228,10 +224,7 @@ def _report(options: Namespace) -> int:
 def _runs(options: Namespace) -> int:
     from .report import runs_in
 
-    try:
-        records = runs_in(options.folder)
-    except FileNotFoundError as error:
-        return _fail(str(error))
+    records = runs_in(options.folder)
     cells = [("run", "state", "epochs", "best epoch", "best value", "changed", "how it ended")]
     for record in records:
         history, of = record.history, record.asked.get("num_epochs", "?")
@@ -259,21 +252,12 @@ def _parity(options: Namespace) -> int:
     for name in ("processes", "num_micro_batches", "timeout"):
         least = min(options[name]) if name == "processes" else options[name]
         if least < 1:
-            return _fail(f"--{name} must be at least 1, got {least}.")
-    try:
-        config = TrainConfig(
-            num_epochs=options.num_epochs,
-            max_steps=options.max_steps,
-            seed=options.seed,
-            verbose=False,
-            restore_best=False,
-        )
-    except ValueError as error:
-        return _fail(str(error))
+            raise ValueError(f"--{name} must be at least 1, got {least}.")
+    asked = {name: options[name] for name in ("num_epochs", "max_steps", "seed")}
+    config = TrainConfig(**asked, verbose=False, restore_best=False)
 
     import torch
 
-    from .errors import ProcessFailedError
     from .parity import Parity, plan
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -303,11 +287,11 @@ def _check_run_function(name: str) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             find_run_function(name)
-    except ValueError as error:
-        raise _WrongError(str(error)) from None
     except Exception as error:
+        if _is_told(error):
+            raise
         told = f"{name.partition(':')[0]} cannot be imported: {type(error).__name__}: {error}"
-        raise _WrongError(told) from error
+        raise ValueError(told) from error
 
 
 def _hint(error: str) -> str:

@@ -19,10 +19,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from support import correct, loader_of, make_data, make_model
 
-class Forgetful(nn.Linear):
-    def state_dict(self, *args, **kwargs):
-        return super().state_dict(*args, **kwargs)
-
 def make_run(config):
     model = make_model()
     return {
@@ -40,6 +36,9 @@ def differs(config):  # one process trains on other data
     run = make_run(config)
     run["loss_fn"] = lambda outputs, targets: outputs.sum() * float("nan")
     return run
+
+def fails(config):
+    return make_run(config) | {"loss_fn": int("none")}
 """
 
 
@@ -87,7 +86,11 @@ def test_print_config_and_help_tell_every_field(module, capsys):
         (["train", "mine.py:make_run", "--num_epochs", "0"], "num_epochs must be at least 1, got 0"),
         (["train", "mine.py:make_rum"], "Did you mean 'make_run'?"),
         (["train", "mine_:make_run"], "Did you mean 'mine'?"),
+        (["train", "mine.py:make_run", "--monitor", "acuracy"], "one of test_loss, train_loss, accuracy"),
+        (["train", "mine.py:make_run", "--run_dir", "run", "--resume", "true"], "no checkpoint to go on from"),
+        (["train", "mine.py:make_run", "--mixed_precision", "fp8"], "This machine can do"),
         (["evaluate", "mine.py:make_run", "nowhere"], "No history.jsonl in"),
+        (["runs", "nowhere"], "There is no folder"),
         (["check", "mine.py:make_run", "--monitor", "acuracy"], "monitor must be one of"),
     ],
 )
@@ -99,6 +102,11 @@ def test_a_wrong_argument_gets_one_line(module, capsys, arguments, told):
     printed = capsys.readouterr()
     text = printed.err + printed.out
     assert code in (1, 2) and told in text and len(text.strip().splitlines()) == 1 and "Traceback" not in text
+
+
+def test_an_error_of_the_run_function_keeps_its_traceback(module):
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        main(["train", module.replace("make_run", "fails")])
 
 
 @pytest.mark.distributed
