@@ -2,8 +2,9 @@
 
     python benchmarks/steady.py --write
 
-Three runs of 100,000 steps of a small network: one long epoch; 1,000 epochs of 100 steps with an evaluation each; the
-same with a run folder, whose history grows. Compared are the last tenth of the steps and the first.
+Runs of 100,000 steps of a small network, several of each kind in turn: one long epoch; 1,000 epochs of 100 steps with
+an evaluation each; the same with a run folder, whose history grows. Compared are the last tenth of the steps and the
+first: the median over the rounds, since a shared machine drifts within one.
 """
 
 from __future__ import annotations
@@ -59,37 +60,50 @@ def run(num_steps: int, **choices: Any) -> Watch:
     return watch
 
 
+def measure(num_steps: int, choices: dict[str, Any]) -> dict[str, Any]:
+    """Return the samples of one run, and how much a step of its last tenth takes longer than one of its first."""
+    watch = run(num_steps, **choices)
+    tenth = len(watch.microseconds) // 10
+    first, last = (statistics.median(part) for part in (watch.microseconds[:tenth], watch.microseconds[-tenth:]))
+    return {
+        "microseconds_per_step": [round(one, 2) for one in watch.microseconds],
+        "first_tenth": first,
+        "last_to_first": last / first,
+        "grown_mebibytes": watch.mebibytes[-1] - watch.mebibytes[tenth - 1],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100_000, help="of each run, a multiple of 100")
+    parser.add_argument("--rounds", type=int, default=7, help="each with one run of every kind")
     parser.add_argument("--write", action="store_true", help="keep the samples in benchmarks/results/steady.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     run(1_000)
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_DIR")) as folder:
-        runs: dict[str, dict[str, Any]] = {
-            "one epoch": {"steps_per_epoch": options.steps},
-            "epochs of 100 steps": {},
-            "epochs of 100 steps, a run folder": {"run_dir": Path(folder, "run")},
-        }
-        for name, choices in runs.items():
-            watch = run(options.steps, **choices)
-            tenth = len(watch.microseconds) // 10
-            first, last = watch.microseconds[:tenth], watch.microseconds[-tenth:]
-            ratios = [one / statistics.median(first) for one in last]
-            low, high = interval(ratios)
-            grown = watch.mebibytes[-1] - watch.mebibytes[tenth - 1]
-            results[name] = {
-                "microseconds_per_step": watch.microseconds,
-                "resident_mebibytes": watch.mebibytes,
-                "last_tenth_to_first": {"median": statistics.median(ratios), "interval": [low, high]},
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_DIR")) as folder:
+            kinds: dict[str, dict[str, Any]] = {
+                "one epoch": {"steps_per_epoch": options.steps},
+                "epochs of 100 steps": {},
+                "epochs of 100 steps, a run folder": {"run_dir": Path(folder, "run")},
             }
-            print(
-                f"{name:34} {statistics.median(first):6.1f} us a step at first ({min(first):.1f} to {max(first):.1f}), "
-                f"at last {statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}] of that; {grown:+.1f} MiB"
-            )
+            for name, choices in kinds.items():
+                rounds.setdefault(name, []).append(measure(options.steps, choices))
+    results: dict[str, Any] = {}
+    for name, samples in rounds.items():
+        ratios = [one["last_to_first"] for one in samples]
+        low, high = interval(ratios)
+        summary = {"median": statistics.median(ratios), "interval": [low, high]}
+        results[name] = {"rounds": samples, "last_tenth_to_first": summary}
+        first = statistics.median(one["first_tenth"] for one in samples)
+        grown = statistics.median(one["grown_mebibytes"] for one in samples)
+        print(
+            f"{name:34} {first:6.1f} us a step at first, at last {summary['median']:.3f} [{low:.3f}, {high:.3f}] of "
+            f"that ({min(ratios):.3f} to {max(ratios):.3f}); {grown:+.1f} MiB"
+        )
     if options.write:
         write_results("steady.json", results)
 
