@@ -17,6 +17,7 @@ MODULE = """
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from accel_trainer import Callback
 from support import correct, loader_of, make_data, make_model
 
 def make_run(config):
@@ -37,8 +38,18 @@ def differs(config):  # one process trains on other data
     run["loss_fn"] = lambda outputs, targets: outputs.sum() * float("nan")
     return run
 
+class Initialise(Callback):  # when a run goes on, too
+    def on_fit_start(self, trainer):
+        nn.init.ones_(next(trainer.model.parameters()))
+
+def forgets(config):
+    return make_run(config) | {"callbacks": [Initialise()]}
+
 def fails(config):
     return make_run(config) | {"loss_fn": int("none")}
+
+def takes_too_little(config):
+    return make_run(config) | {"loss_fn": lambda outputs: outputs.sum()}
 """
 
 
@@ -104,9 +115,11 @@ def test_a_wrong_argument_gets_one_line(module, capsys, arguments, told):
     assert code in (1, 2) and told in text and len(text.strip().splitlines()) == 1 and "Traceback" not in text
 
 
-def test_an_error_of_the_run_function_keeps_its_traceback(module):
+def test_an_error_of_the_users_code_keeps_its_traceback(module):
     with pytest.raises(ValueError, match="invalid literal for int"):
         main(["train", module.replace("make_run", "fails")])
+    with pytest.raises(TypeError, match="takes 1 positional argument"):
+        main(["train", module.replace("make_run", "takes_too_little")])
 
 
 @pytest.mark.distributed
@@ -130,3 +143,5 @@ def test_check_fails_where_the_run_would(module, capsys):
     assert main(["check", module.replace("make_run", "differs")]) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("FAILED") and "nan" in printed
+    assert main(["check", module.replace("make_run", "forgets")]) == 1
+    assert re.search(r"FAILED +save, load +.* came back different", capsys.readouterr().out)
