@@ -285,6 +285,8 @@ class RunFolder:
         self._resume = bool(resume)
         self.resumed: Checkpoint | None = None
         self.passed_over: list[str] = []
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"run_dir {self.path} is a file. Give a folder, or a name that is free.")
         if not resume:
             self._check_unused()
         elif self.path.is_dir():

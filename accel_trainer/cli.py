@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 for what is not as it should be, 2 for wrong arguments."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.command in _BY_ONE and os.environ.get("RANK", "0") != "0":
+        return 0
     try:
         return _COMMANDS[options.command](options[options.command])
     except (ValueError, TypeError, OSError, HardwareError) as error:
@@ -386,6 +388,7 @@ def _summary(rows: list[Row]) -> str:
     return told + also
 
 
+_BY_ONE = ("report", "runs", "parity")  # for what one process does, whatever the launch
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,

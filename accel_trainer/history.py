@@ -135,7 +135,7 @@ class History:
         if not path.is_file():
             raise FileNotFoundError(f"No history.jsonl in {Path(run_dir)}: is this a run_dir of a started run?")
         history = cls()
-        *lines, _broken_off = path.read_text(encoding="utf-8").split("\n")
+        *lines, _broken_off = path.read_text(encoding="utf-8", errors="replace").split("\n")
         for number, line in enumerate(lines, start=1):
             try:
                 history._take_in(decode(json.loads(line)))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -113,7 +116,6 @@ def launch(function: Callable[..., Any], *args: Any, num_processes: int | None =
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("launch starts processes, and this is one of several already: call the function itself.")
     sent = cloudpickle.dumps((function, args))
-    sent = cloudpickle.dumps((function, args))
     environment = {"ACCEL_TRAINER_IN_NOTEBOOK": "1"} if "ipykernel" in sys.modules else {}
     results = run_on_processes(num_processes, _call, sent, environment=environment, on_message=_show)
     return cloudpickle.loads(results[0])
@@ -138,7 +140,7 @@ def _show(message: Any) -> None:
         function(*args)
 
 
-class _Channel:
+class _Channel(io.TextIOBase):
     """What a launched process sends to the one that has launched it: its output, and calls to make there."""
 
     encoding = "utf-8"
@@ -158,8 +160,14 @@ class _Channel:
             text, self._line = self._line, ""
             self.send(_Message(text))
 
-    def isatty(self) -> bool:
-        return False
+    def fileno(self) -> int:
+        """Return where programs that this process starts may write: what the launching process began with."""
+        return sys.__stdout__.fileno()  # type: ignore[union-attr]
+
+    @property
+    def buffer(self) -> Any:
+        """What takes bytes, at the same place."""
+        return sys.__stdout__.buffer  # type: ignore[union-attr]
 
     def send(self, content: Any) -> None:
         with self._lock:
@@ -188,8 +196,12 @@ def _end_with_launcher(lifeline: Connection) -> None:
     os._exit(1)
 
 
+# A launcher's variables tell of its group: one would make the new processes wait for a store that nobody keeps.
+_OF_LAUNCHERS = re.compile(r"(ACCELERATE|TORCHELASTIC|MASTER|GROUP|ROLE)_|(LOCAL_)?(RANK|WORLD_SIZE)$")
+
+
 def _variables(rank: int, num_processes: int, port: str) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    own = {name: value for name, value in os.environ.items() if not _OF_LAUNCHERS.match(name)}
     if num_processes == 1:
         return own
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
@@ -255,22 +267,48 @@ class _Message:
 def _collect_interruptibly(
     processes: dict[Any, Any], deadline: float | None, on_message: Callable[[Any], None]
 ) -> list[Any]:
-    """Return the results; the first interrupt goes to the processes, whose results are still waited for.
+    """Return the results; the first interrupt or SIGTERM goes to the processes, which are still waited for.
 
     Raises:
         KeyboardInterrupt: They do not end in order on it, or it has come again.
     """
     outcomes: dict[Any, Any] = {}
     try:
-        return _collect(processes, deadline, outcomes, on_message)
-    except KeyboardInterrupt:
-        for process in processes.values():
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGINT)
+        with _sigterm_raised():
+            return _collect(processes, deadline, outcomes, on_message)
+    except (KeyboardInterrupt, _Terminated) as error:
+        number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
+    for process in processes.values():
+        if process.is_alive():
+            os.kill(process.pid, number)
     try:
         return _collect(processes, deadline, outcomes, on_message)
     except ProcessFailedError as error:
         raise KeyboardInterrupt("interrupted") from error
+    finally:
+        if number is signal.SIGTERM:
+            signal.raise_signal(number)  # as if it came now
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """Let SIGTERM leave the block, where Python can do so."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _collect(
@@ -312,4 +350,5 @@ def _received(pipe: Any, process: Any) -> Any:
         process.join(timeout=1.0)
         code = process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        return _Failure(f"A process {how}, without an error of Python.", is_consequence=False)
+        guard = ' A script calls launch under `if __name__ == "__main__":`.' if code == 1 else ""
+        return _Failure(f"A process {how}, without an error of Python.{guard}", is_consequence=False)

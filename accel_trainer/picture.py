@@ -38,6 +38,8 @@ def figure_of_losses(train_losses: Sequence[float], test_losses: Sequence[float]
     axes.set_ylabel("loss", fontsize=14)
     axes.tick_params(labelsize=12)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(epochs) == 1:
+        axes.set_xticks([1])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=13)
     return figure

@@ -10,7 +10,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,14 @@ class RunRecord:
 
 def _read(path: Path, default: Any) -> Any:
     try:
-        return decode(json.loads(path.read_text(encoding="utf-8")))
+        content = decode(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return default
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
+    if type(content) is not type(default):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a {type(default).__name__}.")
+    return content
 
 
 def _state_of(path: Path, history: History) -> str:
@@ -235,6 +238,8 @@ def render(records: Sequence[RunRecord]) -> str:
     from markupsafe import Markup
 
     is_one = len(records) == 1
+    if len({record.name for record in records}) < len(records):
+        records = [replace(record, name=os.path.relpath(record.path)) for record in records]
     is_running = any(record.state == "running" for record in records)
     data: dict[str, Any] = {"charts": _charts(records[0]) if is_one else _overlays(records), "is_running": is_running}
     if is_one:

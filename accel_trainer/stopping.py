@@ -207,8 +207,9 @@ class _Listener:
             name = "Ctrl-C" if is_interrupt else number.name
             self._stopping.request(f"interrupted ({name})", name)
             again = " Ctrl-C again leaves at once." if is_interrupt else ""
-            with suppress(OSError):  # the terminal may be gone
-                os.write(2, f"\n{name}: stopping after this step.{again}\n".encode())
+            if os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):  # the terminal may be gone
+                    os.write(2, f"\n{name}: stopping after this step.{again}\n".encode())
 
     def _hear_in_child(self, number: signal.Signals) -> None:
         """Do in a forked child, such as a loader worker, what would be done without this listener."""

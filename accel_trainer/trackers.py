@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 import uuid
 import warnings
@@ -25,6 +26,7 @@ __all__ = ["Trackers"]
 _TAKES_WORDS = ("comet_ml", "tensorboard", "trackio", "wandb")  # the others log numbers only
 _TOLD_CONFIG_ONCE = ("mlflow", "tensorboard")  # another value is an error to the first, another run to the second
 _MLFLOW_URI = "MLFLOW_TRACKING_URI"
+_NO_NAME_FOR_MLFLOW = re.compile(r"[^\w\-./ ]")  # a name with such a character is an error to it
 
 
 class Trackers(Callback):
@@ -161,16 +163,18 @@ class Trackers(Callback):
         os.environ[_MLFLOW_URI] = f"sqlite:///{self._run_dir / 'trackers' / 'mlflow.db'}"
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
-        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        words = {name: value for name, value in values.items() if isinstance(value, str)}
+        numbers = {name: value for name, value in values.items() if name not in words}
         for name, tracker in list(self._trackers.items()):
             told = values if name in _TAKES_WORDS else numbers
             with self._attempt(name):
                 if name == "wandb":
                     tracker.log({**told, "step": step})
+                elif name == "mlflow":
+                    tracker.log({_NO_NAME_FOR_MLFLOW.sub("_", key): number for key, number in numbers.items()}, step)
+                    _set_mlflow_tags(words)
                 elif told:
                     tracker.log(told, step=step)
-                if name == "mlflow" and len(told) < len(values):
-                    _set_mlflow_tags({key: value for key, value in values.items() if key not in told})
 
     @contextmanager
     def _attempt(self, name: str) -> Iterator[None]:

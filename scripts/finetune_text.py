@@ -32,10 +32,16 @@ def load_texts(data: str, text_column: str, label_column: str) -> Dataset:
     Raises:
         ValueError: A file, column or row that cannot be used; the message names it.
     """
-    kind = KINDS.get(os.path.splitext(data)[1])
+    kind = KINDS.get(os.path.splitext(data)[1].lower())
     if kind is not None and not os.path.isfile(data):
         raise ValueError(f"There is no file {data!r}.")
-    rows = load_dataset(kind, data_files=data, split="train") if kind else load_dataset(data, split="train")
+    options = {"data_files": data} if kind else {}
+    if kind == "csv":
+        options |= {"keep_default_na": False, "na_values": [""]}  # NA may be a word
+    try:
+        rows = load_dataset(kind or data, split="train", **options)
+    except Exception as error:
+        raise ValueError(f"{data} cannot be read: {str(error.__cause__ or error).strip().splitlines()[0]}") from error
     for column in (text_column, label_column):
         if column not in rows.column_names:
             near = difflib.get_close_matches(column, rows.column_names, n=1, cutoff=0.0)[0]
@@ -43,7 +49,9 @@ def load_texts(data: str, text_column: str, label_column: str) -> Dataset:
     rows = rows.select_columns([text_column, label_column])
     rows = rows.rename_columns({text_column: "text", label_column: "label"})
     for number, (text, label) in enumerate(zip(rows["text"], rows["label"], strict=True), start=1):
-        if not isinstance(text, str) or not text.strip():
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{data}, row {number}: {text_column!r} holds {text!r}, which is no text.")
+        if text is None or not text.strip():
             raise ValueError(f"{data}, row {number}: {text_column!r} is empty.")
         if label is None:
             raise ValueError(f"{data}, row {number}: {label_column!r} is missing.")
@@ -102,10 +110,10 @@ def main() -> None:
     try:
         config = TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
         rows = load_texts(options.data, options.text_column, options.label_column)
-    except ValueError as error:
-        parser.error(str(error))
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    except (ValueError, OSError) as error:
+        parser.error(str(error).splitlines()[0])
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
     names = rows.features["label"].names
     rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=options.max_length), batched=True)
     parts = rows.train_test_split(test_size=0.2, seed=config.seed)
@@ -117,7 +125,9 @@ def main() -> None:
 
     torch.manual_seed(config.seed)  # the head, which is new
     of_labels = {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
-    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(names), **of_labels)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        options.model, num_labels=len(names), **of_labels, ignore_mismatched_sizes=True
+    )
     trainer = Trainer(
         model,
         make_optimizer(model, options.learning_rate, options.weight_decay),

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from accel_trainer import TrainConfig, Trainer
 
 FORMATS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+NO_NUMBER = {"na", "n/a", "nan", "null", "none", "-", "?"}  # missing, in a column of numbers
 MAX_WHOLE = 20  # whole numbers with at most as many distinct values are categories
 
 
@@ -51,11 +52,14 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         if kind == "csv":
             options["features"] = Features({name: Value("string") for name in read_header(path)})
+            options |= {"keep_default_na": False, "na_values": [""]}  # NA may be a word
         elif kind == "json":
             options["chunksize"] = path.stat().st_size + 1  # the type of a column is that of all its rows
         with TemporaryDirectory() as cache:  # not the common one: a changed file is read anew
             options |= {"cache_dir": cache, "keep_in_memory": True}
             return load_dataset(kind, data_files=str(path), split="train", **options).to_pandas()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it so") from error
     except Exception as error:
         raise ValueError(f"{path}: {str(error.__cause__ or error).strip().splitlines()[0]}") from error
 
@@ -77,10 +81,13 @@ def read_column(values: pd.Series, is_category: bool = False) -> tuple[pd.Series
     if is_category or kind == "boolean":
         return known.map(str).reindex(values.index), note
     if kind == "string" or (kind.startswith("mixed") and known.map(np.isscalar).all()):
-        numbers = pd.to_numeric(known, errors="coerce")
+        given = known[~known.map(lambda value: str(value).strip().lower() in NO_NUMBER)]
+        if given.empty:
+            raise ValueError(f"column {name!r} has no values: leave it out with --ignore {name}")
+        numbers = pd.to_numeric(given, errors="coerce")
         is_text = numbers.isna()
         if is_text.mean() < 0.5:
-            for row in known.index[is_text]:
+            for row in given.index[is_text]:
                 remedy = f"correct it, or use --categories {name} or --ignore {name}"
                 raise ValueError(f"column {name!r}, row {row + 1}: {known[row]!r} is not a number: {remedy}")
             kind, known = "floating", numbers
@@ -115,7 +122,7 @@ def read_columns(frame: pd.DataFrame, options: Namespace) -> tuple[list[pd.Serie
             raise ValueError(f"there is no column {name!r}; the nearest is {nearest!r}")
     target, _ = read_column(frame[options.target], options.target in options.categories)
     if target is None:
-        raise ValueError(f"the target {options.target!r} holds neither numbers nor classes")
+        raise ValueError(f"the target {options.target!r} holds neither numbers nor classes that come again")
     if target.nunique() == 1:
         raise ValueError(f"the target {options.target!r} has one class only, {target.dropna().iloc[0]}")
     if options.task == "regression" and target.dtype != "float64":
@@ -125,7 +132,7 @@ def read_columns(frame: pd.DataFrame, options: Namespace) -> tuple[list[pd.Serie
     columns, notes = [values for values, _ in read if values is not None], [note for _, note in read if note]
     if not columns:
         raise ValueError("there is no column to predict from")
-    missing = [f"{name} {count}" for name, count in frame.isna().sum().items() if count]
+    missing = [f"{values.name} {values.isna().sum()}" for values in columns if values.hasnans]
     notes.append(f"Missing values: {', '.join(missing) or 'none'}")
     if target.isna().any():
         notes.append(f"{target.isna().sum()} rows without {options.target} are predicted, but left out of training")

@@ -1,5 +1,7 @@
 """Notebooks: launch from a real kernel, its results, errors and interrupts, the live curve, the quickstart."""
 
+import faulthandler
+import json
 import os
 import signal
 import subprocess
@@ -117,6 +119,31 @@ def test_launch_takes_a_closure_and_brings_back_output_in_whole_lines(capsys):
     assert sorted(capsys.readouterr().out.splitlines()) == ["line 0", "line 1"]
 
 
+def test_launched_processes_write_as_to_a_file_and_leave_the_launchers_group(monkeypatch, capsys):
+    def function():
+        faulthandler.enable()
+        sys.stdout.writelines(["one\n", "two\n"])
+        sys.stdout.buffer.write(b"")
+        subprocess.run([sys.executable, "-c", "print('three')"], stdout=sys.stdout, check=True)  # to what it was then
+        return sorted(name for name in os.environ if "TORCHELASTIC" in name)
+
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # as torchrun sets it, with one process too
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for number, name in (("0", "RANK"), ("1", "WORLD_SIZE"), ("0", "LOCAL_RANK")):
+        monkeypatch.setenv(name, number)
+    assert launch(function, num_processes=2) == []
+    assert sorted(capsys.readouterr().out.split()) == ["one", "one", "two", "two"]
+
+
+@pytest.mark.distributed
+def test_parity_runs_once_under_a_launcher():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "accel_trainer", "parity", "faulty_runs:sound", "--processes", "2", "--max_steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("promises kept") == 1
+
+
 def dies():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -124,6 +151,31 @@ def dies():
 def test_launch_tells_of_a_process_that_was_killed():
     with pytest.raises(ProcessFailedError, match="killed by signal 9"):
         launch(dies, num_processes=2)
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    (tmp_path / "script.py").write_text("from accel_trainer import launch\nlaunch(int, num_processes=1)\n")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and 'calls launch under `if __name__ == "__main__":`' in done.stderr
+
+
+@pytest.mark.distributed
+def test_sigterm_saves_before_it_ends_the_launcher(tmp_path):
+    script = TRAIN.replace("num_epochs=num_epochs", "num_epochs=num_epochs, run_dir='run', checkpoint_every=10**6")
+    assert script != TRAIN
+    (tmp_path / "script.py").write_text(
+        script + '\nif __name__ == "__main__":\n    launch(train, 10**6, num_processes=2)\n'
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    while "Epoch 2/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+    assert json.loads((tmp_path / "run/preempted.json").read_text())["is_saved"]
 
 
 @pytest.mark.distributed

@@ -145,6 +145,9 @@ def test_report_compares_runs_and_says_what_differs(tmp_path, monkeypatch, capsy
     assert re.search(r"<th>learning rates</th><td>0.02</td><td>0.01</td>", page)
     for equal in ("patience", "hardware", "run_dir"):  # the folder is the name of the run
         assert f"<th>{equal}</th>" not in page
+    shutil.copytree("two", "other/two")
+    assert main(["report", "two", "other/two"]) == 0
+    assert "<title>two / other/two" in (tmp_path / "report.html").read_text()
     assert main(["report", "one"]) == 0 and main(["report", "three"]) == 2
     assert "No history.jsonl in" in capsys.readouterr().err
 

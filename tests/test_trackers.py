@@ -53,7 +53,7 @@ class Watch(Callback):
             raise RuntimeError("power cut")
 
 
-def fit(run_dir, *names, num_epochs=3, is_resumed=False, breaks_at=None, project="digits"):
+def fit(run_dir, *names, num_epochs=3, is_resumed=False, breaks_at=None, project="digits", metric="accuracy"):
     """Train with trackers; return history, reported losses and the trackers."""
     model, watch = make_model(), Watch(breaks_at)
     trackers = Trackers(names, project, run_dir, CONFIG, is_resumed)
@@ -62,7 +62,7 @@ def fit(run_dir, *names, num_epochs=3, is_resumed=False, breaks_at=None, project
         torch.optim.SGD(model.parameters(), lr=0.1),
         nn.CrossEntropyLoss(),
         scheduler=lambda optimizer, num_steps: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, num_steps),
-        metrics={"accuracy": correct},
+        metrics={metric: correct},
         callbacks=[trackers, watch],
         config=quiet(num_epochs=num_epochs, report_every=2, run_dir=run_dir, resume="auto" if run_dir else False),
     )
@@ -168,6 +168,18 @@ def test_mlflow_finds_the_history_in_one_run(tmp_path, monkeypatch):
     for name, values in {"step/train_loss": losses, **expected(history)}.items():
         found = client.get_metric_history(run_id, name)
         assert by_step((one.step, one.value) for one in found) == values, name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_takes_a_metric_of_any_name(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    history, _, _ = fit(tmp_path / "run", "mlflow", num_epochs=1, metric="top-1 (%)")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'run' / 'trackers' / 'mlflow.db'}")
+    run_id = json.loads((tmp_path / "run/trackers.json").read_text())["mlflow"]
+    [found] = client.get_metric_history(run_id, "metrics/top-1 ___")
+    assert found.value == history.metrics["top-1 (%)"][0]
 
 
 def records_of(path):

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -115,6 +116,17 @@ def test_a_changed_file_is_read_anew(tmp_path, monkeypatch, capsys):
         arguments = "--num_epochs", "1", "--run_dir", str(tmp_path / str(num_rows))
         assert run(monkeypatch, capsys, path, *arguments)[0] == 0
         assert len(pd.read_csv(tmp_path / str(num_rows) / "predictions.csv")) == num_rows
+
+
+def test_na_is_a_word_among_words_and_missing_among_numbers(tmp_path, monkeypatch, capsys):
+    frame = numeric_table(60)
+    frame["y"] = np.where(frame.a > 0, "NA", "EU")  # North America
+    frame["c"] = frame.b.map("{:.3f}".format)
+    frame.loc[:3, "c"] = ["NA", "nan", "None", "-"]
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    code, printed = run(monkeypatch, capsys, tmp_path / "table.csv", "--num_epochs", "1")
+    assert code == 0, printed
+    assert "Missing values: c 4" in printed and re.search(r"  NA: [\d.]+ of \d+ rows", printed)
 
 
 def test_whole_numbers_and_bools_are_classes(tmp_path, monkeypatch, capsys):

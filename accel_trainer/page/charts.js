@@ -35,9 +35,10 @@ function axis(label) {
 
 function draw(chart, figure) {
   const series = chart.series.map((one, index) => ({
-    label: one.label, stroke: colour(one.colour ?? index), width: 2, dash: one.dash, spanGaps: false,
+    label: one.label, stroke: colour(one.colour ?? index), width: 2, spanGaps: false,
     fill: chart.stacked ? colour(index) + "55" : undefined,
-    points: { show: chart.epochs.length <= 40, size: 5 },
+    dash: one.dash ?? ((one.colour ?? index) >= 8 ? [6, 4] : undefined),
+    points: chart.epochs.length <= 40 ? { show: true, size: 5 } : { size: 5 },  // lone ones in any case
     value: (u, value, at, place) => place == null ? "-" : short(one.values[place]),
   }));
   let values = chart.series.map(one => one.values);
