@@ -28,6 +28,10 @@ const bestEpochs = chart => ({
   })] },
 });
 
+// Places of values without a neighbour, which no line shows.
+const lone = values => values.flatMap((value, place) =>
+  value != null && values[place - 1] == null && values[place + 1] == null ? [place] : []);
+
 function axis(label) {
   return { label, labelSize: 22, stroke: style("--quiet"), grid: { stroke: style("--line"), width: 1 },
     ticks: { stroke: style("--line"), width: 1 }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif" };
@@ -38,7 +42,7 @@ function draw(chart, figure) {
     label: one.label, stroke: colour(one.colour ?? index), width: 2, spanGaps: false,
     fill: chart.stacked ? colour(index) + "55" : undefined,
     dash: one.dash ?? ((one.colour ?? index) >= 8 ? [6, 4] : undefined),
-    points: chart.epochs.length <= 40 ? { show: true, size: 5 } : { size: 5 },  // lone ones in any case
+    points: { show: chart.epochs.length <= 40, filter: () => chart.epochs.length <= 40 ? null : lone(one.values), size: 5 },
     value: (u, value, at, place) => place == null ? "-" : short(one.values[place]),
   }));
   let values = chart.series.map(one => one.values);
