@@ -172,7 +172,8 @@ class Trackers(Callback):
                     tracker.log({**told, "step": step})
                 elif name == "mlflow":
                     tracker.log({_NO_NAME_FOR_MLFLOW.sub("_", key): number for key, number in numbers.items()}, step)
-                    _set_mlflow_tags(words)
+                    if words:
+                        _set_mlflow_tags(words)
                 elif told:
                     tracker.log(told, step=step)
 

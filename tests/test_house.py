@@ -140,6 +140,16 @@ def test_nothing_is_lost_under_torture():
     assert done.returncode == 0 and "Nothing was lost in 10 kills." in done.stderr, done.stderr
 
 
+TOP = """.ci .gitignore CHANGELOG.md LICENSE README.md accel_trainer benchmarks constraints.txt pyproject.toml scripts
+tests"""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_nothing_strays_to_the_top():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split("/")[0] for line in listed.splitlines()} == set(TOP.split())
+
+
 def test_the_readme_tells_every_file():
     readme = (ROOT / "README.md").read_text()
     for path in [*PACKAGE.glob("*.py"), *(ROOT / "scripts").iterdir(), *(ROOT / "benchmarks").glob("*.py")]:

@@ -135,15 +135,6 @@ def test_launched_processes_write_as_to_a_file_and_leave_the_launchers_group(mon
     assert sorted(capsys.readouterr().out.split()) == ["one", "one", "two", "two"]
 
 
-@pytest.mark.distributed
-def test_parity_runs_once_under_a_launcher():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "accel_trainer", "parity", "faulty_runs:sound", "--processes", "2", "--max_steps", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests", timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("promises kept") == 1
-
-
 def dies():
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -149,6 +149,15 @@ def test_the_command_line_itself_with_a_markdown_table():
     assert any("same bits |" in line for line in lines)
 
 
+@pytest.mark.distributed
+def test_parity_runs_once_under_a_launcher():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "accel_trainer", "parity", "faulty_runs:sound", "--processes", "2", "--max_steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("promises kept") == 1
+
+
 def test_wrong_arguments_get_one_line(tmp_path, capsys):
     broken = tmp_path / "no_import.py"
     broken.write_text('raise RuntimeError("on purpose")')

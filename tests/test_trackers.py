@@ -175,6 +175,7 @@ def test_mlflow_takes_a_metric_of_any_name(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)  # a client leaves a file where it is made
     history, _, _ = fit(tmp_path / "run", "mlflow", num_epochs=1, metric="top-1 (%)")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'run' / 'trackers' / 'mlflow.db'}")
     run_id = json.loads((tmp_path / "run/trackers.json").read_text())["mlflow"]

@@ -38,11 +38,12 @@ function axis(label) {
 }
 
 function draw(chart, figure) {
+  const isShort = chart.epochs.length <= 40;
   const series = chart.series.map((one, index) => ({
     label: one.label, stroke: colour(one.colour ?? index), width: 2, spanGaps: false,
     fill: chart.stacked ? colour(index) + "55" : undefined,
     dash: one.dash ?? ((one.colour ?? index) >= 8 ? [6, 4] : undefined),
-    points: { show: chart.epochs.length <= 40, filter: () => chart.epochs.length <= 40 ? null : lone(one.values), size: 5 },
+    points: { show: isShort, filter: () => isShort ? null : lone(one.values), size: 5 },
     value: (u, value, at, place) => place == null ? "-" : short(one.values[place]),
   }));
   let values = chart.series.map(one => one.values);
