@@ -48,6 +48,7 @@ __all__ = [
     "cut",
     "describe_batch",
     "num_batches",
+    "process_of",
     "run_of",
     "sampler_of",
     "tensors_in",
@@ -103,6 +104,11 @@ def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
 def run_of(layout: Layout) -> range:
     """Return the micro-batches that this process computes."""
     return range(*_even_bounds(layout.num_micro_batches, layout.num_processes)[layout.process])
+
+
+def process_of(index: int, layout: Layout) -> int:
+    """Return the process that computes a micro-batch."""
+    return next(process for process in range(layout.num_processes) if index in run_of(layout._replace(process=process)))
 
 
 def _even_bounds(total: int, parts: int) -> list[tuple[int, int]]:
@@ -396,10 +402,10 @@ class Feed:
         dataset = self.loader.dataset
         length = len(dataset) if hasattr(dataset, "__len__") else None
         rows = list(dataset.indices) if isinstance(dataset, Subset) else None
-        lengths = gather_object([length])
+        lengths, digests = zip(*gather_object([(length, crc32(repr(rows).encode()))]), strict=True)
         if len(set(lengths)) > 1:
-            raise ValueError(f"{name} has datasets of different lengths on the processes: {lengths}.")
-        if len(set(gather_object([crc32(repr(rows).encode())]))) > 1:
+            raise ValueError(f"{name} has datasets of different lengths on the processes: {list(lengths)}.")
+        if len(set(digests)) > 1:
             raise ValueError(
                 f"{name} has other samples on each process. Split and shuffle with a fixed seed, so that all agree."
             )

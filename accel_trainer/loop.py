@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -99,7 +100,7 @@ class Training:
         self.draws = draws_of(self.prepared.plain, *others)
         is_new = epoch != self.state.epoch
         if is_new:
-            self.state.epoch, self.ledger = epoch, Ledger(self.hardware.process)
+            self.state.epoch, self.ledger = epoch, Ledger(self.feed.layout, self.hardware.device)
             self.norm_sum, self.num_norms = 0.0, 0
         return is_new
 
@@ -219,6 +220,7 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
                     training.look_again()
                 training.before_batch()
                 state.num_batches += 1
+                training.ledger.begin(state.num_batches, micro_batch.batch_size)
             if training.draws:
                 seed = derive_seed(config.seed, TRAINING, state.num_batches, piece.index)
                 training.hardware.set_generators(seed, training.draws)
@@ -246,17 +248,17 @@ def compute_gradients(training: Training, micro_batch: MicroBatch) -> None:
     check_loss(forward.loss, needs_grad=True)
     training.gradients.backward(forward, micro_batch)
     training.buffers.after(micro_batch)
-    training.ledger.add(training.state.num_batches, micro_batch, forward)
+    training.ledger.add(micro_batch, forward)
 
 
 def cut_finer(training: Training) -> None:
     """Undo what has been computed of a batch that does not fit in memory; the feed brings it again, cut finer."""
     training.gradients.clear()
     training.buffers.undo()
-    training.ledger.drop(training.state.num_batches)
+    training.ledger.drop()
     training.state.num_batches -= 1
     layout = training.memory.finer()
-    training.gradients.layout = training.buffers.layout = layout
+    training.gradients.layout = training.buffers.layout = training.ledger.layout = layout
     training.feed.recut(layout)
 
 
@@ -303,11 +305,13 @@ def evaluate(
     evenly = objective.weighs_evenly(feed.rows)
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
-        ledger = Ledger(hardware.process, metrics.totalled)
+        ledger = Ledger(feed.layout, hardware.device, metrics.totalled)
         with evaluation_pass(prepared, feed) as micro_batches:
             for micro_batch in micro_batches:
-                if stopping is not None and micro_batch.piece.is_first and stopping.interrupts():
-                    return None
+                if micro_batch.piece.is_first:
+                    if stopping is not None and stopping.interrupts():
+                        return None
+                    ledger.begin(micro_batch.batch_number, micro_batch.batch_size)
                 if memory.exceeded or not micro_batch.piece.counts:
                     continue  # nothing is exchanged before the end, so nobody has to stand in
                 if draws:
@@ -318,7 +322,7 @@ def evaluate(
                         forward = objective(prepared.model, micro_batch, evenly)
                     check_loss(forward.loss, needs_grad=False)
                     scores = metrics.totals(forward, micro_batch.num_samples)
-                    ledger.add(micro_batch.batch_number, micro_batch, forward, scores)
+                    ledger.add(micro_batch, forward, scores)
                     del forward  # two outputs in memory are one too many
     totals = ledger.exchange()
     values = totals.metrics | metrics.merge(hardware.num_processes)
@@ -543,7 +547,7 @@ def write_page(run: Run, state: str) -> None:
 
 def must_skip(training: Training) -> bool:
     """Return, on all processes alike, whether a loss of this batch or its gradient is not finite: one read-back."""
-    losses = training.ledger.is_finite(training.state.num_batches)
+    losses = training.ledger.is_finite()
     gradients = [one.grad for one in training.gradients.parameters if one.grad is not None]
     if training.hardware.accelerator.scaler is not None:
         gradients = []  # what overflows in fp16 is skipped by the scaler, which then lowers its scale
@@ -601,10 +605,14 @@ def check_weights(training: Training) -> None:
 
 
 def _bits(parameter: Tensor) -> Tensor:
-    """Return the sum of a tensor's bits read as whole numbers."""
-    values = torch.view_as_real(parameter) if parameter.is_complex() else parameter
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.detach().contiguous().view(whole).sum(dtype=torch.int64)
+    """Return the sum of a tensor's bits, read as whole numbers of 64 bits: the widest are added fastest."""
+    values = parameter.detach().contiguous().view(-1)
+    if values.storage_offset() * values.element_size() % 8:
+        values = values.clone()  # only where such numbers may begin can they be read
+    in_bytes = values.view(torch.uint8)
+    whole, rest = in_bytes.tensor_split([len(in_bytes) // 8 * 8])
+    total = whole.view(torch.int64).sum()
+    return total + pad(rest, (0, 8 - len(rest))).view(torch.int64).sum() if len(rest) else total
 
 
 # --- the two functions of the tutorials -------------------------------------------------------------------------------
@@ -739,7 +747,7 @@ def assemble(
         stopping=stopping,
         state=state,
         feed=feed,
-        ledger=Ledger(hardware.process),
+        ledger=Ledger(layout, hardware.device),
         finite_buffers=frozenset(name for name, buffer in model.named_buffers() if is_finite([buffer])),
     )
 

@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .batches import MicroBatch, tensors_in
+from .batches import Layout, MicroBatch, process_of, tensors_in
 from .fetching import Rows
 
 __all__ = [
@@ -367,53 +368,80 @@ def sum_of_norms(tensors: Iterable[Tensor], order: float = 2) -> float | Tensor:
     return sum(sums[1:], sums[0]) if sums else 0.0
 
 
-class Ledger:
-    """Collect loss and weight of every micro-batch on the device; exchange and average them on the host.
+class _Batch(NamedTuple):
+    """The rows of one batch in a ledger: one for each of its micro-batches, on whichever process."""
 
-    The sums are taken in double precision and in the order of the batches, so every process gets the same numbers and
-    the layout changes no more than the rounding of the single losses. What has been read is kept as sums only.
+    number: int
+    size: int
+    first_row: int
+    layout: Layout
+
+
+class Ledger:
+    """Collect loss and weight of every micro-batch on the device; add them up over processes and batches.
+
+    They are the rows of one table, in the order of the batches, of which each process fills in its own; the others
+    are zero there, so that a sum over the processes is exact. The rows are then added up in double precision and in
+    their order: every process gets the same numbers, and the layout changes no more than the rounding of the single
+    losses. What has been read is kept as sums only.
 
     Args:
-        process: Index of this process.
+        layout: This process and the cut.
+        device: Where the losses are.
         metrics: Names of the metrics whose totals will be added.
+
+    Attributes:
+        layout: May be replaced between two batches.
     """
 
     _BLOCK = 512  # scalars joined into one tensor at a time: one alone costs half a kilobyte
 
-    def __init__(self, process: int, metrics: Sequence[str] = ()) -> None:
-        self._process, self._metrics = process, tuple(metrics)
-        self._open: list[tuple[Any, ...]] = []  # batch, index, samples, loss, weight, then a total per metric
-        self._blocks: list[tuple[list[tuple[int, int, int]], Tensor]] = []
+    def __init__(self, layout: Layout, device: torch.device, metrics: Sequence[str] = ()) -> None:
+        self.layout = layout
+        self._device, self._metrics = device, tuple(metrics)
+        self._batches: list[_Batch] = []  # those since the last read
+        self._num_rows = 0
+        self._open: list[tuple[Any, ...]] = []  # row, loss, weight, then a total per metric
+        self._blocks: list[tuple[list[int], Tensor]] = []  # rows, and their columns
         self._sums = [0.0] * (3 + len(self._metrics))  # of samples, loss x weight, weights, totals
         self._recent = 0.0, 0.0  # of loss x weight and weights since the last report
         self._fault: Fault | None = None
 
-    def add(self, batch: int, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
-        """Take in a micro-batch; a stand-in leaves no trace.
+    def begin(self, batch: int, size: int) -> None:
+        """Make room for a batch; every process begins each of them, in the same order.
 
         Args:
-            batch: Number of its batch.
-            micro_batch: Which of the batch it is.
+            batch: Its number.
+            size: Its samples, over all processes.
+        """
+        if len(self._open) >= self._BLOCK:
+            self._close()
+        self._batches.append(_Batch(batch, size, self._num_rows, self.layout))
+        self._num_rows += min(size, self.layout.num_micro_batches)
+
+    def add(self, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
+        """Take in a micro-batch of the batch under way; a stand-in leaves no trace.
+
+        Args:
+            micro_batch: Which it is.
             forward: Its loss and weight.
             totals: Sum of each metric over its samples, in the order of the names.
         """
-        piece = micro_batch.piece
-        if piece.counts:
-            if piece.is_first and len(self._open) >= self._BLOCK:
-                self._close()
-            num_samples = piece.stop - piece.start
-            self._open.append((batch, piece.index, num_samples, forward.loss.detach(), forward.weight, *totals))
+        if micro_batch.piece.counts:
+            row = self._batches[-1].first_row + micro_batch.piece.index
+            self._open.append((row, forward.loss.detach(), forward.weight, *totals))
 
-    def drop(self, batch: int) -> None:
+    def drop(self) -> None:
         """Forget the batch under way, which will be done again."""
-        while self._open and self._open[-1][0] == batch:
+        self._num_rows = self._batches.pop().first_row
+        while self._open and self._open[-1][0] >= self._num_rows:
             self._open.pop()
 
-    def is_finite(self, batch: int) -> bool | Tensor:
+    def is_finite(self) -> bool | Tensor:
         """Return whether the losses of the last batch are finite on this process; those that weigh nothing may not."""
         flag: bool | Tensor = True
-        for number, _, _, loss, weight, *_ in reversed(self._open):
-            if number != batch:
+        for row, loss, weight, *_ in reversed(self._open):
+            if row < self._batches[-1].first_row:
                 break
             flag = flag & (loss.isfinite() | (torch.as_tensor(weight, device=loss.device) == 0))
         return flag
@@ -421,24 +449,43 @@ class Ledger:
     def _close(self) -> None:
         """Join the scalars that have come into one tensor, on the device."""
         if self._open:
-            batches, indices, counts, losses, *others = zip(*self._open, strict=True)
-            joined = torch.stack([_column(column, losses[0].device) for column in (losses, *others)], dim=1)
-            self._blocks.append((list(zip(batches, indices, counts, strict=True)), joined))
+            rows, *columns = zip(*self._open, strict=True)
+            self._blocks.append((list(rows), torch.stack([_column(column, self._device) for column in columns])))
             self._open = []
 
-    def _read(self) -> None:
-        """Exchange what has come since the last read: one read-back, and one small exchange."""
+    def _table(self) -> Tensor:
+        """Return loss, weight and totals, shape `(columns, rows)`, of all processes; one exchange between them."""
         self._close()
-        places = [place for places, _ in self._blocks for place in places]
-        numbers = torch.cat([joined for _, joined in self._blocks]).tolist() if self._blocks else []
-        self._blocks = []
-        mine = [(*place, self._process, *row) for place, row in zip(places, numbers, strict=True)]
-        for batch, _, num_samples, process, loss, weight, *totals in sorted(gather_object(mine)):
-            if weight and not math.isfinite(loss) and self._fault is None:
-                self._fault = Fault(loss, batch, process)
-            product = loss * weight if weight else 0.0  # what weighs nothing may be nan
-            self._sums = list(map(add, self._sums, (num_samples, product, weight, *totals)))
-            self._recent = self._recent[0] + product, self._recent[1] + weight
+        blocks, self._blocks = self._blocks, []
+        if self.layout.num_processes == 1:
+            return torch.cat([block for _, block in blocks], dim=1)
+        table = torch.zeros(len(self._sums) - 1, self._num_rows, dtype=widest_float(self._device), device=self._device)
+        for rows, block in blocks:
+            table[:, rows] = block
+        torch.distributed.all_reduce(table)
+        return table
+
+    def _read(self) -> None:
+        """Add up what has come since the last read: one exchange, and one read-back."""
+        if not self._batches:
+            return
+        losses, weights, *totals = self._table().tolist()
+        products = [loss * weight if weight else 0.0 for loss, weight in zip(losses, weights, strict=True)]
+        sizes = [batch.size for batch in self._batches]
+        columns = sizes, products, weights, *totals
+        self._sums = [functools.reduce(add, column, total) for total, column in zip(self._sums, columns, strict=True)]
+        recent_product, recent_weight = self._recent
+        self._recent = functools.reduce(add, products, recent_product), functools.reduce(add, weights, recent_weight)
+        if self._fault is None and not math.isfinite(self._sums[1]):
+            self._fault = self._first_fault(losses, weights)
+        self._batches, self._num_rows = [], 0
+
+    def _first_fault(self, losses: list[float], weights: list[float]) -> Fault | None:
+        for batch, after in zip(self._batches, [*self._batches[1:], None], strict=True):
+            for row in range(batch.first_row, self._num_rows if after is None else after.first_row):
+                if weights[row] and not math.isfinite(losses[row]):
+                    return Fault(losses[row], batch.number, process_of(row - batch.first_row, batch.layout))
+        return None
 
     def sums(self) -> list[float]:
         """Return what `restore` takes, the same on all processes; all call it at the same place."""
@@ -452,7 +499,7 @@ class Ledger:
     def report(self) -> tuple[float, Fault | None]:
         """Return the mean loss since the last report, and the first loss of the epoch that is not finite.
 
-        Every process calls it after the same step. Costs one read-back, and one small exchange.
+        Every process calls it after the same step. Costs one small exchange, and one read-back.
         """
         self._read()
         loss, weight = self._recent

@@ -66,13 +66,19 @@ class Stopping:
     Args:
         board: Where the processes meet; `None` with one process.
         time_limit_seconds: Ask for the end after this long.
+        any_process: Returns for each flag whether it is set on any process.
 
     Attributes:
         save_is_due: Whether the processes have agreed to save here; whoever saves sets it back.
     """
 
-    def __init__(self, board: _Board | None, time_limit_seconds: float | None = None) -> None:
-        self._board = board
+    def __init__(
+        self,
+        board: _Board | None,
+        time_limit_seconds: float | None = None,
+        any_process: Callable[..., list[bool]] = lambda *flags: list(flags),
+    ) -> None:
+        self._board, self._any_process = board, any_process
         self._time_limit = time_limit_seconds
         self._deadline = None if time_limit_seconds is None else time.monotonic() + time_limit_seconds
         self._wish: Wish | None = None
@@ -122,12 +128,12 @@ class Stopping:
 
     def agree(self) -> bool:
         """Return whether the run ends here; every process calls it at the same place (one small exchange)."""
-        wishes = gather_object([(self._agreed or self._wish, self._wants_save)]) if self._board else None
-        if wishes is None:
-            self._settle((self._wish, self._wants_save))
-        else:
-            # One process may know already what another will only hear here: all must take part.
-            self._settle((_foremost(wish for wish, _ in wishes), any(wants_save for _, wants_save in wishes)))
+        wish = self._agreed or self._wish
+        # One process may know already what another will only hear here: all must take part.
+        has_wish, wants_save = self._any_process(wish is not None, self._wants_save)
+        if has_wish and self._board is not None:
+            wish = _foremost(gather_object([wish]))
+        self._settle((wish, wants_save))
         return self._agreed is not None
 
     def _settle(self, decision: tuple[Wish | None, bool]) -> None:

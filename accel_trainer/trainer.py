@@ -158,7 +158,7 @@ class Trainer:
             monitor = self._check_fit(train_loader, test_loader)
             if hardware.num_processes > 1:
                 self._metrics.check_merging()
-            stopping = Stopping(board, self.config.time_limit_seconds)
+            stopping = Stopping(board, self.config.time_limit_seconds, hardware.any_process)
             with preserved(*hardware.generators), loop.training_mode(self.model), stopping.on_signals():
                 run = self._prepare_run(hardware, stopping, monitor, self.optimizer, train_loader, test_loader)
                 try:

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from accelerate.state import PartialState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from accel_trainer import Callback, Trainer
-from accel_trainer.losses import Ledger, Metrics, Objective
+from accel_trainer.batches import Layout, MicroBatch, cut, run_of
+from accel_trainer.losses import Forward, Ledger, Metrics, Objective
 from support import assert_same, correct, loader_of, make_data, on_processes, quiet, summary
 
 
@@ -423,15 +425,56 @@ def test_the_sums_are_exact_over_many_blocks_and_reports():
         def __init__(self, value):
             self.loss, self.weight = torch.tensor(value, dtype=torch.float64), 3
 
-    ledger = Ledger(0)
+    ledger = Ledger(Layout(0, 1, 1), torch.device("cpu"))
     for number in range(1300):
-        ledger.add(number, MicroBatch, Forward(float(number)))
+        ledger.begin(number, 3)
+        ledger.add(MicroBatch, Forward(float(number)))
         if number == 700:
             assert ledger.report() == (350.0, None)
     totals = ledger.exchange()
     assert totals.loss == 1299 / 2 and totals.fault is None
-    ledger.add(1300, MicroBatch, Forward(math.nan))
+    ledger.begin(1300, 3)
+    ledger.add(MicroBatch, Forward(math.nan))
     assert ledger.exchange().fault.batch == 1300
+
+
+def keep_a_ledger(num_processes, num_micro_batches, sizes, wrong):
+    """Let losses be their batch and place, but one nan; return the mean as read in two goes, and the fault."""
+    process = PartialState(cpu=True).process_index if num_processes > 1 else 0
+    layout = Layout(process, num_processes, num_micro_batches)
+    ledger = Ledger(layout, torch.device("cpu"))
+    for number, size in enumerate(sizes):
+        ledger.begin(number, size)
+        for piece in cut(size, layout):
+            micro_batch = MicroBatch(None, piece, size, number)
+            loss = math.nan if (number, piece.index) == wrong else number + piece.index / 10
+            ledger.add(micro_batch, Forward(torch.tensor(loss, dtype=torch.float64), micro_batch.num_samples))
+        if number == 1:
+            ledger.report()
+    totals = ledger.exchange()
+    return totals.loss, totals.num_samples, totals.fault
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_micro_batches", [1, 3, 4])
+def test_every_process_adds_up_all_rows_whoever_has_them(num_micro_batches):
+    sizes = [5, 1, 2, 7]  # shorter than the cut too, so that a process has a stand-in
+    mean, num_samples, _ = keep_a_ledger(1, num_micro_batches, sizes, None)
+    rows = [
+        (number + piece.index / 10, piece.stop - piece.start)
+        for number, size in enumerate(sizes)
+        for piece in cut(size, Layout(0, 1, num_micro_batches))
+    ]
+    assert mean == pytest.approx(sum(loss * weight for loss, weight in rows) / 15, rel=1e-15) and num_samples == 15
+    for processes in (2, 3):
+        assert (
+            on_processes(processes, keep_a_ledger, processes, num_micro_batches, sizes, None)
+            == [(mean, 15, None)] * processes
+        )
+        last = (3, num_micro_batches - 1)
+        owner = next(one for one in range(processes) if last[1] in run_of(Layout(one, processes, num_micro_batches)))
+        for _, _, fault in on_processes(processes, keep_a_ledger, processes, num_micro_batches, sizes, last):
+            assert math.isnan(fault.value) and (fault.batch, fault.process) == (3, owner)
 
 
 # --- what weighs nothing, and what hides its weight -------------------------------------------------------------------

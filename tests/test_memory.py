@@ -159,8 +159,9 @@ def count_exchanges(kind):
 
 @pytest.mark.distributed
 def test_nothing_is_exchanged_once_the_memory_is_known():
-    assert on_processes(2, count_exchanges, TensorDataset) == [2 + 3] * 2  # an epoch, and of 30 batches
-    first_pass = 2 + 3 + 8
+    once = 2 + 3 + 4  # before the batches are known; once an epoch; and whether to stop, before each and at the end
+    assert on_processes(2, count_exchanges, TensorDataset) == [once] * 2  # of 30 batches
+    first_pass = once + 8
     assert on_processes(2, count_exchanges, lambda *tensors: Items(TensorDataset(*tensors))) == [first_pass] * 2
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset
 
 import accel_trainer
-from accel_trainer import Callback, History, NonFiniteError, StopTraining, TrainConfig, Trainer
+from accel_trainer import Callback, History, NonFiniteError, StopTraining, TrainConfig, Trainer, loop
 from accel_trainer.callbacks import Callbacks
 from support import ROOT, correct, launch, loader_of, make_data, make_model, on_processes, quiet, summary, train
 
@@ -569,6 +569,22 @@ def reach_into():
 def test_weights_that_part_are_found():
     for message in on_processes(2, reach_into):
         assert message.startswith("The weights differ between the processes, first in 0.weight. Call the model that")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (7, 8)])
+def test_no_bit_of_a_weight_can_differ_unseen(dtype, shape):
+    for offset in (0, 1):
+        memory = torch.randn(offset + math.prod(shape)).to(dtype)
+        weight = memory[offset:].view(shape)
+        bits = loop._bits(weight)
+        for place in range(weight.nbytes):
+            raw = memory[offset:].view(torch.uint8)
+            for bit in (0, 7):
+                raw[place] ^= 1 << bit
+                assert loop._bits(weight) != bits
+                raw[place] ^= 1 << bit
+        assert loop._bits(weight) == bits
 
 
 # --- what is refused before anything is trained -----------------------------------------------------------------------
