@@ -380,6 +380,13 @@ class Feed:
         """Whether all samples are known to have one size."""
         return self.rows is not None and self.rows.row_nbytes is not None
 
+    def refresh(self) -> None:
+        """Look, before a pass, whether a table has been given another form: a transform, say."""
+        if self.rows is not None and not self.rows.is_current:
+            self.rows = rows_of(self.loader.dataset)
+            for made in ("_dataset", "_loader"):
+                self.__dict__.pop(made, None)
+
     def recut(self, layout: Layout) -> None:
         """Cut the batch under way, from its start, and all that follow in another number of micro-batches."""
         self.layout = layout
@@ -421,10 +428,6 @@ class Feed:
         if is_stream(self.loader):
             yield from self._streamed(epoch, first_batch)
             return
-        if self.rows is not None and not self.rows.is_current:  # a table has been given a transform, say
-            self.rows = rows_of(self.loader.dataset)
-            for made in ("_dataset", "_loader"):
-                self.__dict__.pop(made, None)
         again: int | None = first_batch
         while again is not None:
             again = yield from self._in_one_cut(epoch, again)

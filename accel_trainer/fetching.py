@@ -118,6 +118,7 @@ class TableRows(Rows):
 
     def __init__(self, table: Any) -> None:
         self._table, self._format = table, table.format
+        self._fingerprint, self._is_current = _fingerprint_of(table), True
         some = sorted({0, len(table) // 2, len(table) - 1}) if len(table) else []
         formatted = _numbers(table[some]) if some else None
         self._like = None if formatted is None else _plain_columns(table, formatted)
@@ -146,7 +147,11 @@ class TableRows(Rows):
     @property
     def is_current(self) -> bool:
         """Whether the dataset has still the form in which these rows were found."""
-        return bool(self._table.format == self._format)
+        # The library renews the fingerprint with every change; to ask for the format costs a hundred times as much.
+        fingerprint = _fingerprint_of(self._table)
+        if fingerprint is None or fingerprint != self._fingerprint:
+            self._fingerprint, self._is_current = fingerprint, self._table.format == self._format
+        return self._is_current
 
     def _from_arrow(self, rows: list[int] | slice, copy: bool = False) -> dict[str, Tensor]:
         table = self._arrow[rows]
@@ -226,6 +231,11 @@ def _is_table(dataset: Any) -> bool:
     if (kind.__module__, kind.__qualname__) != ("datasets.arrow_dataset", "Dataset"):
         return False
     return dataset.format["type"] in ("torch", "numpy") and not dataset.format["format_kwargs"]
+
+
+def _fingerprint_of(table: Any) -> str | None:
+    fingerprint: str | None = getattr(table, "_fingerprint", None)
+    return fingerprint
 
 
 def _numbers(columns: Mapping[str, Any]) -> dict[str, Tensor] | None:

@@ -59,7 +59,8 @@ class Training:
 
     Attributes:
         ledger: The losses of the epoch under way.
-        draws: The generators that a step may draw from.
+        draws: The generators that a step may draw from ...
+        draws_forward: ... and those of them that model and loss may.
         observers: The user's callbacks, which run in it too.
         watched: The hooks that a callback listens to.
         num_changes: Those of the data that have been looked at.
@@ -81,6 +82,7 @@ class Training:
     feed: Feed
     ledger: Ledger
     draws: Draws = Draws.ANYTHING
+    draws_forward: Draws = Draws.ANYTHING
     observers: Sequence[Any] = ()
     clock: Clock = field(default_factory=Clock)
     call: Callable[[str], None] = lambda hook: None
@@ -95,9 +97,6 @@ class Training:
 
     def begin_epoch(self, epoch: int) -> bool:
         """Begin an epoch, or go on with the one under way; return whether it is a new one."""
-        self.weigh()
-        others = (*self.objective.functions, self.prepared.optimizer, *self.observers)
-        self.draws = draws_of(self.prepared.plain, *others)
         is_new = epoch != self.state.epoch
         if is_new:
             self.state.epoch, self.ledger = epoch, Ledger(self.feed.layout, self.hardware.device)
@@ -108,6 +107,15 @@ class Training:
         """Take the batches of this feed from here on."""
         self.feed = feed
         self.memory.follow(feed)
+
+    def take_notice(self) -> None:
+        """Look at what may have changed since the last epoch; all processes call it together."""
+        self.feed.refresh()
+        self.weigh()
+        self.draws_forward = draws_of(self.prepared.plain, *self.objective.functions)
+        self.draws = max(self.draws_forward, draws_of(None, self.prepared.optimizer, *self.observers))
+        self.gradients.begin()
+        self.buffers.begin()
 
     def weigh(self) -> None:
         """Find out whether each sample weighs the same; all processes call it together."""
@@ -131,10 +139,9 @@ class Training:
             )
 
     def is_sound(self) -> bool:
-        """Return whether the weights, and the buffers that were so at the start, are finite: one read-back."""
-        model = self.prepared.plain
-        buffers = (buffer for name, buffer in model.named_buffers() if name in self.finite_buffers)
-        return is_finite([*model.parameters(), *buffers])
+        """Return whether the trained weights, and the buffers that were so at the start, are finite: one read-back."""
+        named = self.prepared.plain.named_buffers() if self.finite_buffers else ()
+        return is_finite([*self.gradients.parameters, *(one for name, one in named if name in self.finite_buffers)])
 
 
 @dataclass
@@ -208,8 +215,7 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
     """Make the optimizer steps of one epoch and return its mean loss; `None` if the run ends within it."""
     config, state = training.config, training.state
     gradients, buffers, memory = training.gradients, training.buffers, training.memory
-    gradients.begin()
-    buffers.begin()
+    training.take_notice()
     with closing(micro_batches):
         for micro_batch in training.clock.waiting(micro_batches):
             piece = micro_batch.piece
@@ -293,16 +299,23 @@ def take_step(training: Training, micro_batch: MicroBatch) -> None:
 
 
 def evaluate(
-    prepared: Prepared, objective: Objective, feed: Feed, metrics: Metrics, stopping: Stopping | None = None
+    prepared: Prepared,
+    objective: Objective,
+    feed: Feed,
+    metrics: Metrics,
+    stopping: Stopping | None = None,
+    draws: Draws | None = None,
 ) -> dict[str, float] | None:
     """Return the loss and metrics over all samples of a loader, the same numbers on every process.
 
-    With a `stopping`, the end of the run cuts it short on all processes alike, and `None` is returned.
+    With a `stopping`, the end of the run cuts it short on all processes alike, and `None` is returned. `draws` says
+    what model and loss may draw from, where that is known.
     """
     hardware = prepared.hardware
-    objective.to(hardware.device)
-    draws = draws_of(prepared.plain, *objective.functions, *metrics.functions)
+    feed.refresh()
     evenly = objective.weighs_evenly(feed.rows)
+    draws = draws_of(prepared.plain, *objective.functions) if draws is None else draws
+    draws = max(draws, draws_of(None, *metrics.functions))
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
         ledger = Ledger(feed.layout, hardware.device, metrics.totalled)
@@ -501,7 +514,8 @@ def evaluate_epoch(run: Run) -> dict[str, float] | None:
         return {}
     training = run.training
     with training.clock.measured("evaluation_seconds"):
-        return evaluate(training.prepared, training.objective, run.test_feed, run.metrics, training.stopping)
+        parts = training.prepared, training.objective, run.test_feed, run.metrics, training.stopping
+        return evaluate(*parts, training.draws_forward)
 
 
 def record(run: Run, train: Totals, test: dict[str, float]) -> float:
@@ -825,6 +839,7 @@ def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Call
     hardware = session.hardware
     with shared_failure(hardware.process, hardware.num_processes), preserved(*hardware.generators):
         feed = session.feed(test_loader, "test_loader")
-        prepared = session.evaluating(model)
+        prepared, objective = session.evaluating(model), Objective(loss_fn)
+        objective.to(hardware.device)
         with prepared.attached():
-            return evaluate(prepared, Objective(loss_fn), feed, Metrics(None))["loss"]  # type: ignore[index]
+            return evaluate(prepared, objective, feed, Metrics(None))["loss"]  # type: ignore[index]

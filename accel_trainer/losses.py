@@ -71,8 +71,8 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping) and len(batch) == 2:
         for name in TARGET_NAMES:
             if name in batch:
-                (other,) = (key for key in batch if key != name)
-                return batch[other], batch[name]
+                first, second = batch
+                return batch[second if first == name else first], batch[name]
     held = f"the keys {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
     if isinstance(batch, (tuple, list)):
         held += f" of {len(batch)}"
@@ -147,7 +147,6 @@ class Objective:
             rows is None
             or rows.row_nbytes is None
             or not rows.in_memory
-            or not rows.is_current  # a table that has been given another form
             or self._divisor.keywords["weight"] is not None
         ):
             return False

@@ -70,6 +70,9 @@ _CERTAIN = frozenset(
     for name in "activation batchnorm container conv flatten linear loss normalization padding pooling sparse".split()
 )
 _EXCEPTIONS = ("RReLU", "MultiheadAttention", "FractionalMaxPool", "Lazy")
+_HOOKS_EVERYWHERE = [
+    hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(hooks, dict)
+]
 
 
 def draws_of(model: nn.Module | None, *others: Any) -> Draws:
@@ -82,8 +85,7 @@ def draws_of(model: nn.Module | None, *others: Any) -> Draws:
         *others: Modules, functions, optimizers.
     """
     modules, parameters = (model.modules(), model.parameters()) if model is not None else ((), ())
-    everywhere = (hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_"))
-    if any(everywhere) or any(map(_has_code, parameters)):
+    if any(_HOOKS_EVERYWHERE) or any(map(_has_code, parameters)):
         return Draws.ANYTHING
     return max(map(_draws, (*modules, *others)), default=Draws.NOTHING)
 

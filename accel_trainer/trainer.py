@@ -327,6 +327,7 @@ class Trainer:
             if prepared.hardware.num_processes > 1:
                 self._metrics.check_merging()
             feed = self._feed(loader, prepared.hardware, "loader")
+            self._objective.to(prepared.hardware.device)
             scores: dict[str, float] = loop.evaluate(prepared, self._objective, feed, self._metrics)  # type: ignore[assignment]
             if self._page is not None and prepared.hardware.is_main:
                 epoch = self.state.best_epoch if self.config.restore_best else self.state.epoch
