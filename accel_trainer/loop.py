@@ -99,7 +99,7 @@ class Training:
         """Begin an epoch, or go on with the one under way; return whether it is a new one."""
         is_new = epoch != self.state.epoch
         if is_new:
-            self.state.epoch, self.ledger = epoch, Ledger(self.feed.layout, self.hardware.device)
+            self.state.epoch, self.ledger = epoch, Ledger(self.hardware.device)
             self.norm_sum, self.num_norms = 0.0, 0
         return is_new
 
@@ -226,7 +226,7 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
                     training.look_again()
                 training.before_batch()
                 state.num_batches += 1
-                training.ledger.begin(state.num_batches, micro_batch.batch_size)
+                training.ledger.begin(state.num_batches, micro_batch.batch_size, training.feed.layout)
             if training.draws:
                 seed = derive_seed(config.seed, TRAINING, state.num_batches, piece.index)
                 training.hardware.set_generators(seed, training.draws)
@@ -264,7 +264,7 @@ def cut_finer(training: Training) -> None:
     training.ledger.drop()
     training.state.num_batches -= 1
     layout = training.memory.finer()
-    training.gradients.layout = training.buffers.layout = training.ledger.layout = layout
+    training.gradients.layout = training.buffers.layout = layout
     training.feed.recut(layout)
 
 
@@ -318,13 +318,13 @@ def evaluate(
     draws = max(draws, draws_of(None, *metrics.functions))
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
-        ledger = Ledger(feed.layout, hardware.device, metrics.totalled)
+        ledger = Ledger(hardware.device, metrics.totalled)
         with evaluation_pass(prepared, feed) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.is_first:
                     if stopping is not None and stopping.interrupts():
                         return None
-                    ledger.begin(micro_batch.batch_number, micro_batch.batch_size)
+                    ledger.begin(micro_batch.batch_number, micro_batch.batch_size, feed.layout)
                 if memory.exceeded or not micro_batch.piece.counts:
                     continue  # nothing is exchanged before the end, so nobody has to stand in
                 if draws:
@@ -761,7 +761,7 @@ def assemble(
         stopping=stopping,
         state=state,
         feed=feed,
-        ledger=Ledger(layout, hardware.device),
+        ledger=Ledger(hardware.device),
         finite_buffers=frozenset(name for name, buffer in model.named_buffers() if is_finite([buffer])),
     )
 

@@ -372,8 +372,8 @@ class _Batch(NamedTuple):
 
     number: int
     size: int
-    first_row: int
     layout: Layout
+    first_row: int
 
 
 class Ledger:
@@ -385,18 +385,13 @@ class Ledger:
     losses. What has been read is kept as sums only.
 
     Args:
-        layout: This process and the cut.
         device: Where the losses are.
         metrics: Names of the metrics whose totals will be added.
-
-    Attributes:
-        layout: May be replaced between two batches.
     """
 
     _BLOCK = 512  # scalars joined into one tensor at a time: one alone costs half a kilobyte
 
-    def __init__(self, layout: Layout, device: torch.device, metrics: Sequence[str] = ()) -> None:
-        self.layout = layout
+    def __init__(self, device: torch.device, metrics: Sequence[str] = ()) -> None:
         self._device, self._metrics = device, tuple(metrics)
         self._batches: list[_Batch] = []  # those since the last read
         self._num_rows = 0
@@ -406,17 +401,18 @@ class Ledger:
         self._recent = 0.0, 0.0  # of loss x weight and weights since the last report
         self._fault: Fault | None = None
 
-    def begin(self, batch: int, size: int) -> None:
+    def begin(self, number: int, size: int, layout: Layout) -> None:
         """Make room for a batch; every process begins each of them, in the same order.
 
         Args:
-            batch: Its number.
+            number: Of the batch, in the run.
             size: Its samples, over all processes.
+            layout: How it is cut.
         """
         if len(self._open) >= self._BLOCK:
             self._close()
-        self._batches.append(_Batch(batch, size, self._num_rows, self.layout))
-        self._num_rows += min(size, self.layout.num_micro_batches)
+        self._batches.append(_Batch(number, size, layout, self._num_rows))
+        self._num_rows += min(size, layout.num_micro_batches)
 
     def add(self, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
         """Take in a micro-batch of the batch under way; a stand-in leaves no trace.
@@ -456,7 +452,7 @@ class Ledger:
         """Return loss, weight and totals, shape `(columns, rows)`, of all processes; one exchange between them."""
         self._close()
         blocks, self._blocks = self._blocks, []
-        if self.layout.num_processes == 1:
+        if self._batches[-1].layout.num_processes == 1:
             return torch.cat([block for _, block in blocks], dim=1)
         table = torch.zeros(len(self._sums) - 1, self._num_rows, dtype=widest_float(self._device), device=self._device)
         for rows, block in blocks:

@@ -425,15 +425,15 @@ def test_the_sums_are_exact_over_many_blocks_and_reports():
         def __init__(self, value):
             self.loss, self.weight = torch.tensor(value, dtype=torch.float64), 3
 
-    ledger = Ledger(Layout(0, 1, 1), torch.device("cpu"))
+    ledger = Ledger(torch.device("cpu"))
     for number in range(1300):
-        ledger.begin(number, 3)
+        ledger.begin(number, 3, Layout(0, 1, 1))
         ledger.add(MicroBatch, Forward(float(number)))
         if number == 700:
             assert ledger.report() == (350.0, None)
     totals = ledger.exchange()
     assert totals.loss == 1299 / 2 and totals.fault is None
-    ledger.begin(1300, 3)
+    ledger.begin(1300, 3, Layout(0, 1, 1))
     ledger.add(MicroBatch, Forward(math.nan))
     assert ledger.exchange().fault.batch == 1300
 
@@ -442,9 +442,9 @@ def keep_a_ledger(num_processes, num_micro_batches, sizes, wrong):
     """Let losses be their batch and place, but one nan; return the mean as read in two goes, and the fault."""
     process = PartialState(cpu=True).process_index if num_processes > 1 else 0
     layout = Layout(process, num_processes, num_micro_batches)
-    ledger = Ledger(layout, torch.device("cpu"))
+    ledger = Ledger(torch.device("cpu"))
     for number, size in enumerate(sizes):
-        ledger.begin(number, size)
+        ledger.begin(number, size, layout)
         for piece in cut(size, layout):
             micro_batch = MicroBatch(None, piece, size, number)
             loss = math.nan if (number, piece.index) == wrong else number + piece.index / 10

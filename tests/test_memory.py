@@ -135,6 +135,21 @@ def test_it_is_announced_kept_and_recorded(tmp_path, capsys):
     assert model.num_failed == 2  # never again
 
 
+def fit_in_two_goes(folder):
+    """Return a whole run, and one that has learned its cut, ended within an epoch and goes on."""
+    choices = dict(loader=loader_of(DATA, 8), num_epochs=2)
+    fit(Small(limit=12), run_dir=f"{folder}/run", max_steps=3, **choices)
+    resumed = fit(Small(limit=12), run_dir=f"{folder}/run", resume="auto", **choices)
+    return fit(make_model(torch.float64), **choices), resumed
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_run_that_goes_on_within_an_epoch_keeps_its_cut(num_processes, tmp_path):
+    for whole, resumed in on_processes(num_processes, fit_in_two_goes, str(tmp_path)):
+        assert_same(whole, resumed, torch.float64)
+
+
 class Items(Dataset):
     def __init__(self, data):
         self.data = data
