@@ -514,8 +514,9 @@ def evaluate_epoch(run: Run) -> dict[str, float] | None:
         return {}
     training = run.training
     with training.clock.measured("evaluation_seconds"):
-        parts = training.prepared, training.objective, run.test_feed, run.metrics, training.stopping
-        return evaluate(*parts, training.draws_forward)
+        return evaluate(
+            training.prepared, training.objective, run.test_feed, run.metrics, training.stopping, training.draws_forward
+        )
 
 
 def record(run: Run, train: Totals, test: dict[str, float]) -> float:

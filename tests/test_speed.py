@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from accel_trainer import Callback, Trainer, train_model
 from accel_trainer.randomness import Draws, draws_of
 from accel_trainer.weights import load_best
-from support import ROOT, correct, loader_of, make_data, make_model, quiet
+from support import ROOT, correct, loader_of, make_data, make_model, on_processes, quiet
 
 # --- nothing waits for the host ---------------------------------------------------------------------------------------
 
@@ -469,6 +469,36 @@ def test_the_ledger_of_a_long_epoch_does_not_grow():
     trainer._attach_callbacks = keep
     trainer.fit(DataLoader(data, 1))
     assert len(set(size.sizes)) == 1
+
+
+def count_messages(num_epochs, report_every=50):
+    """Return how often processes exchange something, beside the gradients in the backward."""
+    names = ["all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier"]
+    originals = {name: getattr(torch.distributed, name) for name in names}
+    sent = []
+
+    def counted(name):
+        return lambda *args, **kwargs: sent.append(name) or originals[name](*args, **kwargs)
+
+    try:
+        for name in names:
+            setattr(torch.distributed, name, counted(name))
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = quiet(num_epochs=num_epochs, report_every=report_every)
+        loaders = loader_of(make_data(40), 4), loader_of(make_data(40), 4)
+        Trainer(model, optimizer, F.cross_entropy, metrics={"accuracy": correct}, config=config).fit(*loaders)
+    finally:
+        for name, original in originals.items():
+            setattr(torch.distributed, name, original)
+    return len(sent)
+
+
+@pytest.mark.distributed
+def test_an_epoch_costs_six_messages_and_each_report_one():
+    short, long, reporting = (on_processes(2, count_messages, *args)[0] for args in ((2,), (5,), (5, 2)))
+    assert long - short == 3 * 6
+    assert reporting - long == 5 * 5  # of ten steps each
 
 
 def test_without_restore_best_and_run_dir_no_copy_of_the_weights_is_made(monkeypatch):
