@@ -381,7 +381,7 @@ class Feed:
         return self.rows is not None and self.rows.row_nbytes is not None
 
     def refresh(self) -> None:
-        """Look, before a pass, whether a table has been given another form: a transform, say."""
+        """Look whether a table has been given another form, a transform, say; each pass begins with that."""
         if self.rows is not None and not self.rows.is_current:
             self.rows = rows_of(self.loader.dataset)
             for made in ("_dataset", "_loader"):
@@ -428,6 +428,7 @@ class Feed:
         if is_stream(self.loader):
             yield from self._streamed(epoch, first_batch)
             return
+        self.refresh()
         again: int | None = first_batch
         while again is not None:
             again = yield from self._in_one_cut(epoch, again)

@@ -23,19 +23,22 @@ class Rows:
 
     Attributes:
         in_memory: Whether they are tensors already; a loader worker would only add the way back.
-        columns: The tensors of all rows and maybe of others, collated as a batch is; `None` if not in memory.
         row_nbytes: What one row takes as tensors; `None` if they are not all of one shape.
         nbytes: What there is to keep in memory takes.
     """
 
     in_memory = False
-    columns: Any = None
     row_nbytes: int | None = None
     nbytes = 0
 
     def __call__(self, indices: Tensor) -> Any:
         """Return the rows of these indices, collated."""
         raise NotImplementedError
+
+    @property
+    def columns(self) -> Any:
+        """The tensors of all rows and maybe of others, collated as a batch is; `None` if not in memory."""
+        return None
 
     @property
     def version(self) -> Any:
@@ -71,17 +74,13 @@ class TensorRows(Rows):
         self._tensors = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]  # torch counts for no other
         self._source, self._copied = source, None if source is None else source.version
-        self.columns = self._named(self._tensors)
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors)
         if not any(tensor.requires_grad for tensor in self._tensors):  # those lead back to the whole, one by one
             self.row_nbytes = sum(tensor[:1].nbytes for tensor in self._tensors)
 
     def __call__(self, indices: Tensor) -> Any:
         """Return the rows of these indices, in fresh memory."""
-        if self._source is not None and self._source.version != self._copied:
-            self._copied = self._source.version
-            for mine, changed in zip(self._tensors, self._source._tensors, strict=True):  # type: ignore[attr-defined]
-                mine.copy_(changed)
+        self._follow_source()
         if self._tensors and self._tensors[0].device != indices.device:
             indices = indices.to(self._tensors[0].device, non_blocking=True)
         return self._named([tensor.index_select(0, indices) for tensor in self._tensors])
@@ -101,6 +100,19 @@ class TensorRows(Rows):
     def to(self, device: torch.device) -> TensorRows:
         """Return the same rows on a device."""
         return TensorRows(self._named([tensor.to(device) for tensor in self._tensors]), source=self)
+
+    @property
+    def columns(self) -> Any:
+        """The tensors of all rows."""
+        self._follow_source()
+        return self._named(self._tensors)
+
+    def _follow_source(self) -> None:
+        """Copy anew what has been changed in place since the last copy."""
+        if self._source is not None and self._source.version != self._copied:
+            self._copied = self._source.version
+            for mine, changed in zip(self._tensors, self._source._tensors, strict=True):  # type: ignore[attr-defined]
+                mine.copy_(changed)
 
     def _named(self, tensors: list[Tensor]) -> Any:
         return tensors if self._names is None else dict(zip(self._names, tensors, strict=True))
@@ -168,8 +180,13 @@ class SubsetRows(Rows):
 
     def __init__(self, rows: Tensor, whole: Rows) -> None:
         self._rows, self._whole = rows, whole
-        self.in_memory, self.columns = whole.in_memory, whole.columns  # those of the whole, which are more
+        self.in_memory = whole.in_memory
         self.row_nbytes, self.nbytes = whole.row_nbytes, whole.nbytes
+
+    @property
+    def columns(self) -> Any:
+        """The tensors of the whole, which has more rows."""
+        return self._whole.columns
 
     @property
     def version(self) -> Any:

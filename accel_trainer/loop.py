@@ -59,8 +59,7 @@ class Training:
 
     Attributes:
         ledger: The losses of the epoch under way.
-        draws: The generators that a step may draw from ...
-        draws_forward: ... and those of them that model and loss may.
+        draws: The generators that a step may draw from.
         observers: The user's callbacks, which run in it too.
         watched: The hooks that a callback listens to.
         num_changes: Those of the data that have been looked at.
@@ -82,7 +81,6 @@ class Training:
     feed: Feed
     ledger: Ledger
     draws: Draws = Draws.ANYTHING
-    draws_forward: Draws = Draws.ANYTHING
     observers: Sequence[Any] = ()
     clock: Clock = field(default_factory=Clock)
     call: Callable[[str], None] = lambda hook: None
@@ -112,8 +110,8 @@ class Training:
         """Look at what may have changed since the last epoch; all processes call it together."""
         self.feed.refresh()
         self.weigh()
-        self.draws_forward = draws_of(self.prepared.plain, *self.objective.functions)
-        self.draws = max(self.draws_forward, draws_of(None, self.prepared.optimizer, *self.observers))
+        others = (*self.objective.functions, self.prepared.optimizer, *self.observers)
+        self.draws = draws_of(self.prepared.plain, *others)
         self.gradients.begin()
         self.buffers.begin()
 
@@ -139,9 +137,10 @@ class Training:
             )
 
     def is_sound(self) -> bool:
-        """Return whether the trained weights, and the buffers that were so at the start, are finite: one read-back."""
-        named = self.prepared.plain.named_buffers() if self.finite_buffers else ()
-        return is_finite([*self.gradients.parameters, *(one for name, one in named if name in self.finite_buffers)])
+        """Return whether the weights, and the buffers that were so at the start, are finite: one read-back."""
+        model = self.prepared.plain
+        named = model.named_buffers() if self.finite_buffers else ()
+        return is_finite([*model.parameters(), *(buffer for name, buffer in named if name in self.finite_buffers)])
 
 
 @dataclass
@@ -299,23 +298,16 @@ def take_step(training: Training, micro_batch: MicroBatch) -> None:
 
 
 def evaluate(
-    prepared: Prepared,
-    objective: Objective,
-    feed: Feed,
-    metrics: Metrics,
-    stopping: Stopping | None = None,
-    draws: Draws | None = None,
+    prepared: Prepared, objective: Objective, feed: Feed, metrics: Metrics, stopping: Stopping | None = None
 ) -> dict[str, float] | None:
     """Return the loss and metrics over all samples of a loader, the same numbers on every process.
 
-    With a `stopping`, the end of the run cuts it short on all processes alike, and `None` is returned. `draws` says
-    what model and loss may draw from, where that is known.
+    With a `stopping`, the end of the run cuts it short on all processes alike, and `None` is returned.
     """
     hardware = prepared.hardware
+    draws = draws_of(prepared.plain, *objective.functions, *metrics.functions)
     feed.refresh()
     evenly = objective.weighs_evenly(feed.rows)
-    draws = draws_of(prepared.plain, *objective.functions) if draws is None else draws
-    draws = max(draws, draws_of(None, *metrics.functions))
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
         ledger = Ledger(hardware.device, metrics.totalled)
@@ -514,9 +506,7 @@ def evaluate_epoch(run: Run) -> dict[str, float] | None:
         return {}
     training = run.training
     with training.clock.measured("evaluation_seconds"):
-        return evaluate(
-            training.prepared, training.objective, run.test_feed, run.metrics, training.stopping, training.draws_forward
-        )
+        return evaluate(training.prepared, training.objective, run.test_feed, run.metrics, training.stopping)
 
 
 def record(run: Run, train: Totals, test: dict[str, float]) -> float:

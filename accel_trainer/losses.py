@@ -444,20 +444,23 @@ class Ledger:
     def _close(self) -> None:
         """Join the scalars that have come into one tensor, on the device."""
         if self._open:
-            rows, *columns = zip(*self._open, strict=True)
-            self._blocks.append((list(rows), torch.stack([_column(column, self._device) for column in columns])))
+            rows, losses, *others = zip(*self._open, strict=True)
+            joined = torch.stack([_column(column, losses[0].device) for column in (losses, *others)])
+            self._blocks.append((list(rows), joined.to(self._device)))
             self._open = []
 
     def _table(self) -> Tensor:
         """Return loss, weight and totals, shape `(columns, rows)`, of all processes; one exchange between them."""
         self._close()
         blocks, self._blocks = self._blocks, []
-        if self._batches[-1].layout.num_processes == 1:
+        several = self._batches[-1].layout.num_processes > 1
+        if blocks and not several:
             return torch.cat([block for _, block in blocks], dim=1)
         table = torch.zeros(len(self._sums) - 1, self._num_rows, dtype=widest_float(self._device), device=self._device)
         for rows, block in blocks:
             table[:, rows] = block
-        torch.distributed.all_reduce(table)
+        if several:
+            torch.distributed.all_reduce(table)
         return table
 
     def _read(self) -> None:

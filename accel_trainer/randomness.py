@@ -84,7 +84,8 @@ def draws_of(model: nn.Module | None, *others: Any) -> Draws:
         model: With its modules and parameters; `None` for none.
         *others: Modules, functions, optimizers.
     """
-    modules, parameters = (model.modules(), model.parameters()) if model is not None else ((), ())
+    modules = [] if model is None else list(model.modules())
+    parameters = (one for module in modules for one in module._parameters.values() if one is not None)
     if any(_HOOKS_EVERYWHERE) or any(map(_has_code, parameters)):
         return Draws.ANYTHING
     return max(map(_draws, (*modules, *others)), default=Draws.NOTHING)

@@ -15,8 +15,9 @@ import accel_trainer.batches as batches
 import accel_trainer.memory as memory
 from accel_trainer import Callback, Trainer, evaluate_model, train_model
 from accel_trainer.batches import Feed, Layout
-from accel_trainer.fetching import TableRows, divide, rows_of
+from accel_trainer.fetching import SubsetRows, TableRows, TensorRows, divide, rows_of
 from accel_trainer.hardware import Hardware
+from accel_trainer.losses import Objective
 from accel_trainer.memory import keep_data
 from support import loader_of, make_data, make_model, on_processes, quiet, summary
 
@@ -239,6 +240,38 @@ def test_targets_that_come_to_be_left_out_within_an_epoch_are_an_error():
         RuntimeError, match="Within an epoch train_loader has come to hold targets that the loss leaves"
     ):
         trained_weights(data, 8, callbacks=[Hide()], num_micro_batches=4)
+
+
+def test_a_copy_elsewhere_is_looked_at_as_it_is_now():
+    """What a device holds follows the host, before it is asked whether targets are left out."""
+    data = TensorDataset(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    whole = rows_of(data)
+    objective = Objective(nn.CrossEntropyLoss())
+    copies = [TensorRows([tensor.clone() for tensor in data.tensors], source=whole)]
+    copies.append(SubsetRows(torch.tensor([1, 2]), TensorRows([tensor.clone() for tensor in data.tensors], whole)))
+    assert all(map(objective.weighs_evenly, copies))
+    data.tensors[1][2] = -100
+    assert not any(map(objective.weighs_evenly, copies))
+
+
+def test_a_format_that_a_table_gets_within_an_epoch_is_followed_from_the_next_pass_on():
+    table = datasets.Dataset.from_dict({"inputs": [[1.0]] * 4, "labels": [[1.0]] * 4}).with_format("torch")
+    asked = []
+
+    def noting(columns):
+        asked.append(len(columns["inputs"]))
+        return {name: torch.ones(len(column), 1) for name, column in columns.items()}
+
+    class Change(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 2:
+                table.set_transform(noting)
+
+    model = nn.Linear(1, 1)
+    config = quiet(num_epochs=1, steps_per_epoch=6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    Trainer(model, optimizer, nn.MSELoss(), callbacks=[Change()], config=config).fit(DataLoader(table, 2))
+    assert sum(asked) == 8  # samples, of four batches
 
 
 def test_a_format_that_a_table_gets_later_is_followed():

@@ -1,9 +1,11 @@
 """One run, one result: any number of processes, any cut. The claim of the package, against itself and a plain loop."""
 
 import itertools
+import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -359,3 +361,26 @@ def test_sparse_gradients_and_complex_parameters_are_added_too():
     assert train_sparse(3) == pytest.approx(one, rel=1e-5)
     for losses in on_processes(2, train_sparse):
         assert losses == pytest.approx(one, rel=1e-5)
+
+
+def fit_with_a_late_hook():
+    """Add, within an epoch, what draws in a model that drew nothing before."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+
+    class Late(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 1:
+                model.register_forward_hook(lambda module, inputs, outputs: outputs * random.random())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = Trainer(
+        model, optimizer, F.cross_entropy, callbacks=[Late()], config=quiet(num_epochs=1, num_micro_batches=2)
+    )
+    return trainer.fit(loader_of(make_data(8), 4), loader_of(make_data(24), 8)).test_losses
+
+
+@pytest.mark.distributed
+def test_what_draws_since_the_middle_of_an_epoch_draws_alike_in_its_evaluation():
+    (whole,) = on_processes(1, fit_with_a_late_hook)
+    assert on_processes(2, fit_with_a_late_hook) == [pytest.approx(whole)] * 2

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchmetrics
 from accelerate.state import PartialState
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from accel_trainer import Callback, Trainer
 from accel_trainer.batches import Layout, MicroBatch, cut, run_of
@@ -475,6 +475,26 @@ def test_every_process_adds_up_all_rows_whoever_has_them(num_micro_batches):
         owner = next(one for one in range(processes) if last[1] in run_of(Layout(one, processes, num_micro_batches)))
         for _, _, fault in on_processes(processes, keep_a_ledger, processes, num_micro_batches, sizes, last):
             assert math.isnan(fault.value) and (fault.batch, fault.process) == (3, owner)
+
+
+class Batches(IterableDataset):
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __iter__(self):
+        return iter([(torch.ones(size, 5), torch.zeros(size, dtype=torch.int64)) for size in self.sizes])
+
+
+@pytest.mark.parametrize("sizes", [[4, 0, 4], [4, 4, 0]])
+@pytest.mark.parametrize("report_every", [1, 2])
+def test_batches_without_samples_count_nothing(sizes, report_every):
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = Trainer(model, optimizer, F.cross_entropy, config=quiet(num_epochs=1, report_every=report_every))
+    history = trainer.fit(DataLoader(Batches(sizes), batch_size=None))
+    expected = F.cross_entropy(model(torch.ones(1, 5)), torch.zeros(1, dtype=torch.int64)).item()
+    assert history.train_losses == pytest.approx([expected])
+    assert math.isnan(trainer.evaluate(DataLoader(Batches([0, 0]), batch_size=None))["loss"])
 
 
 # --- what weighs nothing, and what hides its weight -------------------------------------------------------------------

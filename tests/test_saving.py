@@ -554,6 +554,31 @@ def test_raise_names_parameters_and_samples_and_spares_the_files(tmp_path):
     assert not (tmp_path / "run/best/model.safetensors").exists()
 
 
+def test_frozen_weights_that_become_nan_reach_no_file(tmp_path):
+    """A teacher, say, which a callback moves after the student."""
+
+    class Taught(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(5, 3), nn.Linear(5, 3).requires_grad_(False)
+
+        def forward(self, inputs):
+            return self.student(inputs)
+
+    class Teach(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 3:
+                model.teacher.weight.fill_(math.nan)
+
+    model = Taught()
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+    config = quiet(num_epochs=3, run_dir=tmp_path / "run")
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Teach()], config=config)
+    with pytest.raises(NonFiniteError, match="Not finite by now: teacher.weight"):
+        trainer.fit(loader_of(make_data(40), 8))
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
 def test_a_gradient_that_is_not_finite_is_found_where_the_loss_is(tmp_path):
     class Odd(nn.Linear):
         def forward(self, inputs):
