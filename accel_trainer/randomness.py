@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import lru_cache
 from hashlib import blake2b
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -70,6 +71,7 @@ _CERTAIN = frozenset(
     for name in "activation batchnorm container conv flatten linear loss normalization padding pooling sparse".split()
 )
 _EXCEPTIONS = ("RReLU", "MultiheadAttention", "FractionalMaxPool", "Lazy")
+_SILENT = frozenset({bool, int, float, str, tuple})  # what is common among attributes and is neither code nor hooks
 _HOOKS_EVERYWHERE = [
     hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(hooks, dict)
 ]
@@ -97,11 +99,15 @@ def _has_code(parameter: nn.Parameter) -> bool:
 
 
 def _draws(thing: Any) -> Draws:
-    kind = thing if isinstance(thing, (FunctionType, BuiltinFunctionType)) else type(thing)
-    drawn = _draws_of_kind(kind)
+    is_function = isinstance(thing, (FunctionType, BuiltinFunctionType))
+    kind = thing if is_function else type(thing)
+    code = getattr(kind, "forward", kind)
+    drawn = _draws_of_code(kind, code) if is_function else _draws_of_kind(kind, code)
     if drawn is Draws.ANYTHING:
         return drawn
     for name, value in getattr(thing, "__dict__", {}).items():
+        if type(value) in _SILENT or value is None:
+            continue
         if name.endswith("_hooks") and value:
             return Draws.ANYTHING
         if callable(value) and not isinstance(thing, Optimizer):  # an activation, a distance, a method of its own;
@@ -109,13 +115,15 @@ def _draws(thing: Any) -> Draws:
     return drawn
 
 
-def _draws_of_kind(kind: Any) -> Draws:
-    code = getattr(kind, "forward", kind)
+def _draws_of_code(kind: Any, code: Any) -> Draws:
     if not all(str(one.__module__).startswith(("torch.nn.", "torch.optim.")) for one in (kind, code)):
         return Draws.ANYTHING
     is_certain = kind.__module__ in _CERTAIN and not kind.__name__.startswith(_EXCEPTIONS)
     is_optimizer = isinstance(kind, type) and issubclass(kind, Optimizer)
     return Draws.NOTHING if is_certain or is_optimizer else Draws.TORCH
+
+
+_draws_of_kind = lru_cache(maxsize=1024)(_draws_of_code)  # classes stay anyway; functions would be kept alive
 
 
 def torch_generators(device: torch.device) -> list[torch.Generator]:
