@@ -7,7 +7,6 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from functools import lru_cache
 from hashlib import blake2b
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -99,10 +98,8 @@ def _has_code(parameter: nn.Parameter) -> bool:
 
 
 def _draws(thing: Any) -> Draws:
-    is_function = isinstance(thing, (FunctionType, BuiltinFunctionType))
-    kind = thing if is_function else type(thing)
-    code = getattr(kind, "forward", kind)
-    drawn = _draws_of_code(kind, code) if is_function else _draws_of_kind(kind, code)
+    kind = thing if isinstance(thing, (FunctionType, BuiltinFunctionType)) else type(thing)
+    drawn = _draws_of_kind(kind)
     if drawn is Draws.ANYTHING:
         return drawn
     for name, value in getattr(thing, "__dict__", {}).items():
@@ -115,15 +112,13 @@ def _draws(thing: Any) -> Draws:
     return drawn
 
 
-def _draws_of_code(kind: Any, code: Any) -> Draws:
+def _draws_of_kind(kind: Any) -> Draws:
+    code = getattr(kind, "forward", kind)
     if not all(str(one.__module__).startswith(("torch.nn.", "torch.optim.")) for one in (kind, code)):
         return Draws.ANYTHING
     is_certain = kind.__module__ in _CERTAIN and not kind.__name__.startswith(_EXCEPTIONS)
     is_optimizer = isinstance(kind, type) and issubclass(kind, Optimizer)
     return Draws.NOTHING if is_certain or is_optimizer else Draws.TORCH
-
-
-_draws_of_kind = lru_cache(maxsize=1024)(_draws_of_code)  # classes stay anyway; functions would be kept alive
 
 
 def torch_generators(device: torch.device) -> list[torch.Generator]:
