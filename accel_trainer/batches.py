@@ -22,7 +22,6 @@ from zlib import crc32
 
 import numpy
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -36,6 +35,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from .exchange import gather_objects, share_object
 from .fetching import Rows, divide, not_negative, pinned, rows_of
 from .randomness import DATA, FETCH, ORDER, SeededIterator, derive_seed, seed_all
 
@@ -47,6 +47,7 @@ __all__ = [
     "check_loader",
     "cut",
     "describe_batch",
+    "leaves_of",
     "num_batches",
     "process_of",
     "run_of",
@@ -244,8 +245,15 @@ class _SeededDataset(Dataset[Any]):
         return many(indices) if many else [self._dataset[index] for index in indices]
 
 
-def _as_is(data: Any) -> Any:
-    return data
+class _Parcel:
+    """A micro-batch on its way from a loader worker; the thread of torch that pins memory asks it to do so itself."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def pin_memory(self) -> _Parcel:
+        """Return it with what can be pinned in page-locked memory."""
+        return _Parcel(pinned(self.data))
 
 
 class _Requests:
@@ -351,29 +359,25 @@ class Feed:
 
     @cached_property
     def _loader(self) -> DataLoader[Any] | None:
-        """What asks loader workers, and the thread that pins memory; `None` if there are none."""
-        num_workers = 0 if self.rows is not None and self.rows.in_memory else self.loader.num_workers
-        if not num_workers and (self.rows is not None or not self._pin_memory):
-            return None
-        loader = self._loader_of_requests(num_workers, self._pin_memory)
-        _loaders.add(loader)
-        return loader
-
-    def _loader_of_requests(self, num_workers: int, pin_memory: bool) -> DataLoader[Any]:
+        """What asks loader workers; `None` if there are none."""
         user = self.loader
-        return DataLoader(
+        if not user.num_workers or (self.rows is not None and self.rows.in_memory):
+            return None
+        loader: DataLoader[Any] = DataLoader(
             self._dataset,
             batch_size=None,
             sampler=self._requests,
-            collate_fn=_as_is,
-            pin_memory=pin_memory,
-            num_workers=num_workers,
-            timeout=user.timeout if num_workers else 0,
-            worker_init_fn=_WorkerInit(user.worker_init_fn) if num_workers else None,
-            multiprocessing_context=user.multiprocessing_context if num_workers else None,
-            prefetch_factor=user.prefetch_factor if num_workers else None,
-            persistent_workers=user.persistent_workers and num_workers > 0,
+            collate_fn=_Parcel,
+            pin_memory=self._pin_memory,
+            num_workers=user.num_workers,
+            timeout=user.timeout,
+            worker_init_fn=_WorkerInit(user.worker_init_fn),
+            multiprocessing_context=user.multiprocessing_context,
+            prefetch_factor=user.prefetch_factor,
+            persistent_workers=user.persistent_workers,
         )
+        _loaders.add(loader)
+        return loader
 
     @property
     def is_uniform(self) -> bool:
@@ -409,7 +413,7 @@ class Feed:
         dataset = self.loader.dataset
         length = len(dataset) if hasattr(dataset, "__len__") else None
         rows = list(dataset.indices) if isinstance(dataset, Subset) else None
-        lengths, digests = zip(*gather_object([(length, crc32(repr(rows).encode()))]), strict=True)
+        lengths, digests = zip(*gather_objects((length, crc32(repr(rows).encode()))), strict=True)
         if len(set(lengths)) > 1:
             raise ValueError(f"{name} has datasets of different lengths on the processes: {list(lengths)}.")
         if len(set(digests)) > 1:
@@ -455,7 +459,8 @@ class Feed:
         planned = self._planned(epoch, first_batch)
         if self.rows is None or self.rows.row_nbytes is None:
             for micro_batch in planned:
-                micro_batch.data = self._fetch(epoch, micro_batch)
+                data = self._fetch(epoch, micro_batch)
+                micro_batch.data = pinned(data) if self._pin_memory else data
                 yield micro_batch
         else:
             yield from self._several_at_once(planned, self.rows)
@@ -482,9 +487,9 @@ class Feed:
     def _from_workers(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
         planned: deque[MicroBatch] = deque()  # workers run ahead; what they were asked waits here
         self._requests.pending = self._asked(epoch, first_batch, planned)
-        for data in self._loader:  # type: ignore[union-attr]
+        for parcel in self._loader:  # type: ignore[union-attr]
             micro_batch = planned.popleft()
-            micro_batch.data = data
+            micro_batch.data = parcel.data
             yield micro_batch
 
     def _planned(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
@@ -535,7 +540,7 @@ class Feed:
         for number in itertools.count(first_batch):
             batch = next(batches, _END) if batches is not None else None
             if self.layout.num_processes > 1:
-                batch = broadcast_object_list([batch])[0]
+                batch = share_object(batch)
             if isinstance(batch, _End):
                 return
             num_samples = count_samples(batch)
@@ -564,13 +569,18 @@ def _is_array(item: Any) -> bool:
     return isinstance(item, (torch.Tensor, numpy.ndarray)) and item.ndim > 0
 
 
+def leaves_of(batch: Any) -> Iterator[Any]:
+    """Yield what a collated batch holds, in its lists, tuples and dictionaries."""
+    if isinstance(batch, (Mapping, list, tuple)):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from leaves_of(item)
+    else:
+        yield batch
+
+
 def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors of a collated batch."""
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, (Mapping, list, tuple)):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors_in(item)
+    return (leaf for leaf in leaves_of(batch) if isinstance(leaf, torch.Tensor))
 
 
 def count_samples(batch: Any) -> int | None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-__all__ = ["Rows", "TensorRows", "divide", "not_negative", "pinned", "rows_of"]
+__all__ = ["Rows", "TensorRows", "aligned", "divide", "not_negative", "pinned", "rows_of"]
 
 
 class Rows:
@@ -82,6 +83,7 @@ class TensorRows(Rows):
         """Return the rows of these indices, in fresh memory."""
         self._follow_source()
         if self._tensors and self._tensors[0].device != indices.device:
+            indices = pinned(indices) if self._tensors[0].is_cuda else indices
             indices = indices.to(self._tensors[0].device, non_blocking=True)
         return self._named([tensor.index_select(0, indices) for tensor in self._tensors])
 
@@ -313,9 +315,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def divide(batch: Any, sizes: Sequence[int]) -> list[Any]:
     """Divide rows that were fetched together into micro-batches.
 
-    Each is memory of its own to who uses it: no writing to one, and no gradient through it, reaches another. On the CPU
-    each begins at a multiple of 64 bytes, as if it had been fetched alone: matrix products of the same numbers at
-    another offset differ in their last bits.
+    Each is memory of its own to who uses it: no writing to one, and no gradient through it, reaches another. Each is
+    aligned as if it had been fetched alone.
 
     Args:
         batch: A list or a dictionary of tensors, as `Rows` return it.
@@ -328,14 +329,46 @@ def divide(batch: Any, sizes: Sequence[int]) -> list[Any]:
 
 
 def _parts(column: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    parts = torch.split(column, list(sizes))
-    if column.device.type == "cpu" and any(part.data_ptr() % 64 for part in parts) and not column.is_pinned():
-        return [part.clone() for part in parts]
-    return [part.data for part in parts]  # no view to autograd
+    parts = [part.data for part in torch.split(column, list(sizes))]  # no views to autograd
+    return parts if column.is_pinned() else [aligned(part) for part in parts]  # the device gets copies of those
+
+
+_ALIGNMENTS = {"cpu": 64, "cuda": 256}  # bytes; what torch's own allocators keep to
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor that begins where torch's own allocator would let it.
+
+    Kernels are chosen by the address too: matrix products of the same numbers at another one differ in their last bits.
+    """
+    alignment = _ALIGNMENTS.get(tensor.device.type)
+    if alignment is None or tensor.layout != torch.strided or tensor.is_nested:
+        return tensor
+    return tensor.clone() if tensor.data_ptr() % alignment else tensor
+
+
+# --- page-locked memory -----------------------------------------------------------------------------------------------
 
 
 def pinned(batch: Any) -> Any:
-    """Return rows that were fetched together in page-locked memory, those on a device as they are."""
-    if isinstance(batch, Mapping):
-        return dict(zip(batch, pinned(batch.values()), strict=True))
-    return [column.pin_memory() if column.device.type == "cpu" else column for column in batch]
+    """Return a batch in page-locked memory, from which a device copies while it computes.
+
+    What cannot be pinned stays as it is: tensors on a device already, sparse and nested ones. An object pins itself,
+    where it has a method for that.
+    """
+    return recursively_apply(_pinned, batch, test_type=_may_be_pinned)
+
+
+def _may_be_pinned(item: Any) -> bool:
+    if isinstance(item, Tensor):
+        return item.device.type == "cpu" and item.layout == torch.strided and not item.is_nested
+    return hasattr(item, "pin_memory")
+
+
+def _pinned(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return item.pin_memory()
+    try:
+        return item.pin_memory()
+    except RuntimeError:  # some tensor of it cannot be pinned
+        return item

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Layout, MicroBatch
-from .losses import Forward
+from .exchange import gather_objects
+from .losses import Forward, not_finite, on_device
 from .reductions import ChainSum, TreeSum, add_over_processes, share_from_main
 
 __all__ = ["Buffers", "FixedBuffers", "Gradients", "TreeGradients", "is_plain"]
@@ -40,6 +40,7 @@ class Gradients:
         accelerator: The accelerator that prepared it.
         layout: This process and the cut.
         find_unused: Whether a later step can leave parameters without gradient.
+        copies: Whether the next backward writes to the memory that gradients are in (CUDA graphs).
 
     Attributes:
         weighs_samples: Whether the weight of a batch is its number of samples, known everywhere without an exchange.
@@ -51,9 +52,11 @@ class Gradients:
         prepared: nn.Module,
         accelerator: Accelerator,
         layout: Layout,
+        *,
         find_unused: bool = False,
+        copies: bool = False,
     ) -> None:
-        self.layout = layout
+        self.layout, self._copies = layout, copies
         self._model = model
         self._names, self.parameters = _trainable(model)
         self._prepared, self._accelerator = prepared, accelerator
@@ -106,11 +109,14 @@ class Gradients:
             loss = _weighted(loss, forward.weight)
             if self._overlapped and micro_batch.piece.is_last and not self.weighs_samples:
                 self._begin_total()  # under way while the backward runs
-        self._run_backward(loss)
+        self._run_backward(loss, micro_batch)
 
-    def _run_backward(self, loss: Tensor) -> None:
+    def _run_backward(self, loss: Tensor, micro_batch: MicroBatch) -> None:
         scaler = self._accelerator.scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
+        if self._copies and not micro_batch.piece.is_last:
+            for parameter in self.parameters:
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
     def finish(self, batch_size: int) -> None:
         """Make the gradients those of the mean over the batch, on every process.
@@ -155,7 +161,7 @@ class Gradients:
     def _as_weight(self, weight: Any) -> Tensor:
         is_double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         dtype = torch.float64 if is_double else torch.float32
-        return torch.as_tensor(weight, dtype=dtype, device=self._accelerator.device).reshape(())
+        return on_device(weight, self._accelerator.device, dtype).reshape(())
 
     def _check_all_present(self) -> None:
         missing = [name for name, parameter in zip(self._names, self.parameters, strict=True) if parameter.grad is None]
@@ -167,9 +173,8 @@ class Gradients:
 
     def _add_over_processes(self) -> None:
         """Sum the gradients over the processes; a parameter without any on all of them keeps none."""
-        device = self._accelerator.device
         present = torch.tensor([parameter.grad is not None for parameter in self.parameters], dtype=torch.int32)
-        counts = present.to(device)
+        counts = on_device(present, self._accelerator.device)
         torch.distributed.all_reduce(counts)
         num_present = counts.tolist()
         if not self._probed:
@@ -190,7 +195,8 @@ class TreeGradients(Gradients):
         model: The user's model.
         accelerator: The accelerator that prepared it.
         layout: This process and the cut.
-        host_group: Processes that exchange host memory; `None` for the default group.
+        copies: Whether the next backward writes to the memory that gradients are in (CUDA graphs).
+        is_compiled: Whether the model is.
     """
 
     def __init__(
@@ -198,11 +204,14 @@ class TreeGradients(Gradients):
         model: nn.Module,
         accelerator: Accelerator,
         layout: Layout,
-        host_group: torch.distributed.ProcessGroup | None,
+        *,
+        copies: bool = False,
+        is_compiled: bool = False,
     ) -> None:
-        super().__init__(model, model, accelerator, layout)
-        self._sum = TreeSum(layout, host_group)
-        self._watches = True
+        super().__init__(model, model, accelerator, layout, copies=copies)
+        self._sum = TreeSum(layout)
+        # What is met under a mode that compilers do not look past is never compiled, in later batches neither.
+        self._watches = not is_compiled or hasattr(TorchDispatchMode, "ignore_compile_internals")
 
     def begin(self) -> None:
         """Begin an epoch: drop old gradients, and take in what was frozen or unfrozen since the last."""
@@ -221,7 +230,7 @@ class TreeGradients(Gradients):
         """
         if not micro_batch.piece.counts:
             return
-        self._run_backward(_weighted(forward.loss, forward.weight))
+        self._run_backward(_weighted(forward.loss, forward.weight), micro_batch)
         leaf: list[Tensor | None] = [parameter.grad for parameter in self.parameters]
         for name, gradient in zip(self._names, leaf, strict=True):
             if gradient is not None and gradient.layout != torch.strided:
@@ -248,6 +257,11 @@ class TreeGradients(Gradients):
 
 class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuse a model that communicates by itself: what it computes would depend on the number of processes."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return that a model may be compiled under this mode; older torch than 2.13 does not ask."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -282,6 +296,9 @@ class Buffers:
     make of them; whole-number buffers, such as its counter, advance once per step. A buffer that has changed its shape
     since the beginning is a cache: each process keeps its own until the end of the epoch, when all get the largest.
 
+    All buffers of a kind go through each operation together: a kernel for each of them would cost more than the
+    layers that they belong to.
+
     Args:
         model: The user's model.
         layout: This process and the cut.
@@ -301,12 +318,14 @@ class Buffers:
         self._owners = _owners_of_buffers(model)
         self._shapes = [buffer.shape for buffer in self._now()]
         self._averaged = [place for place, buffer in enumerate(self._now()) if _averages(buffer)]
-        self._may_grow = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self._owners)
+        self._counted = [place for place, buffer in enumerate(self._now()) if not _averages(buffer)]
+        may_grow = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self._owners)
+        self._tells_of_caches = may_grow and layout.num_processes > 1  # one process alone knows its own
         self._missing = torch.empty(0)  # in place of a buffer that has been set to None
-        self._start: list[Tensor] | None = None  # the buffers at the start of the batch under way
-        self._copied_from: list[Tensor] = []
-        self._copies: list[Tensor] = []
-        self._whole: dict[int, Tensor] = {}  # place of a whole-number buffer -> what the first micro-batch made of it
+        self._infinite: frozenset[int] = frozenset()  # places of those that held more than finite numbers
+        self._has_begun = False  # a batch, whose start these are:
+        self._start, self._start_of_counted, self._counted_after = _Copies(), _Copies(), _Copies()
+        self._base: list[Tensor] = []  # what changes are counted from
 
     @property
     def _idle(self) -> bool:
@@ -318,12 +337,17 @@ class Buffers:
         buffer = module._buffers[name]
         return self._missing if buffer is None else buffer
 
-    def _now(self) -> list[Tensor]:
-        return [self._at(place) for place in range(len(self._owners))]
+    def _now(self, places: Iterable[int] | None = None) -> list[Tensor]:
+        return [self._at(place) for place in (range(len(self._owners)) if places is None else places)]
 
     def begin(self) -> None:
-        """Begin an epoch: forget a batch that an interrupt has left unfinished."""
-        self._start = None
+        """Begin an epoch: forget a batch that an interrupt has left unfinished. One read-back."""
+        self._forget()
+        if self._averaged:
+            self._infinite = frozenset(not_finite({place: self._at(place) for place in self._averaged}))
+
+    def _forget(self) -> None:
+        self._has_begun = False
         self._sum.clear()
 
     def before(self, micro_batch: MicroBatch, hold: bool) -> None:
@@ -335,51 +359,43 @@ class Buffers:
         """
         if not self._owners or (self._idle and not hold):
             return
-        if micro_batch.piece.is_first:
-            self._start = self._copied(self._now())
-        else:
+        if not micro_batch.piece.is_first:
             self._go_back()
-
-    @torch.no_grad()
-    def _copied(self, buffers: list[Tensor]) -> list[Tensor]:
-        """Return copies, in memory that is kept from batch to batch: one call in place of one for each."""
-        known = zip(buffers, self._copied_from, self._copies, strict=False)
-        if len(self._copies) == len(buffers) and all(
-            buffer is before and buffer.shape == copy.shape for buffer, before, copy in known
-        ):
-            torch._foreach_copy_(self._copies, buffers)
-        else:
-            self._copied_from, self._copies = buffers, [buffer.clone() for buffer in buffers]
-        return self._copies
+            return
+        self._has_begun = True
+        self._base = [
+            _finite(start) if place in self._infinite else start
+            for place, start in zip(self._averaged, self._start.take(self._now(self._averaged)), strict=True)
+        ]
+        self._start_of_counted.take(self._now(self._counted))
 
     def undo(self) -> None:
-        """Go back to the start of the batch under way."""
+        """Go back to the start of the batch under way, or of the last one."""
         self._go_back()
-        self.begin()
+        self._forget()
 
-    @torch.no_grad()
     def _go_back(self) -> None:
-        for now, start in zip(self._now(), self._start or self._now(), strict=True):
-            if now.shape == start.shape:
-                now.copy_(start)
+        if self._has_begun:
+            _copy_all(self._now(self._averaged), self._start.tensors)
+            _copy_all(self._now(self._counted), self._start_of_counted.tensors)
 
     def after(self, micro_batch: MicroBatch) -> None:
         """Take in what a micro-batch has made of the buffers."""
-        if not self._idle and self._start is not None:
-            self._take_in(micro_batch)
+        if self._idle or not self._has_begun:
+            return
+        if micro_batch.piece.is_first:
+            self._counted_after.take(self._now(self._counted))
+        if micro_batch.piece.counts and self._averaged:
+            self._sum.add(micro_batch.piece.index, self._changes())
 
     @torch.no_grad()
-    def _take_in(self, micro_batch: MicroBatch) -> None:
-        now, start = self._now(), self._start or []
-        if micro_batch.piece.is_first:
-            self._whole = {place: now[place].clone() for place in range(len(now)) if place not in self._averaged}
-        if micro_batch.piece.counts and self._averaged:
-            changes = [
-                now[place] - _finite(start[place]) if self._is_steady(place) else None for place in self._averaged
-            ]
-            if self._may_grow:
-                changes.append(self._grown(self._averaged))
-            self._sum.add(micro_batch.piece.index, changes)
+    def _changes(self) -> list[Tensor | None]:
+        """Return how far each averaged buffer has moved, `None` for a cache; then which are caches, if need be."""
+        steady = {place: base for place, base in zip(self._averaged, self._base, strict=True) if self._is_steady(place)}
+        moved = torch._foreach_sub(self._now(steady), list(steady.values())) if steady else []
+        by_place = dict(zip(steady, moved, strict=True))
+        changes: list[Tensor | None] = [by_place.get(place) for place in self._averaged]
+        return [*changes, self._caches(self._averaged)] if self._tells_of_caches else changes
 
     def finish(self, num_micro_batches: int) -> None:
         """Set the buffers to the average over the micro-batches of the whole batch.
@@ -387,52 +403,62 @@ class Buffers:
         Args:
             num_micro_batches: Those with samples, over all processes.
         """
-        start, self._start = self._start, None
-        if not self._idle and start is not None:
-            self._settle(start, num_micro_batches)
+        if not self._idle and self._has_begun:
+            self._settle(num_micro_batches)
 
     @torch.no_grad()
-    def _settle(self, start: list[Tensor], num_micro_batches: int) -> None:
+    def _settle(self, num_micro_batches: int) -> None:
         if self._averaged:
-            self._average(start, num_micro_batches)
-        if self.layout.num_processes > 1 and self._may_grow and self._whole:
-            self._share_whole()  # those of torch's own layers are counters, equal everywhere
-        for place, whole in self._whole.items():
-            if self._is_steady(place) and whole.shape == self._shapes[place]:
-                self._at(place).copy_(whole)
+            self._average(num_micro_batches)
+        counted = self._counted_after.tensors
+        if self._tells_of_caches and counted:
+            counted = self._shared(counted)  # those of torch's own layers are counters, equal everywhere
+        _copy_all(self._now(self._counted), counted)
 
-    def _average(self, start: list[Tensor], num_micro_batches: int) -> None:
-        like = [self._slot(start, place) for place in self._averaged]
-        if self._may_grow:
-            like.append(self._grown(self._averaged))
-        moved = self._sum.total(num_micro_batches, like)
-        grown = moved.pop() if self._may_grow else None
-        for index, (place, change) in enumerate(zip(self._averaged, moved, strict=True)):
-            if change is not None and self._is_steady(place):
-                now, average = self._at(place), _finite(start[place]) + change / num_micro_batches
-                now.copy_(average if grown is None else torch.where(grown[index] == 0, average, now))
+    def _average(self, num_micro_batches: int) -> None:
+        like = [self._slot(start, place) for place, start in zip(self._averaged, self._start.tensors, strict=True)]
+        if self._tells_of_caches:
+            like.append(self._caches(self._averaged))
+        total = self._sum.total(num_micro_batches, like)
+        are_caches = total.pop() if self._tells_of_caches else None
+        moved = [
+            (place, base, change)
+            for place, base, change in zip(self._averaged, self._base, total, strict=True)
+            if change is not None and self._is_steady(place)
+        ]
+        if not moved:
+            return
+        places, bases, changes = zip(*moved, strict=True)
+        averages = list(torch._foreach_add(bases, torch._foreach_div(changes, num_micro_batches)))
+        if are_caches is not None:
+            averages = [
+                torch.where(are_caches[self._averaged.index(place)] == 0, average, self._at(place))
+                for place, average in zip(places, averages, strict=True)
+            ]
+        _copy_all(self._now(places), averages)
 
-    def _share_whole(self) -> None:
-        """Take over what the first micro-batch of all, the main process's, has made of the whole-number buffers."""
-        places, grown = list(self._whole), self._grown(self._whole)
-        slots = [self._slot(self._whole, place).clone() for place in places]
-        share_from_main([*slots, grown])
-        for index, (place, slot) in enumerate(zip(places, slots, strict=True)):
-            if self._is_steady(place):
-                self._whole[place] = torch.where(grown[index] == 0, slot, self._whole[place])
+    def _shared(self, mine: list[Tensor]) -> list[Tensor]:
+        """Return what the first micro-batch of all, the main process's, has made of the whole-number buffers."""
+        are_caches = self._caches(self._counted)
+        slots = [self._slot(own, place).clone() for place, own in zip(self._counted, mine, strict=True)]
+        share_from_main([*slots, are_caches])
+        return [
+            torch.where(is_cache == 0, slot, own) if slot.shape == own.shape else own
+            for is_cache, slot, own in zip(are_caches, slots, mine, strict=True)
+        ]
 
     def _is_steady(self, place: int) -> bool:
         return self._at(place).shape == self._shapes[place]
 
-    def _slot(self, values: Sequence[Tensor] | dict[int, Tensor], place: int) -> Tensor:
+    def _slot(self, value: Tensor, place: int) -> Tensor:
         """Return the values of a buffer, or zeros where it is a cache: every process sends as much as the others."""
-        value, shape = values[place], self._shapes[place]
+        shape = self._shapes[place]
         return value if value.shape == shape else value.new_zeros(shape)
 
-    def _grown(self, places: Iterable[int]) -> Tensor:
-        """Return for each of these places 1 where the buffer is a cache by now."""
-        device = self._at(0).device
-        return torch.tensor([not self._is_steady(place) for place in places], dtype=torch.float32, device=device)
+    def _caches(self, places: Iterable[int]) -> Tensor:
+        """Return for each of these places 1 where the buffer is a cache by now, on the device."""
+        flags = torch.tensor([not self._is_steady(place) for place in places], dtype=torch.float32)
+        return on_device(flags, self._at(0).device)
 
     def share(self) -> None:
         """Make the buffers those of the main process, before an evaluation and a save."""
@@ -445,12 +471,40 @@ class Buffers:
 
     def _share_cache(self, module: nn.Module, name: str) -> None:
         mine = module._buffers[name]
-        copies = gather_object([None if mine is None else mine.cpu()])
+        copies = gather_objects(None if mine is None else mine.cpu())
         largest = max((copy for copy in copies if copy is not None), key=Tensor.numel, default=None)
         if largest is not None and (mine is None or largest.numel() > mine.numel()):
             module._buffers[name] = largest.to(
                 next(module.parameters(), largest).device if mine is None else mine.device
             )
+
+
+class _Copies:
+    """Copies of tensors, in memory that is kept from batch to batch."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    @torch.no_grad()
+    def take(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Copy tensors, in place of those copied before."""
+        if list(map(_form, tensors)) == list(map(_form, self.tensors)):
+            _copy_all(self.tensors, tensors)
+        else:
+            self.tensors = [tensor.clone() for tensor in tensors]
+        return self.tensors
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+@torch.no_grad()
+def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Overwrite tensors with others of their shape, in one operation; one that has changed its shape stays."""
+    pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.shape == source.shape]
+    if pairs:
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
 class FixedBuffers:

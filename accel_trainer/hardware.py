@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial, wraps
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -22,19 +21,32 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
-    broadcast_object_list,
+    convert_to_fp32,
+    get_mixed_precision_context_manager,
     recursively_apply,
     send_to_device,
 )
 from torch import nn
 from torch.optim import Optimizer
 
-from .batches import Layout, tensors_in
+from .batches import Layout, leaves_of, tensors_in
 from .errors import HardwareError
+from .exchange import any_process, host_group, share_object
+from .fetching import aligned
+from .losses import call_model
 from .randomness import Draws, seed_all, torch_generators
-from .reductions import any_process, share_from_main
+from .reductions import share_from_main
 
-__all__ = ["Hardware", "Prepared", "check_model", "check_optimizer", "fixed_arithmetic"]
+__all__ = [
+    "Hardware",
+    "Prepared",
+    "check_model",
+    "check_optimizer",
+    "counts_on_device",
+    "fixed_arithmetic",
+    "num_compilations",
+    "place_state",
+]
 
 _VERIFIED = ("cpu", "cuda")
 _PLUGINS = {
@@ -76,13 +88,14 @@ class Hardware:
         self.compiler = str(self.accelerator.state.dynamo_plugin.backend.value).lower()  # of the launch
         self.generators = torch_generators(self.device)
         self._on_cpu = self.device.type == "cpu"
-        self._copying: Any = torch.get_device_module(self.device).Stream() if self.device.type == "cuda" else None
-        beside = self.num_processes > 1 and self.device.type != "cpu"
-        self.host_group = _group_beside(torch.distributed.group.WORLD) if beside else None
+        self._here = torch.empty(0, device=self.device).device  # with its index
+        self._copying = _stream_of_copies(self._here) if self.device.type == "cuda" else None
+        if self.num_processes > 1:
+            host_group()  # made here, where all processes come by
 
     def any_process(self, *flags: bool) -> list[bool]:
         """Return for each flag whether it is set on any process; a small exchange between the hosts."""
-        return list(flags) if self.num_processes == 1 else any_process(flags, self.host_group)
+        return list(flags) if self.num_processes == 1 else any_process(flags)
 
     def layout(self, num_micro_batches: int | None) -> Layout:
         """Return this process's place; without a number one micro-batch per process, or 8 with `bitwise`."""
@@ -103,22 +116,30 @@ class Hardware:
 
     def place(self, data: Any) -> Any:
         """Return a micro-batch on the device."""
-        if self._on_cpu:
-            # Matrix products of the same numbers at another offset in memory differ in their last bits.
-            return recursively_apply(_aligned, data) if self.bitwise else data
-        if self._copying is None:
-            return send_to_device(data, self.device, non_blocking=True)
-        if all(tensor.is_cuda for tensor in tensors_in(data)):
+        if not self._on_cpu:
+            data = self._copied(data)
+        return recursively_apply(aligned, data) if self.bitwise else data
+
+    def _copied(self, data: Any) -> Any:
+        if is_on(data, self._here):
             return data
+        if self._copying is None or not may_be_streamed(data):
+            return send_to_device(data, self.device, non_blocking=True)
         # On a stream of its own the copy runs while the device still computes what was asked before.
         computing = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copying):
             placed = send_to_device(data, self.device, non_blocking=True)
         computing.wait_stream(self._copying)
         for tensor in tensors_in(placed):
-            if tensor.is_cuda:
-                tensor.record_stream(computing)  # its memory is not given away before that
+            tensor.record_stream(computing)  # its memory is not given away before that
         return placed
+
+    def arrived(self, data: Any) -> Any:
+        """Return what was copied to the host without waiting, in memory that is not page-locked any more."""
+        if self._on_cpu:
+            return data
+        torch.accelerator.synchronize(self.device)
+        return recursively_apply(torch.clone, data)
 
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Run a function on the main process only and return its result, or raise its error, on all."""
@@ -128,10 +149,10 @@ class Hardware:
                 outcome[0] = function()
             except (OSError, ValueError) as error:
                 outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        result, problem = share_object(outcome)
+        if problem is not None:
+            raise problem
+        return result
 
     def describe(self) -> str:
         """Return one line: device, processes and precision, each with where it came from."""
@@ -141,70 +162,94 @@ class Hardware:
         processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''} ({launch})"
         return (
             f"{name} ({_device_source(self.device)}{unverified}), {processes}, "
-            f"precision {self.precision} ({self._precision_source})"
+            f"precision {self.precision} ({self._precision_source}){_told_of_tf32(self.device)}"
         )
 
 
-@lru_cache(maxsize=1)
-def _group_beside(group: object) -> torch.distributed.ProcessGroup:
-    """Return a group of the same processes that exchanges host memory: decisions need not wait for a device."""
-    beside: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
-    return beside
+@lru_cache
+def _stream_of_copies(device: torch.device) -> Any:
+    """Return the stream of a GPU that copies run on: memory freed on another one could not be used again here."""
+    return torch.get_device_module(device).Stream(device)
 
 
-@atexit.register
-def _leave_groups() -> None:
-    """Let gloo's threads end before the interpreter does.
+def is_on(data: Any, device: torch.device) -> bool:
+    """Return whether a batch is on the device already, as far as it can be anywhere."""
+    return all(
+        leaf.device == device if isinstance(leaf, torch.Tensor) else not _moves(leaf) for leaf in leaves_of(data)
+    )
 
-    Torch leaves this to its users, who rarely know: a thread that still lets go of the last exchange's tensors while
-    Python is taken down aborts the process, after a training that went well. After an error other processes may still
-    wait in an exchange, and so would this.
+
+def may_be_streamed(data: Any) -> bool:
+    """Return whether a batch can be copied on another stream than that which computes with it.
+
+    Torch has to know of both streams, for each tensor: it can be told of plain ones only, and of none in an object.
     """
-    if not torch.distributed.is_initialized() or hasattr(sys, "last_value"):
-        return
-    gc.collect()  # of what still holds a group in a circle
-    if torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
-    elif _group_beside.cache_info().currsize:
-        torch.distributed.destroy_process_group(_group_beside(torch.distributed.group.WORLD))
+    plain = (torch.Tensor, nn.Parameter)
+    return all(
+        type(leaf) in plain and leaf.layout == torch.strided and not leaf.is_nested if _moves(leaf) else True
+        for leaf in leaves_of(data)
+    )
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a CPU tensor that begins where torch's own allocator would let it: at a multiple of 64 bytes."""
-    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return tensor.clone() if is_plain and tensor.data_ptr() % 64 else tensor
+def _moves(leaf: Any) -> bool:
+    return hasattr(leaf, "to")
 
 
 @contextmanager
-def fixed_arithmetic(bitwise: bool, num_threads: int | None) -> Iterator[None]:
-    """Fix the number of CPU threads and ask for deterministic kernels; put the old settings back.
+def fixed_arithmetic(bitwise: bool = False, num_threads: int | None = None) -> Iterator[None]:
+    """Decide, in one place, how a run computes: threads, kernels, TF32. The old settings are put back.
+
+    Convolutions in float32 follow what `torch.set_float32_matmul_precision` says of matrix products, which by default
+    is full precision; torch would let cuDNN round them to TF32, whose errors are larger than what is promised of runs
+    on other layouts.
 
     Args:
         bitwise: Whether not one bit may differ: deterministic kernels only, one thread unless a number is given.
         num_threads: Threads inside an operation on the CPU; `None` keeps the present number.
     """
-    old_threads, old_mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    old_benchmark, old_workspace = torch.backends.cudnn.benchmark, os.environ.get(_WORKSPACE)
-    threads = num_threads or (1 if bitwise else None)
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
+    # cuBLAS reads it once, at the first matrix product of a process: a later run of this process may be the one that
+    # needs it. Without it products on several streams are not deterministic, and torch refuses them then.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with ExitStack() as old:
+        old.callback(_set_tf32_of_convolutions, _tf32_of_convolutions())
+        _set_tf32_of_convolutions(uses_tf32())
+        if num_threads is not None or bitwise:
+            old.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(num_threads or 1)
         if bitwise:
-            os.environ.setdefault(_WORKSPACE, ":4096:8")
-            torch.backends.cudnn.benchmark = False
+            old.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
             torch.use_deterministic_algorithms(True)
+            old.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+            torch.backends.cudnn.benchmark = False
+            # It would overwrite all memory that is taken, in case that somebody reads it before writing.
+            deterministic: Any = torch.utils.deterministic
+            fills = deterministic.fill_uninitialized_memory
+            old.callback(setattr, deterministic, "fill_uninitialized_memory", fills)
+            deterministic.fill_uninitialized_memory = False
         yield
-    finally:
-        if threads is not None:
-            torch.set_num_threads(old_threads)
-        if bitwise:
-            torch.set_deterministic_debug_mode(old_mode)
-            torch.backends.cudnn.benchmark = old_benchmark
-            if old_workspace is None:
-                os.environ.pop(_WORKSPACE, None)
 
 
-_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS on several streams is not deterministic, and torch refuses
+def uses_tf32() -> bool:
+    """Return whether products of float32 matrices are rounded to TF32 on a GPU, as the user has told torch."""
+    if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9, where the older function may refuse to answer
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _tf32_of_convolutions() -> bool | tuple[str, str]:
+    cudnn = torch.backends.cudnn
+    try:
+        return bool(cudnn.allow_tf32)
+    except RuntimeError:  # convolutions and recurrent layers were set apart, by the names that torch has since 2.9
+        return cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+
+
+def _set_tf32_of_convolutions(choice: bool | tuple[str, str]) -> None:
+    cudnn = torch.backends.cudnn
+    if isinstance(choice, bool):
+        cudnn.allow_tf32 = choice
+    else:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = choice  # type: ignore[attr-defined]
 
 
 def _check_environment() -> None:
@@ -279,6 +324,11 @@ def _check_built(accelerator: Accelerator, mixed_precision: str | None) -> None:
             "train alone. An Accelerator or PartialState made before the trainer, without cpu=True, does this: "
             "remove it, or set ACCELERATE_USE_CPU=true."
         )
+    if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise HardwareError(
+            f"The Accelerator knows of {world_size} processes and would not add up their gradients: each would train "
+            'alone. backend="gloo" needs cpu=True beside it, or ACCELERATE_USE_CPU=true.'
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise HardwareError(_accumulation_hint(accelerator.gradient_accumulation_steps))
     for name, plugin in (
@@ -330,6 +380,12 @@ def _precision_source(mixed_precision: str | None, factory: object) -> str:
     return "launcher or environment" if "ACCELERATE_MIXED_PRECISION" in os.environ else "default"
 
 
+def _told_of_tf32(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    return ", TF32 on (as you set it)" if uses_tf32() else ', TF32 off (torch.set_float32_matmul_precision("high"))'
+
+
 def _device_source(device: torch.device) -> str:
     if _asks_for_cpu():
         return "asked for by ACCELERATE_USE_CPU"
@@ -347,7 +403,7 @@ _NOTHING = nullcontext()
 class Prepared:
     """A model, and an optimizer, on the hardware: wrapped, moved, in its precision.
 
-    The user's model stays the same object. What Accelerate hangs on it is there only inside `attached()`.
+    The user's model stays the same object. What hangs on it for the run is there only inside `attached()`.
 
     Args:
         hardware: Where it goes.
@@ -357,6 +413,7 @@ class Prepared:
 
     Attributes:
         model: What to call in place of the user's model.
+        reuses_memory: Whether what the model returns, and its gradients, lie in memory that the next call writes to.
     """
 
     def __init__(
@@ -368,53 +425,106 @@ class Prepared:
     ) -> None:
         self.hardware, self.plain, self.optimizer = hardware, model, optimizer
         self._before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
+        self._autocast = _autocast_of(hardware.accelerator)
+        self._accelerate()
+        self._steps_plainly = hardware.accelerator.scaler is None and hardware.device.type != "xla"
+        self._how_to_compile, compile = self._settings_of_compiler(compile)
+        self.is_compiled = bool(compile)
+        self.reuses_memory = self.is_compiled and _uses_cuda_graphs(self._how_to_compile)
+        self._blocks: dict[nn.Module, Any] = {}
+        self._compile(compile)
+        self._attached = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
+        self._detach()
+
+    def _accelerate(self) -> None:
+        """Move the model and wrap it for the processes, by Accelerate."""
+        hardware, model, optimizer = self.hardware, self.plain, self.optimizer
         accelerator = hardware.accelerator
         # Under a launcher Accelerate's CPU is "cpu:0", and moving there would copy what is on "cpu": memory that
         # parameters share would part, on several processes only.
         places = hardware.device.type != "cpu"
+        # Accelerate would move the counters of steps too, which torch reads on the host in each step.
+        places_state = hardware.device.type == "xla"
         if not places:
             model.to("cpu")
         if optimizer is None or hardware.bitwise:
             # Not wrapped: nothing is exchanged, or gradients.TreeGradients does it.
             if hardware.bitwise:
                 _realign(model)
-            with _not_compiling(accelerator):
+            with _neither_compiling_nor_casting(accelerator):
                 self.model = accelerator.prepare_model(model, device_placement=places, evaluation_mode=True)
             if hardware.num_processes > 1:
                 tensors = (*model.parameters(), *model.buffers())
                 share_from_main([tensor for tensor in tensors if tensor.layout == torch.strided])
             self._accelerated: Any = (
-                None if optimizer is None else accelerator.prepare(optimizer, device_placement=[places])
+                None if optimizer is None else accelerator.prepare(optimizer, device_placement=[places_state])
             )
         else:
             # Each micro-batch starts from the step's own buffers (gradients.Buffers): no broadcast in the forward.
             handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
             handler.broadcast_buffers = False
             accelerator.ddp_handler = handler
-            with warnings.catch_warnings(), _not_compiling(accelerator):
+            with warnings.catch_warnings(), _neither_compiling_nor_casting(accelerator):
                 # torch 2.13 renames the setting; Accelerate 1.15 knows the old name only.
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-                placement = [places, places]
+                placement = [places, places_state]
                 self.model, self._accelerated = accelerator.prepare(model, optimizer, device_placement=placement)
-        self._steps_plainly = accelerator.scaler is None and hardware.device.type != "xla"
-        self._blocks = self._compile(compile)
-        self._attached = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
-        self._detach()
+        if optimizer is not None and not places_state:
+            place_state(optimizer)
 
-    def _compile(self, compile: bool | Literal["regional"]) -> dict[nn.Module, Any]:
-        """Compile the model, or return a compiled call for each of the blocks that it repeats."""
+    def _settings_of_compiler(
+        self, compile: bool | Literal["regional"]
+    ) -> tuple[dict[str, Any], bool | Literal["regional"]]:
+        """Return how to compile, and what: as the launch says, or the user."""
         plugin = self.hardware.accelerator.state.dynamo_plugin
-        how: dict[str, Any] = {}
-        if self.hardware.compiler != "no":
-            by_launch: bool | Literal["regional"] = (
-                "regional" if getattr(plugin, "use_regional_compilation", False) else True
-            )  # since 1.4
-            how, compile = plugin.to_kwargs(), compile or by_launch
-        self.is_compiled = bool(compile)
+        if self.hardware.compiler == "no":
+            return {}, compile
+        by_launch: bool | Literal["regional"] = (
+            "regional" if getattr(plugin, "use_regional_compilation", False) else True
+        )  # since 1.4
+        return plugin.to_kwargs(), compile or by_launch
+
+    def _compile(self, compile: bool | Literal["regional"]) -> None:
+        """Compile the model, or each of the blocks that it repeats, and cast around what is compiled.
+
+        Within the compiled code the cast would be a part of it, as new code for each run.
+        """
+        how, whole = self._how_to_compile, [self.plain]
         blocks = _repeated_blocks(self.plain) if compile == "regional" else []
-        if compile and not blocks:
-            self.model = torch.compile(self.model, **how)
-        return {block: torch.compile(_inlined(block._call_impl), **how) for block in blocks}
+        is_wrapped = self.model is not self.plain
+        outermost: Any = self.plain
+        if compile and not blocks and is_wrapped:
+            blocks = whole  # torch does not look at the code of its own modules within a wrapper
+        elif compile and not blocks:
+            outermost = self.model = torch.compile(self.model, **how)
+        self._is_one_graph = outermost is not self.plain
+        entries: list[tuple[nn.Module, Any]] = [(block, type(block)) for block in blocks]
+        self._blocks = {block: torch.compile(_entry(kind)(block._call_impl), **how) for block, kind in entries}
+        if self._autocast is _NOTHING:
+            return
+        if blocks == whole:
+            self._blocks[self.plain] = _cast(self._blocks[self.plain], self._autocast)
+        else:
+            outermost.forward = _cast(outermost.forward, self._autocast)
+
+    def joined(self, loss_fn: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor] | None:
+        """Return the model and a loss as one compiled function `(inputs, targets) -> loss`.
+
+        The compiler can then compute the loss together with the last layer, whose outputs need not stand in memory in
+        full precision.
+
+        Args:
+            loss_fn: `(outputs, targets) -> loss`, which keeps nothing from call to call: what it kept could make the
+                compiler begin anew, with the whole model.
+
+        Returns:
+            `None` where the model is not compiled as a whole, or is wrapped for several processes.
+        """
+        if not self._is_one_graph or self._how_to_compile.get("fullgraph"):  # the loss was not meant by that
+            return None
+        kind: Any = type(self.plain)
+        compiled = torch.compile(_model_and_loss(kind), **self._how_to_compile)
+        return partial(compiled, self.plain, loss_fn, self._autocast)
 
     def stance(self, is_full: bool) -> AbstractContextManager[Any]:
         """Return what a forward runs under: a batch of another size than all others is not worth a graph of its own."""
@@ -447,23 +557,132 @@ class Prepared:
         return norm
 
     def step(self) -> bool:
-        """Update the weights; return whether that happened (fp16 skips an update whose gradients overflowed)."""
+        """Update the weights; return whether that happened: fp16 skips an update whose gradients overflowed.
+
+        Whether they did is known on the device, so fp16 costs one read-back, which torch makes for most optimizers.
+        """
         if self._steps_plainly:
             self.optimizer.step()  # type: ignore[union-attr]
             return True
-        self._accelerated.step()
-        return not self._accelerated.step_was_skipped
+        updates: list[bool] = []
+
+        def note(optimizer: Optimizer, *_: Any) -> None:
+            found = getattr(optimizer, "found_inf", None)  # by the scaler, for an optimizer that skips by itself
+            updates.append(found is None or not found.item())
+
+        handle = self.optimizer.register_step_pre_hook(note)  # type: ignore[union-attr]
+        try:
+            self._accelerated.step()
+        finally:
+            handle.remove()
+        return any(updates)
 
 
 @contextmanager
-def _not_compiling(accelerator: Accelerator) -> Iterator[None]:
-    """Keep Accelerate from compiling: by regions it makes copies of modules, which would not follow the user's."""
+def _neither_compiling_nor_casting(accelerator: Accelerator) -> Iterator[None]:
+    """Keep Accelerate from two things that it does by new code hung on the model.
+
+    Compiling by regions it makes copies of modules, which would not follow the user's. Its cast to lower precision
+    is a new function for each `prepare`, so that what is compiled around it would be compiled anew.
+    """
     plugin = accelerator.state.dynamo_plugin
-    backend, plugin.backend = plugin.backend, DynamoBackend.NO
+    backend, casts = plugin.backend, accelerator.native_amp
+    plugin.backend, accelerator.native_amp = DynamoBackend.NO, False
     try:
         yield
     finally:
-        plugin.backend = backend
+        plugin.backend, accelerator.native_amp = backend, casts
+
+
+_autocasts: dict[Any, AbstractContextManager[Any]] = {}
+
+
+def _autocast_of(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """Return what a forward is cast to lower precision by: one object per setting, which compiled code holds on to."""
+    if not accelerator.native_amp:
+        return _NOTHING
+    handler = accelerator.autocast_handler
+    options = {} if handler is None else handler.to_kwargs()
+    key = (accelerator.device.type, accelerator.mixed_precision, *sorted(options.items()))
+    if key not in _autocasts:
+        _autocasts[key] = get_mixed_precision_context_manager(accelerator.native_amp, handler)
+    return _autocasts[key]
+
+
+def _cast(forward: Callable[..., Any], autocast: AbstractContextManager[Any]) -> Callable[..., Any]:
+    """Return a forward that computes in lower precision and returns full precision."""
+
+    @wraps(forward)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with autocast:
+            outputs = forward(*args, **kwargs)
+        return convert_to_fp32(outputs)
+
+    return called
+
+
+def _own_code(function: Any) -> Any:
+    """Return the same function with a code object of its own, whose graphs the compiler counts apart from others'."""
+    return FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
+    )
+
+
+@lru_cache
+def _model_and_loss(kind: Any) -> Any:
+    """Return a function that computes a loss with a model; one for each class of models, to be compiled."""
+
+    def compute(
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], torch.Tensor],
+        autocast: AbstractContextManager[Any],
+        inputs: Any,
+        targets: Any,
+    ) -> torch.Tensor:
+        with autocast:
+            outputs = call_model(model, inputs)
+        return loss_fn(convert_to_fp32(outputs), targets)
+
+    return _own_code(compute)
+
+
+@lru_cache
+def _entry(kind: Any) -> Callable[..., Any]:
+    """Return a function that makes calls of a class of modules into functions to be compiled.
+
+    Torch passes over the code of its own modules where it stands alone.
+    """
+
+    def called(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    own = _own_code(called)
+    return lambda call: partial(own, call)
+
+
+def _uses_cuda_graphs(how: Mapping[str, Any]) -> bool:
+    """Return whether code that is compiled so may be replayed in the same memory on a GPU."""
+    options = how.get("options") or {}
+    return (
+        how.get("mode") in ("reduce-overhead", "max-autotune")
+        or how.get("backend") == "cudagraphs"
+        or bool(options.get("triton.cudagraphs"))
+        or os.environ.get("TORCHINDUCTOR_CUDAGRAPHS") == "1"
+    )
+
+
+def place_state(optimizer: Optimizer) -> None:
+    """Move what an optimizer keeps of a parameter to where that is; the counter of steps, where torch reads it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            own = optimizer.state.get(parameter, {})
+            stays = () if counts_on_device(group) else ("step",)
+            own.update({key: send_to_device(one, parameter.device) for key, one in own.items() if key not in stays})
+
+
+def counts_on_device(group: Mapping[str, Any]) -> bool:
+    """Return whether a group of parameters has its counters of steps on the device."""
+    return bool(group.get("capturable") or group.get("fused"))
 
 
 def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -472,15 +691,6 @@ def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
     blocks = [block for module in lists if len({type(block) for block in module}) == 1 for block in module]
     inner = {module for block in blocks for module in block.modules() if module is not block}
     return [block for block in blocks if block not in inner]
-
-
-def _inlined(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that does the same: torch passes over the code of its own modules where it stands alone."""
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
-
-    return called
 
 
 def num_compilations() -> int:
@@ -496,7 +706,7 @@ def _realign(model: nn.Module) -> None:
     for tensor in tensors:
         storage = tensor.untyped_storage()
         if sharing[storage.data_ptr()] == 1 and storage.nbytes() == tensor.nbytes:
-            tensor.data = _aligned(tensor.data)
+            tensor.data = aligned(tensor.data)
 
 
 # --- what the user gave -----------------------------------------------------------------------------------------------

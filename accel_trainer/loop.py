@@ -11,7 +11,6 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-import torch.distributed
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -24,9 +23,10 @@ from .checkpoints import RunFolder
 from .clock import Clock
 from .config import TrainConfig
 from .errors import NonFiniteError
+from .exchange import gather_on_main
 from .fetching import Rows
 from .gradients import Buffers, FixedBuffers, Gradients, TreeGradients
-from .hardware import Hardware, Prepared, check_model, check_optimizer, num_compilations
+from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic, num_compilations
 from .history import History
 from .losses import (
     Fault,
@@ -38,6 +38,7 @@ from .losses import (
     check_loss,
     inputs_of,
     is_finite,
+    not_finite,
     sum_of_norms,
     widest_float,
 )
@@ -59,6 +60,7 @@ class Training:
 
     Attributes:
         ledger: The losses of the epoch under way.
+        joined: Model and loss compiled as one; `None` where they are called one after the other.
         draws: The generators that a step may draw from.
         observers: The user's callbacks, which run in it too.
         watched: The hooks that a callback listens to.
@@ -80,6 +82,7 @@ class Training:
     state: RunState
     feed: Feed
     ledger: Ledger
+    joined: Callable[[Any, Any], Tensor] | None = None
     draws: Draws = Draws.ANYTHING
     observers: Sequence[Any] = ()
     clock: Clock = field(default_factory=Clock)
@@ -97,7 +100,7 @@ class Training:
         """Begin an epoch, or go on with the one under way; return whether it is a new one."""
         is_new = epoch != self.state.epoch
         if is_new:
-            self.state.epoch, self.ledger = epoch, Ledger(self.hardware.device)
+            self.state.epoch, self.ledger = epoch, Ledger(self.hardware.device, copies=self.prepared.reuses_memory)
             self.norm_sum, self.num_norms = 0.0, 0
         return is_new
 
@@ -233,12 +236,10 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
             buffers.before(micro_batch, memory.holds or config.on_nonfinite == "skip")
             with attempt, gradients.context(micro_batch, memory.holds):
                 compute_gradients(training, micro_batch)
-            if memory.must_redo():
+            if memory.must_redo() or (piece.is_last and not take_step(training, micro_batch)):
                 cut_finer(training)
-            elif piece.is_last:
-                take_step(training, micro_batch)
-                if state.step == config.max_steps:
-                    break
+            elif piece.is_last and state.step == config.max_steps:
+                break
     totals = training.ledger.exchange()
     check_finite(training, totals.fault)
     return totals
@@ -249,7 +250,8 @@ def compute_gradients(training: Training, micro_batch: MicroBatch) -> None:
     prepared = training.prepared
     micro_batch.data = training.hardware.place(micro_batch.data)
     with prepared.stance(micro_batch.is_full):
-        forward = training.objective(prepared.model, micro_batch, training.gradients.weighs_samples)
+        evenly = training.gradients.weighs_samples
+        forward = training.objective(prepared.model, micro_batch, evenly, training.joined)
     check_loss(forward.loss, needs_grad=True)
     training.gradients.backward(forward, micro_batch)
     training.buffers.after(micro_batch)
@@ -267,23 +269,31 @@ def cut_finer(training: Training) -> None:
     training.feed.recut(layout)
 
 
-def take_step(training: Training, micro_batch: MicroBatch) -> None:
-    """Update the weights with the gradients of one batch, whose last micro-batch is given."""
+def take_step(training: Training, micro_batch: MicroBatch) -> bool:
+    """Update the weights with the gradients of one batch, whose last micro-batch is given.
+
+    Returns:
+        Whether that is done with; not where memory has run out, and the batch has to come again.
+    """
     config, state, prepared = training.config, training.state, training.prepared
+    norm, updated, skipped = None, False, False
+    with training.memory.update(prepared.optimizer):  # type: ignore[arg-type]
+        training.gradients.finish(micro_batch.batch_size)
+        skipped = config.on_nonfinite == "skip" and must_skip(training)
+        if not skipped:
+            if config.max_grad_norm is not None:
+                norm = prepared.clip(training.gradients.parameters, config.max_grad_norm)
+            training.buffers.finish(min(micro_batch.batch_size, training.feed.layout.num_micro_batches))
+            updated = prepared.step()
+    if training.memory.exceeded:
+        return False
     state.position = micro_batch.batch_number + 1
     training.batches[state.num_batches] = state.data_pass, micro_batch.batch_number
-    training.gradients.finish(micro_batch.batch_size)
-    if config.on_nonfinite == "skip" and must_skip(training):
-        training.buffers.undo()
-        training.gradients.clear()
-        state.num_skipped += 1
-        return
-    norm = None
-    if config.max_grad_norm is not None:
-        norm = prepared.clip(training.gradients.parameters, config.max_grad_norm)
-    training.buffers.finish(min(micro_batch.batch_size, training.feed.layout.num_micro_batches))
-    updated = prepared.step()
     training.gradients.clear()
+    if skipped:
+        training.buffers.undo()
+        state.num_skipped += 1
+        return True
     if updated:
         if norm is not None:
             training.norm_sum = training.norm_sum + norm.to(widest_float(norm.device))
@@ -295,6 +305,7 @@ def take_step(training: Training, micro_batch: MicroBatch) -> None:
         check_finite(training, fault)
     if updated and "on_step_end" in training.watched:
         training.call("on_step_end")
+    return True
 
 
 def evaluate(
@@ -310,7 +321,7 @@ def evaluate(
     evenly = objective.weighs_evenly(feed.rows)
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
-        ledger = Ledger(hardware.device, metrics.totalled)
+        ledger = Ledger(hardware.device, metrics.totalled, prepared.reuses_memory)
         with evaluation_pass(prepared, feed) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.is_first:
@@ -348,8 +359,9 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
                         inputs = inputs_of(hardware.place(micro_batch.data))
                         with prepared.stance(micro_batch.is_full):
                             outputs = call_model(prepared.model, inputs)
-                        outputs = check_outputs(send_to_device(outputs, "cpu"), micro_batch.num_samples)
-                        waiting.append((micro_batch.place, outputs))
+                        # The copy is under way while the device goes on; `collect` waits for it.
+                        outputs = send_to_device(outputs, torch.device("cpu"), non_blocking=True)
+                        waiting.append((micro_batch.place, check_outputs(outputs, micro_batch.num_samples)))
                 # All processes have as many batches, so they meet here at the same moments.
                 if micro_batch.piece.is_last and (micro_batch.batch_number + 1) % _BATCHES_PER_GATHER == 0:
                     parts += collect(waiting, hardware)
@@ -362,11 +374,10 @@ _BATCHES_PER_GATHER = 32
 
 
 def collect(waiting: list[Any], hardware: Hardware) -> list[Any]:
-    """Return the outputs of all processes in order, on the main process."""
+    """Return the outputs of all processes in order, on the main process; waits for the device."""
+    waiting = hardware.arrived(waiting)
     if hardware.num_processes > 1:
-        everyone: list[Any] | None = [None] * hardware.num_processes if hardware.is_main else None
-        torch.distributed.gather_object(waiting, everyone, dst=0)
-        waiting = [part for one in everyone or [] for part in one]
+        waiting = [part for one in gather_on_main(waiting) for part in one]
     return [outputs for _, outputs in sorted(waiting, key=lambda part: part[0])]
 
 
@@ -556,8 +567,9 @@ def must_skip(training: Training) -> bool:
     gradients = [one.grad for one in training.gradients.parameters if one.grad is not None]
     if training.hardware.accelerator.scaler is not None:
         gradients = []  # what overflows in fp16 is skipped by the scaler, which then lowers its scale
-    norms = torch.as_tensor(sum_of_norms(gradients), device=training.hardware.device)
-    is_wrong = not (losses & norms.isfinite()) and not (losses and is_finite(gradients))
+    norms = sum_of_norms(gradients)
+    are_finite = losses & norms.isfinite() if isinstance(norms, Tensor) else losses
+    is_wrong = not are_finite and not (losses and is_finite(gradients))
     return training.hardware.any_process(is_wrong)[0]
 
 
@@ -576,8 +588,8 @@ def check_finite(training: Training, fault: Fault | None) -> None:
     model, state = training.prepared.plain, training.state
     if fault is None and training.is_sound() and math.isfinite(training.norm_sum):
         return
-    named = [(name, one) for name, one in model.named_parameters() if not is_finite([one])]
-    names = ", ".join(name for name, _ in named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+    named = not_finite(dict(model.named_parameters()))
+    names = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
     in_weights = f" Not finite by now: {names}." if named else ""
     first = f"epoch {state.epoch}, step "
     if fault is None:
@@ -653,7 +665,7 @@ class _Session:
         check_loader(loader, name)
 
         def on_recut(num_micro_batches: int) -> None:
-            self.layouts[name] = feed.layout
+            self.layouts[name] = self.layouts[name]._replace(num_micro_batches=num_micro_batches)
             if self.hardware.is_main:
                 say(told_of_recut(name, num_micro_batches))
 
@@ -725,19 +737,22 @@ def assemble(
 ) -> Training:
     """Put together what makes optimizer steps."""
     hardware, model, layout = prepared.hardware, prepared.plain, feed.layout
+    buffers = dict(model.named_buffers())
     objective.to(hardware.device)
     gradients: Gradients
     changes: ChainSum | TreeSum
     if config.bitwise:
-        gradients = TreeGradients(model, hardware.accelerator, layout, hardware.host_group)
-        changes = TreeSum(layout, hardware.host_group)
+        compiled = {"copies": prepared.reuses_memory, "is_compiled": prepared.is_compiled}
+        gradients = TreeGradients(model, hardware.accelerator, layout, **compiled)
+        changes = TreeSum(layout)
     else:
         gradients = Gradients(
             model,
             prepared.model,
             hardware.accelerator,
             layout,
-            config.find_unused_parameters,
+            find_unused=config.find_unused_parameters,
+            copies=prepared.reuses_memory,
         )
         changes = ChainSum(layout)
     return Training(
@@ -752,8 +767,9 @@ def assemble(
         stopping=stopping,
         state=state,
         feed=feed,
-        ledger=Ledger(hardware.device),
-        finite_buffers=frozenset(name for name, buffer in model.named_buffers() if is_finite([buffer])),
+        ledger=Ledger(hardware.device, copies=prepared.reuses_memory),
+        joined=prepared.joined(objective.loss_fn) if objective.may_be_joined else None,  # type: ignore[arg-type]
+        finite_buffers=frozenset(buffers.keys() - set(not_finite(buffers))),
     )
 
 
@@ -763,6 +779,14 @@ def told_of_recut(name: str, num_micro_batches: int) -> str:
         f"Out of memory: each batch of {name} is now cut into {num_micro_batches} micro-batches. They became smaller, "
         "which layers that look at their batch, such as BatchNorm, and random ones take notice of."
     )
+
+
+@contextmanager
+def _together(hardware: Hardware) -> Iterator[None]:
+    """Let the processes share a failure, and the user's generators and settings stay what they are."""
+    shared = shared_failure(hardware.process, hardware.num_processes)
+    with shared, fixed_arithmetic(), preserved(*hardware.generators):
+        yield
 
 
 def train_model(
@@ -798,7 +822,7 @@ def train_model(
     """
     session = _session_of(model)
     hardware = session.hardware
-    with shared_failure(hardware.process, hardware.num_processes), preserved(*hardware.generators):
+    with _together(hardware):
         feed = session.feed(train_loader, "train_loader")
         training = session.train(model, loss_fn, optimizer, feed)
         session.epochs[train_loader] += 1
@@ -828,7 +852,7 @@ def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Call
     """
     session = _session_of(model)
     hardware = session.hardware
-    with shared_failure(hardware.process, hardware.num_processes), preserved(*hardware.generators):
+    with _together(hardware):
         feed = session.feed(test_loader, "test_loader")
         prepared, objective = session.evaluating(model), Objective(loss_fn)
         objective.to(hardware.device)

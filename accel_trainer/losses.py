@@ -11,16 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from operator import add
-from typing import Any, NamedTuple
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .batches import Layout, MicroBatch, process_of, tensors_in
+from .exchange import gather_objects
 from .fetching import Rows
 
 __all__ = [
@@ -33,10 +34,13 @@ __all__ = [
     "call_model",
     "check_loss",
     "inputs_of",
+    "not_finite",
+    "on_device",
     "split_batch",
 ]
 
 Weight = int | float | Tensor
+_Name = TypeVar("_Name")
 TARGET_NAMES = ("labels", "label", "targets", "target")
 
 
@@ -168,14 +172,29 @@ class Objective:
         if isinstance(function, nn.Module):
             function.to(device)
 
-    def __call__(self, model: nn.Module, micro_batch: MicroBatch, evenly: bool) -> Forward:
+    @property
+    def may_be_joined(self) -> bool:
+        """Whether the loss can be computed without a look at the model's outputs, and keeps nothing between calls."""
+        looks = self.compute_loss is not None or self.weight_fn is not None or self._has_weightless_class
+        return not looks and _keeps_nothing(_unwrap_partial(self.loss_fn)[0])
+
+    def __call__(
+        self,
+        model: nn.Module,
+        micro_batch: MicroBatch,
+        evenly: bool,
+        joined: Callable[[Any, Any], Tensor] | None = None,
+    ) -> Forward:
         """Run the model on a micro-batch and return its loss and weight (0 for a stand-in).
 
         Args:
             model: What to call.
             micro_batch: On the device.
             evenly: Whether each sample is known to weigh the same.
+            joined: Computes the loss of inputs and targets in place of model and `loss_fn`, if `may_be_joined`.
         """
+        if joined is not None:
+            return self._joined(joined, micro_batch, evenly)
         if self.compute_loss is None and self.weight_fn is None:
             forward = self._forward(model, micro_batch, evenly)
             if self._has_weightless_class:
@@ -183,7 +202,7 @@ class Objective:
         else:
             with _watch_outputs(model) as outputs:
                 forward = self._forward(model, micro_batch, evenly)
-            forward.weight = _checked_weight(forward.weight)
+            forward.weight = _checked_weight(forward.weight, forward.loss)
             _mute(forward, outputs)
         if not micro_batch.piece.counts:
             forward.weight = 0
@@ -198,9 +217,16 @@ class Objective:
         inputs, targets = split_batch(batch)
         outputs = call_model(model, inputs)
         loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
-        if self._divisor is not None and not evenly:
-            weight = self._divisor(targets)
-        return Forward(loss, weight, outputs, targets)
+        return Forward(loss, self._divided_by(targets, weight, evenly), outputs, targets)
+
+    def _joined(self, joined: Callable[[Any, Any], Tensor], micro_batch: MicroBatch, evenly: bool) -> Forward:
+        inputs, targets = split_batch(micro_batch.data)
+        loss = joined(inputs, targets)
+        is_real = micro_batch.piece.counts
+        return Forward(loss, self._divided_by(targets, micro_batch.num_samples, evenly) if is_real else 0)
+
+    def _divided_by(self, targets: Any, weight: Weight, evenly: bool) -> Weight:
+        return weight if self._divisor is None or evenly else self._divisor(targets)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -226,11 +252,12 @@ def check_loss(loss: object, needs_grad: bool) -> None:
         )
 
 
-def _checked_weight(weight: Any) -> Weight:
+def _checked_weight(weight: Any, loss: Any) -> Weight:
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(f"The weight of a micro-batch must be one number, got shape {tuple(weight.shape)}.")
-        return weight.detach().reshape(())
+        weight = weight.detach().reshape(())
+        return on_device(weight, loss.device) if isinstance(loss, Tensor) else weight
     if not isinstance(weight, Real) or not float(weight) >= 0:
         raise ValueError(f"The weight of a micro-batch must be a number of at least 0, got {weight!r}.")
     return float(weight)
@@ -261,11 +288,20 @@ def _mute(forward: Forward, outputs: list[Tensor]) -> None:
         return  # refused a moment later
     if not isinstance(forward.weight, Tensor) and forward.weight > 0:
         return
-    is_empty = torch.as_tensor(forward.weight, device=forward.loss.device) == 0
+    is_empty = on_device(forward.weight, forward.loss.device) == 0
     forward.loss = torch.where(is_empty, 0, forward.loss)
     for output in outputs:
         if output.requires_grad:
             output.register_hook(functools.partial(_zero_where, is_empty))  # type: ignore[no-untyped-call]
+
+
+def _keeps_nothing(loss_fn: Any) -> bool:
+    """Return whether a loss is torch's own, or has no attributes and no surroundings that could change."""
+    if not isinstance(loss_fn, nn.Module):
+        return isinstance(loss_fn, FunctionType | BuiltinFunctionType) and not getattr(loss_fn, "__closure__", None)
+    parts = any(vars(loss_fn)[name] for name in ("_parameters", "_buffers", "_modules"))
+    has_own = parts or not vars(loss_fn).keys() <= vars(nn.Module()).keys()
+    return type(loss_fn).__module__.startswith("torch.nn.") or not has_own
 
 
 # --- what torch's own losses divide by --------------------------------------------------------------------------------
@@ -353,6 +389,13 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
     return any(math.isfinite(sum_of_norms(tensors, order)) for order in (2, math.inf))
 
 
+def not_finite(named: Mapping[_Name, Tensor]) -> list[_Name]:
+    """Return the names of tensors that hold elements which are not finite; one read-back if there are none."""
+    if is_finite(named.values()):
+        return []
+    return [name for name, tensor in named.items() if not is_finite([tensor])]
+
+
 def sum_of_norms(tensors: Iterable[Tensor], order: float = 2) -> float | Tensor:
     """Return a number that is finite if all elements of all tensors are, on their device; 0 of none.
 
@@ -387,12 +430,13 @@ class Ledger:
     Args:
         device: Where the losses are.
         metrics: Names of the metrics whose totals will be added.
+        copies: Whether the memory of a loss is written to again before it is read (CUDA graphs).
     """
 
     _BLOCK = 512  # scalars joined into one tensor at a time: one alone costs half a kilobyte
 
-    def __init__(self, device: torch.device, metrics: Sequence[str] = ()) -> None:
-        self._device, self._metrics = device, tuple(metrics)
+    def __init__(self, device: torch.device, metrics: Sequence[str] = (), copies: bool = False) -> None:
+        self._device, self._metrics, self._copies = device, tuple(metrics), copies
         self._batches: list[_Batch] = []  # those since the last read
         self._num_rows = 0
         self._open: list[tuple[Any, ...]] = []  # row, loss, weight, then a total per metric
@@ -424,7 +468,10 @@ class Ledger:
         """
         if micro_batch.piece.counts:
             row = self._batches[-1].first_row + micro_batch.piece.index
-            self._open.append((row, forward.loss.detach(), forward.weight, *totals))
+            loss, weight = forward.loss.detach(), forward.weight
+            if self._copies:
+                loss, weight = loss.clone(), weight.clone() if isinstance(weight, Tensor) else weight
+            self._open.append((row, loss, weight, *totals))
 
     def drop(self) -> None:
         """Forget the batch under way, which will be done again."""
@@ -438,7 +485,10 @@ class Ledger:
         for row, loss, weight, *_ in reversed(self._open):
             if row < self._batches[-1].first_row:
                 break
-            flag = flag & (loss.isfinite() | (torch.as_tensor(weight, device=loss.device) == 0))
+            if isinstance(weight, Tensor):
+                flag = flag & (loss.isfinite() | (weight == 0))
+            elif weight:
+                flag = flag & loss.isfinite()
         return flag
 
     def _close(self) -> None:
@@ -520,14 +570,32 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a number, or a tensor wherever it is, as a tensor on a device, which nobody waits for.
+
+    Args:
+        value: What to bring there.
+        device: Where to.
+        dtype: Of the result; `None` for that of the tensor, as far as the device knows it.
+    """
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)  # a copy from the host would wait for the device
+    if value.device == device:
+        return value if dtype is None else value.to(dtype)
+    if dtype is None and value.dtype == torch.float64:
+        dtype = widest_float(device)
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()  # from other memory the copy may wait too
+    return value.to(device, dtype, non_blocking=True)
+
+
 def _column(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Return plain numbers, scalars on the device, or both, as one tensor."""
-    are_tensors = [isinstance(number, Tensor) for number in numbers]
-    if not any(are_tensors):
-        return torch.tensor(numbers, dtype=widest_float(device), device=device)
-    if not all(are_tensors):
-        numbers = [torch.as_tensor(number, device=device) for number in numbers]
-    return torch.stack(list(numbers)).to(widest_float(device))
+    """Return plain numbers, and scalars wherever they are, as one tensor on the device."""
+    dtype = widest_float(device)
+    if not any(isinstance(number, Tensor) for number in numbers):
+        return on_device(torch.tensor(numbers, dtype=torch.float64), device)
+    scalars = [on_device(number, device, None if isinstance(number, Tensor) else dtype) for number in numbers]
+    return torch.stack(scalars).to(dtype)
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -642,7 +710,7 @@ def _total(name: str, result: Any, num_samples: int) -> float | Tensor:
 
 def _merged(metric: Any) -> Any:
     # Only from processes that have seen samples: merging an empty state fails for some metrics.
-    parts = gather_object([copy.deepcopy(metric).cpu() if metric.update_count else None])
+    parts = gather_objects(copy.deepcopy(metric).cpu() if metric.update_count else None)
     first, *others = [part for part in parts if part is not None] or [copy.deepcopy(metric)]
     for other in others:
         first.merge_state(other)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Literal
 
 import torch
-from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.optim import Optimizer
 
 from .batches import Feed, Layout, MicroBatch, tensors_in
 from .environment import free_memory
+from .errors import ProcessFailedError
+from .exchange import gather_objects
 from .hardware import Hardware
 
 __all__ = ["Memory", "TrainingMemory", "keep_data", "until_it_fits"]
@@ -60,6 +64,9 @@ def keep_data(feed: Feed, hardware: Hardware, choice: bool | Literal["auto"], na
         f"{name}: {len(feed.loader.dataset):,} samples are kept as tensors in {place} "  # type: ignore[arg-type]
         f"({rows.nbytes / 2**20:,.1f} MiB; data_in_memory=False would leave them where they are)."
     )
+
+
+_NOTHING = nullcontext()
 
 
 class Memory:
@@ -131,7 +138,7 @@ class Memory:
             torch.OutOfMemoryError: On all processes, when one of them cannot hold a single sample.
         """
         if self._single_anywhere:
-            told = gather_object([self._single])
+            told = gather_objects(self._single)
             raise torch.OutOfMemoryError(next(text for text in told if text is not None))
         clear_device_cache(garbage_collection=True)
         self.exceeded = False
@@ -144,7 +151,7 @@ class Memory:
 
     def _advice(self, error: BaseException) -> str:
         # Not the error itself: its traceback would hold the tensors of the forward.
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = _first_line(error)
         if self._num_samples == 1:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(self._micro_batch.data))  # type: ignore[union-attr]
             return (
@@ -159,12 +166,29 @@ class Memory:
         )
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+_ON_UPDATES = (
+    "Out of memory while the weights were updated: the model, its gradients and the state of the optimizer do not fit "
+    "together, which no cut of the batch changes. Use an optimizer that keeps less (SGD, foreach=False), a smaller "
+    "model, or train less of it. ({})"
+)
+
+
+# What the driver, CUDA's libraries and Triton say of memory that they could not get, past torch's own allocator.
+_FOREIGN = re.compile(r"out of memory|CU\w*_ALLOC\w*_FAILED", re.IGNORECASE)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    if not isinstance(error, RuntimeError) or isinstance(error, ProcessFailedError):
+        return False
     # Accelerate counts that status too, which a wrong argument of a convolution gives as well.
     is_other = "CUDNN_STATUS_NOT_SUPPORTED" in str(error)
-    return isinstance(error, Exception) and not is_other and bool(should_reduce_batch_size(error))
+    return not is_other and bool(_FOREIGN.search(str(error)) or should_reduce_batch_size(error))
 
 
 def until_it_fits(hardware: Hardware, feed: Feed) -> Iterator[Memory]:
@@ -205,6 +229,7 @@ class TrainingMemory(Memory):
         self.holds = self._alone and self._may_recut  # nobody has to be asked, and nothing is sent
         self._varies = False  # whether samples differ in size, on any process
         self._sizes_of_samples: set[float] = set()
+        self._has_updated = self._has_redone_update = False
         self.follow(feed)
 
     def follow(self, feed: Feed) -> None:
@@ -252,6 +277,32 @@ class TrainingMemory(Memory):
     def _may_try_again(self) -> bool:
         is_early = self._watches and not self._micro_batch.piece.is_last  # type: ignore[union-attr]
         return self.holds or is_early
+
+    def update(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """Return what an update of the weights runs under."""
+        return _NOTHING if self._has_updated else self._first_update(optimizer)
+
+    @contextmanager
+    def _first_update(self, optimizer: Optimizer) -> Iterator[None]:
+        """Note that the first update, which allocates the optimizer's state, does not fit; the batch then comes again.
+
+        Nothing else is held by then, and a batch that is cut finer leaves more room: memory is given back in the pieces
+        that it was taken in. Tried once, on one process, and if nothing has been changed yet.
+        """
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        before, is_new = [parameter._version for parameter in held], not optimizer.state
+        try:
+            yield
+            self._has_updated = True
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            may_redo = self._alone and self._may_recut and self._num_samples > 1 and not self._has_redone_update
+            is_unchanged = is_new and before == [parameter._version for parameter in held]
+            if not (may_redo and is_unchanged):
+                raise torch.OutOfMemoryError(_ON_UPDATES.format(_first_line(error))) from error
+            optimizer.state.clear()
+            self.exceeded = self._has_redone_update = True
 
     def must_redo(self) -> bool:
         """Return whether the batch has to be done again, on all processes alike; asked after each micro-batch.

@@ -210,7 +210,6 @@ def run_here(name: str, config: TrainConfig, records: bool, look_at: int | None)
         records: Whether to record the steps.
         look_at: A step in which the output of every module is recorded too.
     """
-    torch.backends.cudnn.allow_tf32 = False  # convolutions in the precision that the row says
     with contextlib.redirect_stdout(sys.stderr):
         arguments, loaders = make_run(name, config)
         imposed = {name: getattr(config, name) for name in _IMPOSED}

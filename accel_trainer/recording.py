@@ -158,7 +158,7 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def __call__(self, model: nn.Module, micro_batch: MicroBatch, evenly: bool) -> Forward:
+    def __call__(self, model: nn.Module, micro_batch: MicroBatch, evenly: bool, joined: Any = None) -> Forward:
         return self._recorder.forward(self._training, model, micro_batch, evenly)
 
 

@@ -17,8 +17,9 @@ import torch.distributed
 from torch import Tensor
 
 from .batches import Layout, run_of
+from .exchange import any_process
 
-__all__ = ["ChainSum", "TreeSum", "add_over_processes", "any_process", "are_same_everywhere", "share_from_main"]
+__all__ = ["ChainSum", "TreeSum", "add_over_processes", "are_same_everywhere", "share_from_main"]
 
 _BUCKET = 2**23  # elements sent together: large enough to hide latency, small against the model
 
@@ -49,18 +50,6 @@ def share_from_main(tensors: Iterable[Tensor], group: torch.distributed.ProcessG
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         torch.distributed.broadcast(_bytes(flat), src=0, group=group)
         _unflatten(flat, bucket)
-
-
-def any_process(flags: Sequence[bool], group: torch.distributed.ProcessGroup | None) -> list[bool]:
-    """Return for each flag whether it is set on any process; on the host, without waiting for a device.
-
-    Args:
-        flags: As many on every process.
-        group: Processes that exchange host memory; `None` for the default group.
-    """
-    counts = torch.tensor(flags, dtype=torch.uint8)
-    torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, group)
-    return [bool(count) for count in counts.tolist()]
 
 
 def are_same_everywhere(numbers: Tensor) -> list[bool]:
@@ -146,11 +135,10 @@ class TreeSum:
 
     Args:
         layout: This process and the cut.
-        host_group: Processes that exchange host memory; `None` for the default group.
     """
 
-    def __init__(self, layout: Layout, host_group: torch.distributed.ProcessGroup | None = None) -> None:
-        self._layout, self._host_group = layout, host_group
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._nodes: list[_Node] = []
 
     def add(self, index: int, tensors: list[Tensor | None]) -> None:
@@ -172,7 +160,7 @@ class TreeSum:
         if self._layout.num_processes == 1:
             return _fold(nodes)
         mine = [any(node.tensors[place] is not None for node in nodes) for place in range(len(like))]
-        present = any_process(mine, self._host_group)
+        present = any_process(mine)
         # The result has the strides of what was added, so that a norm over it adds in the same order everywhere.
         targets = [_first(nodes, place, like[place]) if present[place] else None for place in range(len(like))]
         places = {id(target): place for place, target in enumerate(targets)}

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -24,8 +23,9 @@ from .callbacks import Callback
 from .checkpoints import RunFolder, Snapshot, newest_step
 from .config import TrainConfig
 from .errors import CheckpointError
+from .exchange import gather_objects, host_group, share_object
 from .gradients import is_plain
-from .hardware import Hardware
+from .hardware import Hardware, counts_on_device
 from .history import History
 from .loop import Run
 from .packing import pack, unpack
@@ -283,7 +283,7 @@ def find(
     if found.folder is not None and found.folder.passed_over:
         warnings.warn(f"Passed over in {found.folder.path}: {'; '.join(found.folder.passed_over)}.", stacklevel=2)
     if config.resume and hardware.num_processes > 1:
-        _tell_of_disks(gather_object([seen]), source, announce)
+        _tell_of_disks(gather_objects(seen), source, announce)
     if source is None:
         return found
     snapshot, history = _shared(found, hardware)
@@ -326,7 +326,7 @@ def _shared(found: Found, hardware: Hardware) -> tuple[Snapshot | None, History 
             for file, own in snapshot.tensors.items()
         }
         outline = (snapshot.step, shapes, snapshot.state, found.history)
-    step, shapes, state, history = broadcast_object_list([outline])[0]
+    step, shapes, state, history = share_object(outline)
     if snapshot is None:
         tensors = {
             file: {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in own.items()}
@@ -334,7 +334,7 @@ def _shared(found: Found, hardware: Hardware) -> tuple[Snapshot | None, History 
         }
         snapshot = Snapshot(step, tensors, {}, state)
     everything = [tensor for own in snapshot.tensors.values() for tensor in own.values()]
-    share_from_main(everything, hardware.host_group)
+    share_from_main(everything, host_group())
     return snapshot, history
 
 
@@ -500,7 +500,7 @@ def _restore_optimizer(run: Run, saved: Mapping[str, Any], tensors: Mapping[str,
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     place = itertools.count()
     for group in optimizer.param_groups:
-        on_device = bool(group.get("capturable") or group.get("fused"))
+        on_device = counts_on_device(group)
         for parameter in group["params"]:
             own = state.get(next(place))
             if own is not None:

@@ -242,6 +242,7 @@ class Saver:
         Args:
             at_once: Return without waiting; the thread does the rest, and the interpreter waits for it.
         """
+        self.capture = _nothing  # which held the run, and the run holds this
         if self._executor is not None and self._folder is not None and at_once:
             _in_flight.add(self._executor.submit(self._folder.close))
             self._executor.shutdown(wait=False)

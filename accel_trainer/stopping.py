@@ -24,10 +24,10 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
-from accelerate.utils import gather_object
 from torch.distributed import distributed_c10d
 
 from .errors import ProcessFailedError
+from .exchange import gather_objects
 
 __all__ = ["Stopping", "shared_failure"]
 
@@ -132,7 +132,7 @@ class Stopping:
         # One process may know already what another will only hear here: all must take part.
         has_wish, wants_save = self._any_process(wish is not None, self._wants_save)
         if has_wish and self._board is not None:
-            wish = _foremost(gather_object([wish]))
+            wish = _foremost(gather_objects(wish))
         self._settle((wish, wants_save))
         return self._agreed is not None
 

@@ -7,6 +7,7 @@ import math
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -202,19 +203,21 @@ class Trainer:
         num_steps = _num_steps(config, train_loader)
         schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
 
+        # Not the run itself: in a circle it would hold the data on the device until the garbage is collected.
+        begun: list[weakref.ref[loop.Run]] = []
+
         def on_recut(name: str, num_micro_batches: int) -> None:
             announce(loop.told_of_recut(name, num_micro_batches))
-            _write_config(run, identity)
+            run = begun[0]()
+            if run is not None:
+                _write_config(run, identity)
 
         train_feed = self._feed(train_loader, hardware, "train_loader", on_recut)
         test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader", on_recut)
         checked_state(self.model)
         prepared = Prepared(hardware, self.model, optimizer, config.compile)
         announce(_start_line(hardware, train_loader, layout, config))
-        for name, feed in (("train_loader", train_feed), ("test_loader", test_feed)):
-            kept = None if feed is None else keep_data(feed, hardware, config.data_in_memory, name)
-            if kept is not None:
-                announce(kept)
+        self._keep_data({"train_loader": train_feed, "test_loader": test_feed}, hardware)
         training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, train_feed)
         self._attach_callbacks(training, found.folder, with_bar=announce is say and wants_bar())
         parts = (stopping, self.state, self.history, training.clock)
@@ -229,12 +232,19 @@ class Trainer:
             monitor=monitor,
             announce=announce,
         )
+        begun.append(weakref.ref(run))
         resuming.begin(run, found, identity, self._callbacks)
         if found.folder is not None:
             found.folder.write_json("environment.json", describe_environment(hardware.describe()))
             _write_config(run, identity)
             loop.write_page(run, "running")
         return run
+
+    def _keep_data(self, feeds: Mapping[str, Feed | None], hardware: Hardware) -> None:
+        for name, feed in feeds.items():
+            told = None if feed is None else keep_data(feed, hardware, self.config.data_in_memory, name)
+            if told is not None:
+                self._announcer(hardware)(told)
 
     def _attach_callbacks(self, training: loop.Training, folder: RunFolder | None, with_bar: bool) -> None:
         run_dir, is_resumed = (None, False) if folder is None else (folder.path, folder.resumed is not None)
@@ -251,7 +261,7 @@ class Trainer:
             )
             callbacks.append(self._trackers)
         listeners = Callbacks(callbacks)
-        training.call = lambda hook: self._call(listeners, training.stopping, hook)
+        training.call = functools.partial(self._call, listeners, training.stopping)
         training.watched = frozenset(filter(listeners.listens, HOOKS))
         training.observers = self._callbacks
 
@@ -275,11 +285,6 @@ class Trainer:
         except NonFiniteError as error:
             history.stop_reason = str(error)
             _record_fault(run, error)
-            raise
-        except BaseException as error:
-            hint = next((hint for text, hint in _HINTS.items() if text in str(error)), None)
-            if hint is not None:
-                raise RuntimeError(hint) from error
             raise
         # Right after the best epoch the model holds its weights already.
         moved_on = not state.best_epoch == state.epoch == history.num_epochs
@@ -364,6 +369,7 @@ class Trainer:
         with (
             shared_failure(hardware.process, hardware.num_processes) as board,
             fixed_arithmetic(config.bitwise, config.num_threads),
+            _hinted(),
         ):
             yield hardware, board
             hardware.accelerator.wait_for_everyone()  # who leaves first may take the store with it
@@ -392,6 +398,18 @@ class Trainer:
         return feed
 
 
+@contextmanager
+def _hinted() -> Iterator[None]:
+    """Say what to do about an error of torch that does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        hint = next((hint for text, hint in _HINTS.items() if text in str(error)), None)
+        if hint is None:
+            raise
+        raise RuntimeError(hint) from error
+
+
 _HINTS = {
     "Expected to have finished reduction": (
         "A step left some parameters without a gradient in its last micro-batch, though the first step gave every "
@@ -400,6 +418,10 @@ _HINTS = {
     "does not have a deterministic implementation": (
         "bitwise=True allows deterministic operations only, and the model, the loss or a metric uses one that is not "
         "(torch names it above). Replace that operation, or use bitwise=False."
+    ),
+    "CUBLAS_WORKSPACE_CONFIG": (
+        "bitwise=True needs cuBLAS to be deterministic, which it decides at the first matrix product of a process, and "
+        "one came before this trainer. Start the program with CUBLAS_WORKSPACE_CONFIG=:4096:8 in its environment."
     ),
 }
 

@@ -278,6 +278,8 @@ def main() -> None:
         print(json.dumps(measured))
         return
 
+    if not _installed("accel_trainer"):  # its version is kept with what is measured
+        parser.error("accel_trainer is not installed: pip install -e . in the project's folder, then again.")
     for distribution in sorted(set(PEERS.values())):
         if not _installed(distribution):
             print(f"{distribution} is not installed: skipped (pip install .[bench])")

@@ -1,4 +1,6 @@
-"""Writes the tables of `benchmarks/README.md` from `benchmarks/results/peers.json`, between its two comments.
+"""Writes the tables of `benchmarks/README.md` from `benchmarks/results/`, between the two comments of each.
+
+Those of `peers.py` come from `peers.json`, those of `gpu.py` from the lines of JSON in `gpu/`.
 
 python benchmarks/table.py
 """
@@ -17,6 +19,7 @@ from common import interval
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16, per second
 Cell = dict[str, Any]
 Samples = dict[str, Any]
@@ -131,14 +134,81 @@ def tables(results: dict[str, Cell]) -> str:
     return "\n".join(parts)
 
 
+# --- what gpu.py has found --------------------------------------------------------------------------------------------
+
+
+def findings(folder: Path) -> list[dict[str, Any]]:
+    """Return what `gpu.py` has found, in order."""
+    lines = [line for name in ("first", "second") for line in _lines(folder / f"{name}.jsonl")]
+    return [json.loads(line) for line in lines]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def gpu_tables(found: list[dict[str, Any]]) -> str:
+    """Return what was found on a GPU: what is right or wrong, and the times."""
+    if not found:
+        return "No GPU has been asked yet: `python benchmarks/gpu.py first` and `second`.\n"
+    machine = next((one for one in found if one["name"] == "machine"), {})
+    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+    where = f"{machine.get('gpu') or 'CPU'}, Python {machine.get('python')}, {versions}."
+    ratios = [f"- {one['name']}: {_spread(one['ratios'], 3)}" for one in found if "ratios" in one]
+    return "\n".join([where, "", markdown(_answers(found)), "", markdown(_times(found)), "", *ratios]) + "\n"
+
+
+def _answers(found: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return a row for each part: how much is right, and what is not."""
+    by_part: dict[str, list[dict[str, Any]]] = {}
+    for one in found:
+        if one.get("right") is not None:
+            by_part.setdefault(one["part"], []).append(one)
+    rows = []
+    for part, own in by_part.items():
+        wrong = [f"{one['name']} ({one.get('error') or one.get('found')})" for one in own if not one["right"]]
+        rows.append({"part": part, "right": f"{len(own) - len(wrong)} of {len(own)}", "not right": "; ".join(wrong)})
+    return rows
+
+
+def _times(found: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return a row for each task and trainer."""
+    steps: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in found:
+        if "step_ms" in one:
+            task = one["name"] + (f", cut in {one['cut']}" if "cut" in one else "")
+            steps.setdefault((task, one["who"]), []).append(one)
+    return [
+        {
+            "task": task,
+            "who": who,
+            "ms per step": _spread([one["step_ms"] for one in own], 1),
+            "first step, s": f"{own[0]['first_step_s']:.1f}",
+            "peak MiB": f"{own[-1]['peak_mib']:,}",
+        }
+        for (task, who), own in steps.items()
+    ]
+
+
+def _spread(numbers: list[float], digits: int) -> str:
+    return f"{statistics.median(numbers):.{digits}f} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
+def between(text: str, begin: str, end: str, inner: str) -> str:
+    """Return a text with something else between two comments."""
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{inner}\n{end}{rest.split(end)[1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "peers.json")
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="default: %(default)s")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="default: %(default)s")
     options = parser.parse_args()
-    before, rest = options.readme.read_text().split(BEGIN)
-    results = json.loads(options.results.read_text())["results"]
-    options.readme.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n{END}{rest.split(END)[1]}")
+    results = json.loads((options.results / "peers.json").read_text())["results"]
+    text = between(options.readme.read_text(), BEGIN, END, tables(results))
+    text = between(text, GPU_BEGIN, GPU_END, gpu_tables(findings(options.results / "gpu")))
+    options.readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ STOREYS = [
     ["gradients"],
     ["losses", "reductions", "weights"],
     ["batches"],
-    ["fetching"],
+    ["fetching", "exchange"],
     ["run_functions", "launching", "digits"],
     ["environment", "packing", "randomness", "history", "state", "config"],
     ["picture", "errors", "clock"],
