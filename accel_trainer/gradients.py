@@ -422,20 +422,20 @@ class Buffers:
         total = self._sum.total(num_micro_batches, like)
         are_caches = total.pop() if self._tells_of_caches else None
         moved = [
-            (place, base, change)
-            for place, base, change in zip(self._averaged, self._base, total, strict=True)
+            (index, self._at(place), base, change)
+            for index, (place, base, change) in enumerate(zip(self._averaged, self._base, total, strict=True))
             if change is not None and self._is_steady(place)
         ]
         if not moved:
             return
-        places, bases, changes = zip(*moved, strict=True)
+        indices, buffers, bases, changes = zip(*moved, strict=True)
         averages = list(torch._foreach_add(bases, torch._foreach_div(changes, num_micro_batches)))
-        if are_caches is not None:
+        if are_caches is not None:  # on some process, which has no average then
             averages = [
-                torch.where(are_caches[self._averaged.index(place)] == 0, average, self._at(place))
-                for place, average in zip(places, averages, strict=True)
+                torch.where(are_caches[index] == 0, average, buffer)
+                for index, average, buffer in zip(indices, averages, buffers, strict=True)
             ]
-        _copy_all(self._now(places), averages)
+        _copy_all(buffers, averages)
 
     def _shared(self, mine: list[Tensor]) -> list[Tensor]:
         """Return what the first micro-batch of all, the main process's, has made of the whole-number buffers."""

@@ -383,7 +383,7 @@ def _precision_source(mixed_precision: str | None, factory: object) -> str:
 def _told_of_tf32(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
-    return ", TF32 on (as you set it)" if uses_tf32() else ', TF32 off (torch.set_float32_matmul_precision("high"))'
+    return ", TF32 on (your choice)" if uses_tf32() else ', TF32 off (set_float32_matmul_precision("high") allows it)'
 
 
 def _device_source(device: torch.device) -> str:
@@ -524,7 +524,7 @@ class Prepared:
             return None
         kind: Any = type(self.plain)
         compiled = torch.compile(_model_and_loss(kind), **self._how_to_compile)
-        return partial(compiled, self.plain, loss_fn, self._autocast)
+        return partial(compiled, self.plain, loss_fn, None if self._autocast is _NOTHING else self._autocast)
 
     def stance(self, is_full: bool) -> AbstractContextManager[Any]:
         """Return what a forward runs under: a batch of another size than all others is not worth a graph of its own."""
@@ -635,10 +635,12 @@ def _model_and_loss(kind: Any) -> Any:
     def compute(
         model: nn.Module,
         loss_fn: Callable[[Any, Any], torch.Tensor],
-        autocast: AbstractContextManager[Any],
+        autocast: AbstractContextManager[Any] | None,
         inputs: Any,
         targets: Any,
     ) -> torch.Tensor:
+        if autocast is None:
+            return loss_fn(call_model(model, inputs), targets)
         with autocast:
             outputs = call_model(model, inputs)
         return loss_fn(convert_to_fp32(outputs), targets)

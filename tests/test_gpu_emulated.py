@@ -22,6 +22,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from accel_trainer import Callback, Trainer, evaluate_model, hardware, loop, train_model
 from accel_trainer.batches import Feed, Layout
@@ -415,6 +416,25 @@ class Stateless(nn.Module):
         return F.cross_entropy(outputs, targets)
 
 
+class Half(Net):
+    """A model that returns half precision by itself, which stays so unless mixed precision is asked for."""
+
+    def forward(self, inputs):
+        return super().forward(inputs).bfloat16()
+
+
+class NoMoreThanHalf(nn.Module):
+    def forward(self, outputs, targets):
+        return F.cross_entropy(outputs, targets).float() * (1.0 if outputs.dtype == torch.bfloat16 else 2.0)
+
+
+class Structured(Net):
+    """A model that returns what those of transformers do."""
+
+    def forward(self, inputs):
+        return SequenceClassifierOutput(logits=super().forward(inputs))
+
+
 def graphs_of(choices, compile=True, backend=None):
     """Return the graphs compiled after fit, 5 evaluations, predict and 3 fits, and the losses of the first."""
     own = {name: choices.pop(name) for name in ("compute_loss", "weight_fn") if name in choices}
@@ -460,6 +480,8 @@ def graphs_of(choices, compile=True, backend=None):
         {"compute_loss": only_mean},
         {"weight_fn": lambda batch: (batch[1] > 0).sum(), "num_micro_batches": 2},
         {"bitwise": True, "num_micro_batches": 2},
+        {"model": Half, "loss_fn": NoMoreThanHalf},
+        {"model": Structured, "loss_fn": lambda: lambda outputs, targets: F.cross_entropy(outputs.logits, targets)},
     ],
     ids=lambda choices: ", ".join(choices) or "plain",
 )
@@ -723,9 +745,9 @@ def test_the_line_of_the_hardware_tells_of_tf32(precision, monkeypatch):
     assert "TF32" not in hardware.describe()
     hardware.device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    assert hardware.describe().endswith('TF32 off (torch.set_float32_matmul_precision("high"))')
+    assert hardware.describe().endswith('TF32 off (set_float32_matmul_precision("high") allows it)')
     precision("high")
-    assert hardware.describe().endswith("TF32 on (as you set it)")
+    assert hardware.describe().endswith("TF32 on (your choice)")
 
 
 def test_bitwise_fills_no_memory_and_puts_the_setting_back():
