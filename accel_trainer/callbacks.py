@@ -10,16 +10,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a notebook without ipywidgets, where the bar is one of text
     from tqdm.auto import tqdm
 
+from .console import is_terminal, show
 from .errors import StopTraining
 from .launching import call_in_launcher
-from .picture import figure_of_losses
+from .picture import draw_losses
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -118,7 +118,7 @@ def check_callback(callback: object) -> None:
 
 def wants_bar() -> bool:
     """Return whether someone watches: a terminal or a notebook."""
-    return sys.stderr.isatty() or "notebook" in tqdm.__module__
+    return is_terminal(sys.stderr) or "notebook" in tqdm.__module__
 
 
 class ProgressBar(Callback):
@@ -235,9 +235,8 @@ def show_losses(name: str, train_losses: list[float], test_losses: list[float], 
     """Show the losses in the notebook of this process, in place of what was shown under that name before."""
     from IPython.display import display
 
-    figure = figure_of_losses(train_losses, test_losses, best_epoch)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=90)
+    draw_losses(picture, train_losses, test_losses, best_epoch, format="png", dpi=90)
     is_new = name not in _shown
     _shown.add(name)
     content = {"image/png": picture.getvalue(), "text/plain": "losses"}
@@ -251,13 +250,12 @@ _PLAIN = "\033[0m"
 
 def styled(text: str, style: str) -> str:
     """Return a text in a colour where it goes to a terminal that is not asked to be plain (NO_COLOR), else as it is."""
-    if not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+    if not is_terminal(sys.stdout) or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
         return text
     return f"{_STYLES[style]}{text}{_PLAIN}"
 
 
 def say(text: str) -> None:
     """Print a line that a progress bar does not break."""
-    with suppress(OSError):  # the reader may be gone
-        tqdm.write(text)
-        sys.stdout.flush()
+    with tqdm.external_write_mode():
+        show(text)

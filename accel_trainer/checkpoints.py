@@ -13,7 +13,6 @@ import re
 import shutil
 import stat
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .console import warn
 from .errors import CheckpointError
 from .history import History, decode, encode
 from .weights import flush, read_weights, save_tensors
@@ -233,7 +233,7 @@ def steps_in(folder: Path) -> list[tuple[int, Path]]:
 
 def newest_step(run_dir: str | os.PathLike[str]) -> int | None:
     """Return the step of the newest checkpoint that this process sees, valid or not."""
-    return next((step for step, _ in steps_in(Path(run_dir) / "checkpoints")), None)
+    return next((step for step, _ in steps_in(Path(run_dir).expanduser() / "checkpoints")), None)
 
 
 class _Lock:
@@ -275,7 +275,7 @@ class RunFolder:
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], resume: bool | str = False, keep: int = 2) -> None:
-        self.path, self._keep = Path(run_dir).absolute(), keep
+        self.path, self._keep = Path(run_dir).expanduser().absolute(), keep
         self.best_path = self.path / "best" / "model.safetensors"
         self._checkpoints = self.path / "checkpoints"
         self._lines: list[bytes] = []  # of the history
@@ -536,10 +536,13 @@ class RunFolder:
         self.attempt("losses.png", draw)
 
     def attempt(self, name: str, write: Callable[[], object]) -> bool:
-        """Write, and return whether that succeeded; a disk that is full or gone is no error of the training."""
+        """Write, and return whether that succeeded; a disk that is full or gone is no error of the training.
+
+        Nor is a picture or page that cannot be drawn, whatever a library says of it.
+        """
         try:
             write()
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             self.note(name, error)
             return False
         self.note(name, None)
@@ -552,5 +555,5 @@ class RunFolder:
             return
         if not self._failing:
             told = f"Could not write {self.path / name}: {error}. The training goes on, and the next save tries again."
-            warnings.warn(told, stacklevel=4)
+            warn(told, stacklevel=4)
         self._failing.add(name)

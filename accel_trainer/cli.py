@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from .config import TrainConfig
+from .console import complain, show
 from .errors import HardwareError, ProcessFailedError
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _train(options: Namespace) -> int:
 
 def _print_scores(told: str, scores: dict[str, float], is_main: bool) -> None:
     if is_main:
-        print(f"{told}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
+        show(f"{told}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
 
 
 def _evaluate(options: Namespace) -> int:
@@ -191,7 +192,7 @@ def _evaluate(options: Namespace) -> int:
         num_samples = len(loaders[name].dataset) if hasattr(loaders[name].dataset, "__len__") else None
         keep_evaluation(page_of(record), num_samples, record.history.best_epoch, scores)
     if options.format == "json":
-        print(json.dumps(scores) if trainer.is_main_process else "", end="\n" if trainer.is_main_process else "")
+        show(json.dumps(scores) if trainer.is_main_process else "", end="\n" if trainer.is_main_process else "")
     else:
         told = f"{name} with the weights of epoch {record.history.best_epoch}"
         _print_scores(told, scores, trainer.is_main_process)
@@ -216,10 +217,10 @@ def _report(options: Namespace) -> int:
     default = records[0].path / "report.html" if len(records) == 1 else Path("report.html")
     output = Path(options.output) if options.output else default
     try:
-        write_whole(output, render(records).encode())
+        write_whole(output, render(records).encode("utf-8", "replace"))
     except OSError as error:
         return _fail(f"{output} cannot be written: {error.strerror}.")
-    print(output)
+    show(str(output))
     return 0
 
 
@@ -235,7 +236,7 @@ def _runs(options: Namespace) -> int:
         name = os.path.relpath(record.path, options.folder)
         epochs = f"{history.num_epochs}/{of}"
         cells.append((name, record.state, epochs, str(history.best_epoch or "-"), best, when, record.told))
-    print("\n".join(_aligned(cells)) if records else f"No runs in {options.folder}.")
+    show("\n".join(_aligned(cells)) if records else f"No runs in {options.folder}.")
     return 0
 
 
@@ -272,7 +273,7 @@ def _parity(options: Namespace) -> int:
         return _fail(f"the run fails under the first layout already, one process: {error}{_hint(str(error))}")
     except KeyboardInterrupt:
         _say("Interrupted.")
-    print(
+    show(
         {"table": _table, "markdown": _markdown, "json": _json}["markdown" if options.markdown else options.format](
             rows
         )
@@ -304,7 +305,7 @@ def _hint(error: str) -> str:
 
 def _fail(text: str) -> int:
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {text}", file=sys.stderr)
+        complain(f"error: {text}")
     return 2
 
 
@@ -319,7 +320,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    complain(text)
 
 
 _TITLES = ("layout", "device", "seconds", "train loss", "test loss", "difference", "weights", "verdict")

@@ -8,12 +8,12 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["TRACKER_NAMES", "TrainConfig", "check_tracker_names"]
 
 _CHOICES = {
-    "mode": ("min", "max"),
+    "mode": ("min", "max", None),
     "mixed_precision": (None, "no", "fp16", "bf16", "fp8"),
     "schedule_every": ("step", "epoch"),
     "on_nonfinite": ("raise", "skip", "ignore"),
@@ -46,7 +46,8 @@ class TrainConfig:
             in the unit of the monitored value.
         monitor: What chooses the best epoch: `test_loss`, `train_loss` or the name of a metric.
             Without a test loader `test_loss` means the train loss.
-        mode: Whether a smaller (`min`) or a larger (`max`) monitored value is better.
+        mode: Whether a smaller (`min`) or a larger (`max`) monitored value is better. `None` is `min` for a loss, and
+            what a torchmetrics object says of itself; for any other metric it has to be given.
         num_micro_batches: Pieces that each batch is cut into, at least 1; `None` cuts one per process.
             More pieces than processes is gradient accumulation. With a fixed number, models with dropout or
             BatchNorm too give the same run on any number of processes. With `None` a batch that does not fit in
@@ -99,7 +100,7 @@ class TrainConfig:
     patience: int | None = None
     min_delta: float = 0.0
     monitor: str = "test_loss"
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] | None = None
     num_micro_batches: int | None = None
     bitwise: bool = False
     num_threads: int | None = None
@@ -123,6 +124,8 @@ class TrainConfig:
     verbose: bool = True
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _plain(value))
         for name in _AT_LEAST_ONE:
             _check_count(name, getattr(self, name), optional=type(self).__dataclass_fields__[name].default is None)
         for name, choices in _CHOICES.items():
@@ -132,9 +135,9 @@ class TrainConfig:
         for name in ("max_grad_norm", "time_limit_seconds"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
-                raise ValueError(f"{name} must be a number greater than 0 (or None), got {value!r}.")
+                raise ValueError(f"{name} must be a number greater than 0 (or None), got {_shown(value)}.")
         if not (_is_number(self.min_delta) and self.min_delta >= 0 and math.isfinite(self.min_delta)):
-            raise ValueError(f"min_delta must be a number of at least 0 and finite, got {self.min_delta!r}.")
+            raise ValueError(f"min_delta must be a number of at least 0 and finite, got {_shown(self.min_delta)}.")
         for name in ("bitwise", "restore_best", "find_unused_parameters", "verbose"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -151,7 +154,7 @@ class TrainConfig:
             raise ValueError(f"run_dir must be a path or None, got {self.run_dir!r}.")
         self._check_checkpoints()
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}.")
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {_shown(self.seed)}.")
 
     def _check_trackers(self) -> None:
         check_tracker_names(self.trackers)
@@ -162,23 +165,40 @@ class TrainConfig:
     def _check_checkpoints(self) -> None:
         every = self.checkpoint_every
         minutes = re.fullmatch(r"(\d+(?:\.\d+)?)min", every) if isinstance(every, str) else None
-        is_steps = type(every) is int and every >= 1
+        is_steps = type(every) is int and 1 <= every < 2**63
         if not (every is None or is_steps or (minutes and float(minutes[1]) > 0)):
-            raise ValueError(f"checkpoint_every must be steps, minutes such as '10min', or None, got {every!r}.")
+            raise ValueError(f"checkpoint_every must be steps, minutes such as '10min', or None, got {_shown(every)}.")
         for name, is_set in (("resume", self.resume), ("checkpoint_every", every is not None)):
             if is_set and self.run_dir is None:
                 raise ValueError(f"{name} needs a run_dir, where the checkpoints are.")
 
 
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy, or of another library of arrays, as Python's own."""
+    if isinstance(value, (bool, int, float, str)) or not hasattr(value, "item") or getattr(value, "shape", None) != ():
+        return value
+    return value.item()
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Return whether a value is a number that fits into 64 bits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and (value != value or _fits(value))
+
+
+def _fits(value: int | float) -> bool:
+    return isinstance(value, float) or abs(value) < 2**63
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message; one of thousands of digits cannot even be printed."""
+    return "a number of more than 64 bits" if isinstance(value, int) and not _fits(value) else repr(value)
 
 
 def _check_count(name: str, value: object, optional: bool) -> None:
     if value is None and optional:
         return
-    if type(value) is not int:
-        raise ValueError(f"{name} must be a whole number{' or None' if optional else ''}, got {value!r}.")
+    if type(value) is not int or not _fits(value):
+        raise ValueError(f"{name} must be a whole number{' or None' if optional else ''}, got {_shown(value)}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 

@@ -78,7 +78,8 @@ class Hardware:
         _check_environment()
         self.bitwise = bitwise
         self._precision_source = _precision_source(mixed_precision, factory)
-        self.accelerator = _build(mixed_precision, factory)
+        with _without_blanks():
+            self.accelerator = _build(mixed_precision, factory)
         _check_built(self.accelerator, mixed_precision)
         self.device: torch.device = self.accelerator.device
         self.process: int = self.accelerator.process_index
@@ -158,7 +159,7 @@ class Hardware:
         """Return one line: device, processes and precision, each with where it came from."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
         unverified = "" if self.device.type in _VERIFIED else ", not verified by this package"
-        launch = "launcher" if "WORLD_SIZE" in os.environ else "default"
+        launch = "launcher" if os.environ.get("WORLD_SIZE") else "default"
         processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''} ({launch})"
         return (
             f"{name} ({_device_source(self.device)}{unverified}), {processes}, "
@@ -290,10 +291,25 @@ def _build(mixed_precision: str | None, factory: Callable[[], Accelerator] | Non
             f"Accelerate cannot change it to {mixed_precision!r}. Use the same setting, or a fresh process."
         )
     # Without an accelerator Accelerate would start as many separate trainings as there are processes.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     cpu = several and not torch.accelerator.is_available()
     _check_precision(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+
+
+_OF_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+
+
+@contextmanager
+def _without_blanks() -> Iterator[None]:
+    """Take a launcher's variable that is set to nothing as not set; Accelerate takes it for a broken number."""
+    blank = [name for name in _OF_LAUNCHERS if os.environ.get(name) == ""]
+    for name in blank:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(dict.fromkeys(blank, ""))
 
 
 def _asks_for_cpu() -> bool:
@@ -307,7 +323,7 @@ def _meet_after_restart() -> None:
     its own (huggingface/accelerate and torch up to 2.13 leave them out).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if attempt == "0" or torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
@@ -317,7 +333,7 @@ def _meet_after_restart() -> None:
 
 
 def _check_built(accelerator: Accelerator, mixed_precision: str | None) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
     if world_size != accelerator.num_processes:
         raise HardwareError(
             f"The launcher started {world_size} processes, but Accelerate sees {accelerator.num_processes}: each would "
@@ -735,7 +751,7 @@ def check_model(model: object, bitwise: bool = False) -> None:
         )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise TypeError(f"model is wrapped in {type(model).__name__}. Give the plain model: the trainer wraps it.")
-    several = bitwise or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = bitwise or int(os.environ.get("WORLD_SIZE") or 1) > 1
     if several and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise ValueError(
             "SyncBatchNorm normalises over processes, so the run would depend on their number. Use BatchNorm with a "

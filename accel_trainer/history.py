@@ -131,7 +131,7 @@ class History:
             FileNotFoundError: The folder holds no `history.jsonl`.
             ValueError: A line that is no part of a history; the message names it.
         """
-        path = Path(run_dir) / "history.jsonl"
+        path = Path(run_dir).expanduser() / "history.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"No history.jsonl in {Path(run_dir)}: is this a run_dir of a started run?")
         history = cls()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from .console import show
 from .errors import ProcessFailedError
 
 __all__ = ["call_in_launcher", "launch", "run_on_processes"]
@@ -113,7 +114,7 @@ def launch(function: Callable[..., Any], *args: Any, num_processes: int | None =
         num_processes = max(torch.cuda.device_count(), 1)
     if type(num_processes) is not int or num_processes < 1:
         raise ValueError(f"num_processes must be a whole number of at least 1, or None, got {num_processes!r}.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError("launch starts processes, and this is one of several already: call the function itself.")
     sent = cloudpickle.dumps((function, args))
     environment = {"ACCEL_TRAINER_IN_NOTEBOOK": "1"} if "ipykernel" in sys.modules else {}
@@ -133,8 +134,7 @@ def _call(sent: bytes) -> bytes | None:
 def _show(message: Any) -> None:
     """Show what a launched process has printed or drawn."""
     if isinstance(message, str):
-        sys.stdout.write(message)
-        sys.stdout.flush()
+        show(message, end="")
     else:
         function, *args = message
         function(*args)

@@ -158,6 +158,7 @@ class Run:
     folder: RunFolder | None
     page: LivePage | None
     monitor: str
+    mode: str
     announce: Callable[[str], None]
 
 
@@ -181,7 +182,7 @@ def fit(run: Run) -> str:
             return f"{training.stopping.reason} in epoch {state.epoch}"
         value = record(run, train, test)
         is_sound = config.on_nonfinite == "raise" or training.is_sound()  # or else it has been raised
-        if is_sound and state.judge(value, config.mode, config.min_delta):
+        if is_sound and state.judge(value, run.mode, config.min_delta):
             run.saver.keep_best({"epoch": state.epoch, run.monitor: value})
         training.schedule.after_epoch(value)
         report_epoch(run)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Real
 from operator import add
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -130,6 +130,9 @@ class Objective:
         weight = None if self._divisor is None else self._divisor.keywords["weight"]
         # torch's gradient of a micro-batch of no other class is nan.
         self._has_weightless_class = weight is not None and bool((weight == 0).any())
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.loss_fn, self.compute_loss, self.weight_fn)  # without what it knows of the data
 
     @property
     def may_leave_out(self) -> bool:
@@ -634,6 +637,11 @@ class Metrics:
     def functions(self) -> list[Any]:
         """The user's functions and objects."""
         return [*self._functions.values(), *self._objects.values()]
+
+    def better(self, name: str) -> Literal["min", "max"] | None:
+        """Return whether less or more of a metric is better, where the metric says so itself."""
+        higher = getattr(self._objects.get(name), "higher_is_better", None)
+        return None if higher is None else "max" if higher else "min"
 
     @property
     def totalled(self) -> tuple[str, ...]:

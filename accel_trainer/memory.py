@@ -52,7 +52,7 @@ def keep_data(feed: Feed, hardware: Hardware, choice: bool | Literal["auto"], na
         return None
     if rows.in_memory and (not is_cuda or all(tensor.is_cuda for tensor in tensors_in(rows.columns))):
         return None
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", hardware.num_processes))
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE") or hardware.num_processes)
     in_host = choice is True or rows.in_memory or rows.nbytes * processes_here < _SHARE_OF_HOST * free_memory()
     on_device = is_cuda and rows.nbytes < _SHARE_OF_DEVICE * torch.cuda.mem_get_info(hardware.device)[0]
     too_large_for_host, too_large_for_device = hardware.any_process(not in_host, not on_device)

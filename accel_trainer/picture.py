@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = ["draw_losses", "figure_of_losses"]
 
@@ -46,7 +46,22 @@ def figure_of_losses(train_losses: Sequence[float], test_losses: Sequence[float]
 
 
 def draw_losses(
-    path: str | os.PathLike[str], train_losses: Sequence[float], test_losses: Sequence[float], best_epoch: int | None
+    target: str | os.PathLike[str] | BinaryIO,
+    train_losses: Sequence[float],
+    test_losses: Sequence[float],
+    best_epoch: int | None,
+    **options: Any,
 ) -> None:
-    """Draw the figure into an image file; its ending chooses the format."""
-    figure_of_losses(train_losses, test_losses, best_epoch).savefig(path, dpi=200)
+    """Draw the figure into an image file; its ending chooses the format.
+
+    Args:
+        target: Where to; with a `format` among the options also an open file.
+        train_losses: One per epoch.
+        test_losses: One per epoch, or none at all.
+        best_epoch: The epoch to mark, 1-based.
+        **options: Of `savefig`.
+    """
+    from matplotlib import rc_context
+
+    with rc_context({"text.usetex": False}):  # chosen for papers; this machine may have no LaTeX
+        figure_of_losses(train_losses, test_losses, best_epoch).savefig(target, **{"dpi": 200, **options})

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from .batches import is_stream, num_batches
 from .callbacks import Callback
 from .config import TrainConfig
+from .console import show
 from .environment import free_memory
 from .packing import pack
 from .report import duration
@@ -54,7 +55,7 @@ class _Page:
     def say(self, is_well: bool, what: str, told: str) -> None:
         self.is_well = self.is_well and is_well
         if self.is_main:
-            print(f"{'ok    ' if is_well else 'FAILED'}  {what:<12}  {told}", flush=True)
+            show(f"{'ok    ' if is_well else 'FAILED'}  {what:<12}  {told}")
 
 
 def check(name: str, config: TrainConfig, run_dir: str | None) -> int:

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import is_in_use, write_whole
+from .console import warn
 from .history import SERIES, History, decode, encode, flattened
 
 __all__ = ["LivePage", "RunRecord", "keep_evaluation", "page_of", "render", "runs_in"]
@@ -67,7 +67,7 @@ class RunRecord:
             FileNotFoundError: It is no run folder.
             ValueError: A file of it is no JSON.
         """
-        path = Path(run_dir).absolute()
+        path = Path(run_dir).expanduser().absolute()
         history = History.load(path) if history is None else history
         config = _read(path / "config.json", {})
         return cls(
@@ -126,10 +126,10 @@ def runs_in(folder: str | os.PathLike[str]) -> list[RunRecord]:
     Raises:
         FileNotFoundError: There is no such folder.
     """
-    if not Path(folder).is_dir():
+    if not Path(folder).expanduser().is_dir():
         raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}.")
     records = []
-    for path in Path(folder).rglob("history.jsonl"):
+    for path in Path(folder).expanduser().rglob("history.jsonl"):
         if path.parent.parent.name == "checkpoints":
             continue
         try:
@@ -179,7 +179,7 @@ class LivePage:
             text = render([RunRecord.load(self._run_dir, self._history, state)])
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # a file that someone else has changed
             raise OSError(f"a file beside it cannot be read: {error!r}") from error
-        write_whole(self.path, text.encode(), flushed=False)
+        write_whole(self.path, text.encode("utf-8", "replace"), flushed=False)
         ended = time.perf_counter()
         self._not_before = ended + (0.0 if is_first else (ended - started) / self._SHARE)
 
@@ -209,7 +209,7 @@ def keep_evaluation(page: LivePage, num_samples: int | None, epoch: int | None, 
         write_whole(path, (json.dumps(encode([*others, entry]), indent=2) + "\n").encode())
         page.write(page.state)
     except (OSError, ValueError) as error:
-        warnings.warn(f"Could not write {path}: {error}.", stacklevel=3)
+        warn(f"Could not write {path}: {error}.", stacklevel=3)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Left out is all that is a function of the position: the order of the samples and
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +21,7 @@ from .batches import is_stream, num_batches, sampler_of
 from .callbacks import Callback
 from .checkpoints import RunFolder, Snapshot, newest_step
 from .config import TrainConfig
+from .console import warn
 from .errors import CheckpointError
 from .exchange import gather_objects, host_group, share_object
 from .gradients import is_plain
@@ -144,7 +144,7 @@ def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]
     training, state, model = run.training, run.training.state, run.training.prepared.plain
     if not training.is_sound():
         if training.hardware.is_main and training.config.on_nonfinite != "raise":  # the error is on its way then
-            warnings.warn("The weights are not finite: no checkpoint is made of them.", stacklevel=2)
+            warn("The weights are not finite: no checkpoint is made of them.", stacklevel=2)
         return None
     losses = training.ledger.sums() if state.epoch > run.history.num_epochs else None
     if not training.hardware.is_main:
@@ -281,7 +281,7 @@ def find(
     source = hardware.from_main(look)
     found = opened[0] if opened else Found(source=source)
     if found.folder is not None and found.folder.passed_over:
-        warnings.warn(f"Passed over in {found.folder.path}: {'; '.join(found.folder.passed_over)}.", stacklevel=2)
+        warn(f"Passed over in {found.folder.path}: {'; '.join(found.folder.passed_over)}.", stacklevel=2)
     if config.resume and hardware.num_processes > 1:
         _tell_of_disks(gather_objects(seen), source, announce)
     if source is None:
@@ -393,7 +393,7 @@ def _check_room(run: Run, folder: RunFolder) -> None:
     try:
         folder.check_room(one * (run.training.config.keep_checkpoints + 1))
     except OSError as error:
-        warnings.warn(f"The checkpoints may find no room in {folder.path}: {error.strerror}.", stacklevel=2)
+        warn(f"The checkpoints may find no room in {folder.path}: {error.strerror}.", stacklevel=2)
 
 
 def restore(run: Run, snapshot: Snapshot, history: History) -> None:
@@ -533,7 +533,7 @@ def _restore_callbacks(run: Run, snapshot: Snapshot, callbacks: Sequence[Callbac
         if name in stateful:
             stateful[name].load_state_dict(state)
         else:
-            warnings.warn(f"The checkpoint has a state of callback {name}, which this run does not have.", stacklevel=2)
+            warn(f"The checkpoint has a state of callback {name}, which this run does not have.", stacklevel=2)
 
 
 def _announce_changes(before: Mapping[str, Any], now: Mapping[str, Any], announce: Callable[[str], None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .checkpoints import RunFolder, Snapshot
 from .clock import Clock
 from .config import TrainConfig
+from .console import warn
 from .environment import free_memory
 from .history import History
 from .reductions import share_from_main
@@ -172,7 +172,7 @@ class Saver:
         if at_once:
             self._finish(_BEST)
             told = "There is no room in memory for a copy of what is saved: the training waits for the write."
-            warnings.warn(told, stacklevel=4)
+            warn(told, stacklevel=4)
             self._told(name, _error_of(write))
             return
         self._executor = self._executor or ThreadPoolExecutor(1, "accel_trainer save")
@@ -226,7 +226,7 @@ class Saver:
             try:
                 copy_into(self._model, self._best_weights())
             except (OSError, SafetensorError) as error:
-                warnings.warn(f"The best weights are gone, the model keeps the last ones: {error}", stacklevel=2)
+                warn(f"The best weights are gone, the model keeps the last ones: {error}", stacklevel=2)
         if num_processes > 1:
             share_from_main(self._model.state_dict().values())
 

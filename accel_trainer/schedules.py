@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from .console import warn
+
 __all__ = ["Schedule"]
 
 
@@ -117,7 +119,7 @@ class Schedule:
         try:
             self.scheduler.step()
         except ValueError as error:  # it refuses to go beyond its own number of steps
-            warnings.warn(f"The schedule has ended; the learning rate stays as it is. ({error})", stacklevel=2)
+            warn(f"The schedule has ended; the learning rate stays as it is. ({error})", stacklevel=2)
             self._per_step = self._per_epoch = False
 
 

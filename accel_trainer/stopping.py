@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from torch.distributed import distributed_c10d
 
+from .console import complain
 from .errors import ProcessFailedError
 from .exchange import gather_objects
 
@@ -335,7 +336,7 @@ class _Board:
         """End this process if its main thread does not do so by itself: it may wait for a process that is gone."""
         if not self._closed.wait(_GRACE_SECONDS):
             self.before_leaving()
-            print(f"accel_trainer: process {self.process} ends. {_told(process, message)}", file=sys.stderr, flush=True)
+            complain(f"accel_trainer: process {self.process} ends. {_told(process, message)}")
             os._exit(1)
 
     def close(self) -> None:
@@ -384,7 +385,7 @@ def _settle(board: _Board, error: BaseException) -> ProcessFailedError | None:
         failure = _earlier_failure(board, patience_seconds=1.0 if lost_peer else 0.0)
         if failure is None and not lost_peer and board.publish_failure(message):
             where = f"process {board.process} of {board.num_processes}"
-            print(f"accel_trainer: {where} failed with {message}", file=sys.stderr, flush=True)
+            complain(f"accel_trainer: {where} failed with {message}")
             return None
         failure = failure or _earlier_failure(board, patience_seconds=1.0)
     except RuntimeError:  # the store is gone with the process that held it

@@ -8,7 +8,6 @@ import os
 import re
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .callbacks import Callback
+from .console import warn
 from .history import flattened
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Trackers(Callback):
             try:
                 _write_ids(self._run_dir, self._ids)
             except OSError as error:
-                warnings.warn(
+                warn(
                     f"trackers.json cannot be written: {error!r}; a resumed run begins new runs of its trackers.",
                     stacklevel=2,
                 )
@@ -188,7 +188,7 @@ class Trackers(Callback):
                 with suppress(Exception):  # one failure is told, no second
                     tracker.finish()
             told = " ".join(f"{type(error).__name__}: {error}".split())
-            warnings.warn(f"The tracker {name} failed ({told}); the training goes on without it.", stacklevel=2)
+            warn(f"The tracker {name} failed ({told}); the training goes on without it.", stacklevel=2)
 
 
 def _id_given_by(name: str, tracker: Any) -> str | None:

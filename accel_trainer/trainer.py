@@ -6,7 +6,6 @@ import functools
 import math
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from .callbacks import HOOKS, Callback, Callbacks, LiveCurve, ProgressBar, in_no
 from .checkpoints import RunFolder
 from .clock import advice
 from .config import TrainConfig
+from .console import warn
 from .environment import describe_environment
 from .errors import NonFiniteError
 from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic, num_compilations
@@ -186,6 +186,20 @@ class Trainer:
             raise ValueError(f"monitor must be one of {', '.join(known)}{hint}, got {monitor!r}.")
         return "train_loss" if test_loader is None else monitor
 
+    def _mode(self, monitor: str) -> str:
+        """Return whether less or more of the monitored value is better."""
+        own = "min" if monitor in ("test_loss", "train_loss") else self._metrics.better(monitor)
+        mode = self.config.mode or own
+        if mode is None:
+            raise ValueError(
+                f"monitor={monitor!r} needs a mode in TrainConfig: 'max' where more is better, as for an accuracy, or "
+                "'min' where less is, as for an error."
+            )
+        return mode
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_trackers": None}  # connections of this process
+
     def _prepare_run(
         self,
         hardware: Hardware,
@@ -198,7 +212,7 @@ class Trainer:
         config, layout = self.config, hardware.layout(self.config.num_micro_batches)
         announce = self._announcer(hardware)
         self._rewind(optimizer)
-        identity = self._identity(train_loader, test_loader)
+        identity = self._identity(train_loader, test_loader) | {"mode": self._mode(monitor)}
         found = resuming.find(config, hardware, identity, announce)
         num_steps = _num_steps(config, train_loader)
         schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
@@ -230,6 +244,7 @@ class Trainer:
             folder=found.folder,
             page=None if found.folder is None else LivePage(found.folder.path, self.history),
             monitor=monitor,
+            mode=identity["mode"],
             announce=announce,
         )
         begun.append(weakref.ref(run))
@@ -463,7 +478,7 @@ def _close(run: loop.Run) -> None:
     if run.folder is None:
         return
     if run.saver.lost is not None:
-        warnings.warn(f"No checkpoint of this run could be written: {run.saver.lost}", stacklevel=2)
+        warn(f"No checkpoint of this run could be written: {run.saver.lost}", stacklevel=2)
     if not run.history.num_epochs:
         run.folder.discard()  # if it has no checkpoint either: the next try may have the name
 
@@ -535,7 +550,10 @@ def finish(run: loop.Run, is_failed: bool = False) -> None:
 
 def _short(path: Path) -> str:
     """Return a path as seen from the working folder, where that is shorter."""
-    return min(str(path), os.path.relpath(path), key=len)
+    try:
+        return min(str(path), os.path.relpath(path), key=len)
+    except (OSError, ValueError):  # the working folder is gone, or on another drive
+        return str(path)
 
 
 _MANY_GRAPHS = 8  # one each for training and evaluation, and some for a model in parts, are as it should be

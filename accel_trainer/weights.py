@@ -171,7 +171,7 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_best takes a model and then a run_dir, got {type(model).__name__} first.")
-    path = Path(run_dir) / "best" / "model.safetensors"
+    path = Path(run_dir).expanduser() / "best" / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"No best weights in {Path(run_dir)}: {path} does not exist.")
     inner = model

@@ -33,7 +33,7 @@ STOREYS = [
     ["fetching", "exchange"],
     ["run_functions", "launching", "digits"],
     ["environment", "packing", "randomness", "history", "state", "config"],
-    ["picture", "errors", "clock"],
+    ["picture", "errors", "clock", "console"],
 ]
 
 
