@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from .console import warn
 from .errors import CheckpointError
-from .history import History, decode, encode
-from .weights import flush, read_weights, save_tensors
+from .history import History, checked, decode, encode, with_checksum
+from .weights import check_seal, flush, metadata_of, read_weights, save_tensors, seal_of
 
 if os.name == "posix":
     import fcntl
@@ -35,7 +36,8 @@ __all__ = ["Checkpoint", "RunFolder", "Snapshot", "is_in_use", "newest_step", "w
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 _NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json", "history.jsonl")
-_KNOWN = (*_NEEDED, "progress.safetensors", "best/model.safetensors")
+_BEST = "best/model.safetensors"
+_KNOWN = (*_NEEDED, "progress.safetensors", _BEST)
 _STEP = re.compile(r"step_(\d{8,})")
 _NOTES = ("preempted.json", "nonfinite.json")  # of how a run has ended
 _LARGEST_JSON = 2**28  # bytes: more is not ours
@@ -78,8 +80,9 @@ class Checkpoint:
         """
         try:
             state = _read_json(self.path / "state.json", as_written=True)
-            names = [name for name in _KNOWN if "/" not in name and name.endswith(".safetensors")]
-            tensors = {name: read_weights(self.path / name) for name in names if (self.path / name).exists()}
+            files = _read_json(self.path / _MANIFEST)["files"]
+            names = [name for name in _KNOWN if name in files and "/" not in name and name.endswith(".safetensors")]
+            tensors = {name: read_weights(self.path / name) for name in names}
             return Snapshot(int(self.path.name.removeprefix("step_")), tensors, {}, state)
         except _UNREADABLE as error:
             raise CheckpointError(f"{self.path} cannot be read: {error!r}.") from error
@@ -91,8 +94,18 @@ _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, Safeten
 # --- one checkpoint ---------------------------------------------------------------------------------------------------
 
 
-def _write_checkpoint(path: Path, snapshot: Snapshot, history: bytes, best: Path | None) -> None:
-    """Write the files of a checkpoint into a new folder, the manifest last."""
+def _write_checkpoint(
+    path: Path, snapshot: Snapshot, history: bytes, best: Path | None, others: Sequence[Path] = ()
+) -> None:
+    """Write the files of a checkpoint into a new folder, the manifest last.
+
+    Args:
+        path: The folder.
+        snapshot: What to write.
+        history: Lines of the history up to then.
+        best: The best weights up to then; `None` if there are none.
+        others: Best weights of other checkpoints, which may be the same.
+    """
     path.mkdir()
     for name, tensors in snapshot.tensors.items():
         save_tensors(path / name, tensors, snapshot.metadata if name == "model.safetensors" else {})
@@ -100,7 +113,7 @@ def _write_checkpoint(path: Path, snapshot: Snapshot, history: bytes, best: Path
     _write(path / "history.jsonl", history)
     if best is not None:
         (path / "best").mkdir()
-        _link(best, path / "best" / best.name)
+        _copy_once(best, path / _BEST, others)
         flush(path / "best")
     files = {name: _describe(path / name) for name in _KNOWN if (path / name).exists()}
     manifest = {"format": _FORMAT, "step": snapshot.step, "files": files}
@@ -108,13 +121,26 @@ def _write_checkpoint(path: Path, snapshot: Snapshot, history: bytes, best: Path
     flush(path)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Let a second name stand for a file; where the disk has no links, copy it."""
+def _copy_once(source: Path, target: Path, others: Sequence[Path]) -> None:
+    """Copy a file, or let a second name stand for a copy of it that is there already.
+
+    So that its content is on the disk twice, and what damages the one leaves the other.
+    """
+    same = next((one for one in others if _has_same_seal(one, source) and not one.samefile(source)), None)
     try:
-        os.link(source, target)
-    except OSError:
+        if same is None:
+            raise FileNotFoundError
+        os.link(same, target)
+    except OSError:  # none, or the disk has no links
         shutil.copyfile(source, target)
         flush(target)
+
+
+def _has_same_seal(one: Path, other: Path) -> bool:
+    try:
+        return seal_of(one) == seal_of(other) and one.stat().st_size == other.stat().st_size
+    except (OSError, ValueError):
+        return False
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -186,14 +212,13 @@ def fault_of(path: Path) -> str | None:
             return f"format {manifest['format']!r} is not known to this version"
         if path.name != _name(manifest["step"]):
             return f"its manifest is that of step {manifest['step']!r}"
-        files = manifest["files"]
-        here = {str(one.relative_to(path)) for one in path.rglob("*") if not stat.S_ISDIR(os.lstat(one).st_mode)}
-        if here - {_MANIFEST, *files}:
-            return f"{min(here - {_MANIFEST, *files})} is not in its manifest"
+        files = manifest["files"]  # what else is there is other programs', such as .DS_Store
         wrong = [name for name in files if name not in _KNOWN] or [name for name in _NEEDED if name not in files]
         if wrong:
             return f"its manifest has a wrong list of files ({wrong[0]!r})"
         for name, expected in files.items():
+            if name == _BEST:
+                continue  # another copy may take its place: see RunFolder.best_for
             for place in [path / name, *(path / name).parents][: name.count("/") + 1]:
                 _check_kind(place, stat.S_ISREG if place == path / name else stat.S_ISDIR)
             if (path / name).stat().st_size != expected["size"]:
@@ -266,6 +291,9 @@ class RunFolder:
     Attributes:
         resumed: The checkpoint to go on from; `None` for a new run.
         passed_over: Newer checkpoints that cannot be used, each with what is wrong with it.
+        best: What the best weights of a run that goes on say of themselves, once the folder is open; `None` if there
+            are none.
+        aside: Where a new run has put what one without a checkpoint had left, once the folder is open.
 
     Raises:
         FileExistsError: The folder holds a run already, or one that is still going on.
@@ -284,6 +312,8 @@ class RunFolder:
         self._lock: _Lock | None = None
         self._resume = bool(resume)
         self.resumed: Checkpoint | None = None
+        self.best: dict[str, Any] | None = None
+        self.aside: Path | None = None
         self.passed_over: list[str] = []
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"run_dir {self.path} is a file. Give a folder, or a name that is free.")
@@ -293,6 +323,7 @@ class RunFolder:
             self._take_lock()
             self._clean()
             self.resumed = self._newest()
+            self._check_unfinished()
         if resume is True and self.resumed is None:
             raise FileNotFoundError(f'run_dir {self.path} has no checkpoint to go on from. resume="auto" begins anew.')
 
@@ -303,6 +334,33 @@ class RunFolder:
                     f'run_dir {self.path} holds a run already ({name}). Continue it with resume="auto", give another '
                     "run_dir, or remove the folder."
                 )
+
+    def _check_unfinished(self) -> None:
+        """Refuse to begin anew where a run has come to its end, though its checkpoints are gone."""
+        if self.resumed is None and self._holds_epochs() and not (self.path / "preempted.json").exists():
+            with suppress(FileNotFoundError, ValueError):
+                if History.load(self.path).stop_reason is not None:
+                    raise FileExistsError(
+                        f"run_dir {self.path} holds a run that has ended, without a checkpoint to go on from. Give "
+                        "another run_dir, or remove the folder."
+                    )
+
+    def _holds_epochs(self) -> bool:
+        """Whether there is something that a run has measured or found, and that a new one must not write over."""
+        history = self.path / "history.jsonl"
+        return self.best_path.exists() or (history.is_file() and history.stat().st_size > 0)
+
+    def _set_aside(self) -> None:
+        """Keep what a run that was cut short before its first checkpoint has left, in a folder of its own."""
+        if not self._holds_epochs():
+            return
+        number = next(number for number in itertools.count(1) if not (self.path / f"earlier_{number}").exists())
+        aside = self.path / f"earlier_{number}"
+        (aside / "best").mkdir(parents=True)
+        for name in ("config.json", "environment.json", "history.jsonl", _BEST, *_NOTES):
+            if (self.path / name).exists():
+                os.rename(self.path / name, aside / name)
+        self.aside = aside
 
     def open(self, identity: Mapping[str, Any]) -> None:
         """Make the folder ready to write: empty for a new run, as it was then for one that goes on.
@@ -317,7 +375,8 @@ class RunFolder:
                 self._go_back_to(self.resumed)
             elif self._resume:
                 self._check_same_run(identity)
-                for name in ("config.json", "history.jsonl", "best/model.safetensors", *_NOTES):
+                self._set_aside()
+                for name in ("config.json", "history.jsonl", *_NOTES):
                     _remove(self.path / name)
             else:
                 self._check_unused()  # another may have come first
@@ -336,7 +395,7 @@ class RunFolder:
         if not (self.path / "config.json").exists():
             return  # the run before did not come as far
         try:
-            before = _read_json(self.path / "config.json")["identity"]
+            before = decode(checked(_read_json(self.path / "config.json", as_written=True)))["identity"]
             changed = [name for name in before if before[name] != decode(encode(identity)).get(name)]
         except _UNREADABLE:
             changed = ["its config.json and ours"]
@@ -391,7 +450,7 @@ class RunFolder:
         """Remove what a crash has left half done."""
         with suppress(OSError):
             files = ("config.json", "environment.json", "history.jsonl", "report.html", "evaluations.json")
-            names = [*files, "best/model.safetensors", *_NOTES]
+            names = [*files, _BEST, *_NOTES]
             halves = [self.path / f"{name}.part" for name in names]
             for path in [*halves, self.path / "losses.part.png", *self._checkpoints.glob(".step_*.part")]:
                 _remove(path)
@@ -418,12 +477,33 @@ class RunFolder:
     def _go_back_to(self, checkpoint: Checkpoint) -> None:
         """Put history and best weights back to what they were."""
         self._lines = (checkpoint.path / "history.jsonl").read_bytes().splitlines(keepends=True)
-        best = checkpoint.path / "best" / self.best_path.name
-        _remove(self.best_path)
-        if best.exists():
-            _link(best, self.best_path)
+        best = self._best_for(checkpoint)
+        if best is not None and best != self.best_path:
+            self.best_path.parent.mkdir(exist_ok=True)
+            _put_in_place(self.best_path, lambda beside: _copy_once(best, beside, ()))
+        elif best is None:
+            _remove(self.best_path)
+        self.best = None if best is None else metadata_of(self.best_path)
         for name in (*_NOTES, "evaluations.json"):  # which are of weights that are not the last any more
             _remove(self.path / name)
+
+    def _best_for(self, checkpoint: Checkpoint) -> Path | None:
+        """Return whole best weights for a checkpoint: its own, a copy of them, or older ones; `None` without any."""
+        state = _read_json(checkpoint.path / "state.json")["run"]
+        if state["best_epoch"] is None:
+            return None
+        own = checkpoint.path / _BEST
+        places = [own, self.best_path, *(path / _BEST for _, path in steps_in(self._checkpoints))]
+        found: dict[Path, int] = {}
+        for place in dict.fromkeys(places):
+            with suppress(*_UNREADABLE):
+                _check_kind(place, stat.S_ISREG)
+                check_seal(place)
+                epoch = int(metadata_of(place)["epoch"])
+                if epoch == state["best_epoch"]:
+                    return place
+                found |= {place: epoch} if epoch < state["best_epoch"] else {}
+        return max(found, key=found.__getitem__, default=None)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -445,7 +525,7 @@ class RunFolder:
             OSError: They could not be written.
         """
         self.best_path.parent.mkdir(parents=True, exist_ok=True)
-        _put_in_place(self.best_path, lambda beside: save_tensors(beside, tensors, metadata))
+        _put_in_place(self.best_path, lambda beside: save_tensors(beside, tensors, metadata, sealed=True))
         flush(self.best_path.parent)
 
     def save_checkpoint(self, snapshot: Snapshot, history: bytes) -> Path:
@@ -460,7 +540,9 @@ class RunFolder:
         beside, aside = (self._checkpoints / f".{path.name}.{ending}" for ending in ("part", "old"))
         _remove(beside)
         try:
-            _write_checkpoint(beside, snapshot, history, self.best_path if self.best_path.exists() else None)
+            best = self.best_path if self.best_path.exists() else None
+            others = [one / _BEST for _, one in steps_in(self._checkpoints)]
+            _write_checkpoint(beside, snapshot, history, best, others)
             if os.path.lexists(path):  # of the same step, but not as far: the epoch has ended since
                 _remove(aside)
                 os.rename(path, aside)
@@ -496,7 +578,7 @@ class RunFolder:
 
     def append_history(self, row: dict[str, Any]) -> None:
         """Append a line to `history.jsonl`, and what could not be written before."""
-        line = (json.dumps(encode(row)) + "\n").encode()
+        line = (json.dumps(with_checksum(encode(row))) + "\n").encode()
         self._lines.append(line)
 
         def append() -> None:
@@ -518,12 +600,25 @@ class RunFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the folder."""
-        text = json.dumps(encode(content), indent=2, default=str) + "\n"
+        encoded = json.loads(json.dumps(encode(content), default=str))
+        text = json.dumps(with_checksum(encoded), indent=2) + "\n"
         self.attempt(name, lambda: write_whole(self.path / name, text.encode()))
 
     def read_best(self) -> dict[str, Tensor]:
-        """Return the best weights by name."""
+        """Return the best weights by name.
+
+        Raises:
+            OSError: The file is gone.
+            ValueError: It is damaged.
+        """
+        check_seal(self.best_path)
         return read_weights(self.best_path)
+
+    def older_best(self) -> str:
+        """Return a sentence on the best weights that are on the disk, in place of newer ones; empty without any."""
+        with suppress(OSError, ValueError, KeyError):
+            return f" The best weights on the disk are those of epoch {metadata_of(self.best_path)['epoch']}."
+        return ""
 
     def draw(self, history: History) -> None:
         """Draw `losses.png`."""
@@ -547,6 +642,11 @@ class RunFolder:
             return False
         self.note(name, None)
         return True
+
+    @property
+    def failing(self) -> list[str]:
+        """What could not be written when it was last tried: on the disk it is old, or missing."""
+        return sorted(self._failing)
 
     def note(self, name: str, error: Exception | None) -> None:
         """Take in how a write has ended; the first failure, as long as anything fails, is a warning."""

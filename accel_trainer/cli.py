@@ -184,17 +184,18 @@ def _evaluate(options: Namespace) -> int:
     name = options.loader or next(one for one in ("final_loader", "test_loader", "train_loader") if one in loaders)
     if name not in loaders:
         raise ValueError(f"{options.run} returns no {name!r}, but {', '.join(loaders)}.")
-    from .weights import load_best
+    from .weights import load_best, metadata_of
 
     load_best(trainer.model, record.path)
+    epoch = metadata_of(record.path / "best" / "model.safetensors")["epoch"]  # a disk that was full has an older one
     scores = trainer.evaluate(loaders[name])
     if trainer.is_main_process:
         num_samples = len(loaders[name].dataset) if hasattr(loaders[name].dataset, "__len__") else None
-        keep_evaluation(page_of(record), num_samples, record.history.best_epoch, scores)
+        keep_evaluation(page_of(record), num_samples, epoch, scores)
     if options.format == "json":
         show(json.dumps(scores) if trainer.is_main_process else "", end="\n" if trainer.is_main_process else "")
     else:
-        told = f"{name} with the weights of epoch {record.history.best_epoch}"
+        told = f"{name} with the weights of epoch {epoch}"
         _print_scores(told, scores, trainer.is_main_process)
     return 0
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 __all__ = ["TRACKER_NAMES", "TrainConfig", "check_tracker_names"]
 
 _CHOICES = {
-    "mode": ("min", "max", None),
+    "mode": ("min", "max"),
     "mixed_precision": (None, "no", "fp16", "bf16", "fp8"),
     "schedule_every": ("step", "epoch"),
     "on_nonfinite": ("raise", "skip", "ignore"),
@@ -129,7 +129,8 @@ class TrainConfig:
         for name in _AT_LEAST_ONE:
             _check_count(name, getattr(self, name), optional=type(self).__dataclass_fields__[name].default is None)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
+            is_left_open = name == "mode" and self.mode is None
+            if getattr(self, name) not in choices and not is_left_open:
                 known = ", ".join(repr(choice) for choice in choices)
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         for name in ("max_grad_norm", "time_limit_seconds"):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from .picture import draw_losses
 
@@ -138,8 +139,8 @@ class History:
         *lines, _broken_off = path.read_text(encoding="utf-8", errors="replace").split("\n")
         for number, line in enumerate(lines, start=1):
             try:
-                history._take_in(decode(json.loads(line)))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                history._take_in(decode(checked(json.loads(line))))
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is no line of a history: {error!r}.") from error
         return history
 
@@ -168,6 +169,32 @@ def decode(value: Any) -> Any:
     if isinstance(value, list):
         return [decode(item) for item in value]
     return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return encoded content together with a checksum of it, by which damage is seen when it is read."""
+    return {**content, _CHECKSUM: _checksum_of(content)}
+
+
+def checked(content: Any) -> dict[str, Any]:
+    """Return what `with_checksum` was given.
+
+    Raises:
+        ValueError: It is not as it was written.
+    """
+    if not isinstance(content, dict) or _CHECKSUM not in content:
+        raise ValueError("it carries no checksum")
+    rest = {name: value for name, value in content.items() if name != _CHECKSUM}
+    if content[_CHECKSUM] != _checksum_of(rest):
+        raise ValueError("its checksum does not match: it is damaged, or has been changed")
+    return rest
+
+
+_CHECKSUM = "checksum"
+
+
+def _checksum_of(content: Mapping[str, Any]) -> str:
+    return f"{crc32(json.dumps(content).encode()):08x}"
 
 
 def flattened(values: Mapping[str, Any]) -> dict[str, Any]:

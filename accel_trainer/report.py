@@ -16,7 +16,7 @@ from typing import Any
 
 from .checkpoints import is_in_use, write_whole
 from .console import warn
-from .history import SERIES, History, decode, encode, flattened
+from .history import SERIES, History, checked, decode, encode, flattened, with_checksum
 
 __all__ = ["LivePage", "RunRecord", "keep_evaluation", "page_of", "render", "runs_in"]
 
@@ -100,14 +100,14 @@ class RunRecord:
 
 def _read(path: Path, default: Any) -> Any:
     try:
-        content = decode(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if type(content) is not type(default):
+            raise ValueError(f"it holds a {type(content).__name__}, not a {type(default).__name__}")
+        return decode([checked(one) for one in content] if isinstance(content, list) else checked(content))
     except FileNotFoundError:
         return default
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    if type(content) is not type(default):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a {type(default).__name__}.")
-    return content
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
 def _state_of(path: Path, history: History) -> str:
@@ -206,7 +206,8 @@ def keep_evaluation(page: LivePage, num_samples: int | None, epoch: int | None, 
     )
     try:
         others = [one for one in _read(path, []) if one != entry]
-        write_whole(path, (json.dumps(encode([*others, entry]), indent=2) + "\n").encode())
+        kept = [with_checksum(encode(one)) for one in [*others, entry]]
+        write_whole(path, (json.dumps(kept, indent=2) + "\n").encode())
         page.write(page.state)
     except (OSError, ValueError) as error:
         warn(f"Could not write {path}: {error}.", stacklevel=3)

@@ -353,17 +353,40 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     for name, callback in _stateful(callbacks).items():
         pack(callback.state_dict(), {}, f"callback {name}")  # refuses at once what could not be saved
     pack(training.schedule.state_dict(), {}, "scheduler")
-    training.hardware.from_main(lambda: folder.open(identity) if folder is not None else None)
+
+    def open_folder() -> dict[str, Any] | None:
+        if folder is None:
+            return None
+        folder.open(identity)
+        return folder.best
+
+    best = training.hardware.from_main(open_folder)
+    if folder is not None and folder.aside is not None:
+        run.announce(f"{folder.path} has no checkpoint: this is a new run. What was there is in {folder.aside.name}.")
     if found.snapshot is not None:
         done = training.state
         within = f", {done.position} batches of pass {done.data_pass} over the data done"
         run.announce(f"Going on from {found.source}: step {done.step}, epoch {done.epoch}{within}.")
+        _take_best(run, best)
         if is_stream(training.feed.loader) and done.position:
             run.announce(f"train_loader is a stream: {done.position} batches are read to be passed over.")
     if folder is not None:
         _check_room(run, folder)
     run.saver.start(partial(capture, run, identity, callbacks))
     training.before_batch = run.saver.before_batch
+
+
+def _take_best(run: Run, best: Mapping[str, Any] | None) -> None:
+    """Go on with the best weights that are whole on the disk; older ones, if those of the checkpoint are damaged."""
+    state = run.training.state
+    epoch, value = (None, None) if best is None else (int(best["epoch"]), float(best[run.monitor]))
+    if epoch == state.best_epoch:
+        return
+    if run.training.hardware.is_main:
+        instead = "there are none from here on" if epoch is None else f"those of epoch {epoch} take their place"
+        warn(f"The best weights, of epoch {state.best_epoch}, are damaged: {instead}.", stacklevel=2)
+    state.best_epoch = run.history.best_epoch = epoch
+    state.best_value = run.history.best_value = value
 
 
 def _check_parts(run: Run, snapshot: Snapshot) -> None:

@@ -160,6 +160,8 @@ class Saver:
 
     def _keep_best(self, metadata: dict[str, Any]) -> None:
         self._finish(_BEST)
+        if not self._best_is_on_disk:  # the write of a checkpoint may try it once more, from these same buffers
+            self._finish(_CHECKPOINT)
         weights, aliases = split_aliases(plain_state(self._model))
         copies = self._best_buffers.copy({_BEST: weights})
         own = copies[_BEST] if copies else {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
@@ -216,19 +218,22 @@ class Saver:
         """Why no checkpoint of this run could be written; `None` if one was, or none was to be."""
         return self._problem if not self.num_saved else None
 
-    def restore_best(self, num_processes: int) -> None:
-        """Give the model the weights kept last, on every process.
+    def restore_best(self, num_processes: int) -> bool:
+        """Give the model the weights kept last, on every process; return, on the main one, whether they were there.
 
         Where the file is gone the model keeps the weights it has, and a warning says so.
         """
         self.finish()
+        is_there = True
         if self._is_main:
             try:
                 copy_into(self._model, self._best_weights())
-            except (OSError, SafetensorError) as error:
+            except (OSError, ValueError, SafetensorError) as error:
+                is_there = False
                 warn(f"The best weights are gone, the model keeps the last ones: {error}", stacklevel=2)
         if num_processes > 1:
             share_from_main(self._model.state_dict().values())
+        return is_there
 
     def _best_weights(self) -> dict[str, Tensor]:
         if self._best is None:

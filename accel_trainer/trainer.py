@@ -126,6 +126,7 @@ class Trainer:
         self.history = History()
         self.state = RunState()
         self._page: LivePage | None = None
+        self._epoch_held: int | None = None  # whose weights the model has
         self._trackers: Trackers | None = None
         self.is_main_process = True
 
@@ -302,10 +303,11 @@ class Trainer:
             _record_fault(run, error)
             raise
         # Right after the best epoch the model holds its weights already.
-        moved_on = not state.best_epoch == state.epoch == history.num_epochs
-        if self.config.restore_best and state.best_epoch is not None and moved_on and not leaves:
-            run.saver.restore_best(run.training.hardware.num_processes)
-        finish(run)
+        holds_best = state.best_epoch == state.epoch == history.num_epochs
+        if self.config.restore_best and state.best_epoch is not None and not holds_best and not leaves:
+            holds_best = run.saver.restore_best(run.training.hardware.num_processes)
+        self._epoch_held = state.best_epoch if holds_best else state.epoch
+        finish(run, holds_best)
         self._page = run.page
         run.training.call("on_fit_end")
 
@@ -350,8 +352,8 @@ class Trainer:
             self._objective.to(prepared.hardware.device)
             scores: dict[str, float] = loop.evaluate(prepared, self._objective, feed, self._metrics)  # type: ignore[assignment]
             if self._page is not None and prepared.hardware.is_main:
-                epoch = self.state.best_epoch if self.config.restore_best else self.state.epoch
-                keep_evaluation(self._page, None if is_stream(loader) else len(dataset_order(loader)), epoch, scores)
+                num_samples = None if is_stream(loader) else len(dataset_order(loader))
+                keep_evaluation(self._page, num_samples, self._epoch_held, scores)
             return scores
 
     def predict(self, loader: DataLoader[Any]) -> Any:
@@ -523,9 +525,16 @@ def _write_config(run: loop.Run, identity: dict[str, Any]) -> None:
     run.folder.write_json("config.json", {"asked": asdict(training.config), "resolved": resolved, "identity": identity})
 
 
-def finish(run: loop.Run, is_failed: bool = False) -> None:
-    """Say how the run ended, and show it in picture and page."""
+def finish(run: loop.Run, holds_best: bool = False, is_failed: bool = False) -> None:
+    """Say how the run ended, and show it in picture and page.
+
+    Args:
+        run: It.
+        holds_best: Whether the model has the weights of the best epoch.
+        is_failed: Whether an error has ended it.
+    """
     history, state = run.history, run.training.state
+    run.saver.finish()
     if run.folder is not None:
         summary = {"stop_reason": history.stop_reason, "best_epoch": state.best_epoch, "best_value": state.best_value}
         run.folder.append_history(summary)
@@ -539,13 +548,27 @@ def finish(run: loop.Run, is_failed: bool = False) -> None:
     elif state.best_epoch is None:
         run.announce("No epoch has a finite monitored value: the model keeps its last weights.")
     else:
-        kept = "the model holds its weights" if run.training.config.restore_best else "the model holds the last weights"
+        kept = "the model holds its weights" if holds_best else "the model holds the last weights"
         run.announce(styled(f"Best epoch {state.best_epoch}: {run.monitor} {state.best_value:.4f}; {kept}.", "best"))
     if run.folder is not None and history.num_epochs:
-        run.announce(f"Files in {_short(run.folder.path)}: report.html, losses.png, history.jsonl, best, checkpoints.")
-    for told in (history.overfitting(), _advice(run)):
-        if told is not None:
+        for told in _files_told(run.folder):
             run.announce(told)
+    for advised in (history.overfitting(), _advice(run)):
+        if advised is not None:
+            run.announce(advised)
+
+
+_FILES = {name: name for name in ("report.html", "losses.png", "history.jsonl")}
+_FILES |= {"best/model.safetensors": "best", "checkpoints": "checkpoints"}
+
+
+def _files_told(folder: RunFolder) -> Iterator[str]:
+    """Yield what is in the folder by now, as it should be, and what is not."""
+    whole = [name for file, name in _FILES.items() if file not in folder.failing and (folder.path / name).exists()]
+    yield f"Files in {_short(folder.path)}: {', '.join(whole)}."
+    if folder.failing:
+        older = folder.older_best() if "best/model.safetensors" in folder.failing else ""
+        yield f"Not written, so older or missing there: {', '.join(folder.failing)}.{older}"
 
 
 def _short(path: Path) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .history import encode
+from .history import decode, encode
 
 __all__ = [
     "check_fit",
+    "check_seal",
     "checked_state",
     "copy_into",
     "flush",
     "load_best",
+    "metadata_of",
     "plain_name",
     "plain_state",
     "read_weights",
     "save_tensors",
+    "seal_of",
     "split_aliases",
 ]
 
@@ -79,13 +84,14 @@ def split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     return {name: tensor for name, tensor in state.items() if name not in aliases}, aliases
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], sealed: bool = False) -> None:
     """Write tensors as safetensors and see them through to the disk.
 
     Args:
         path: File to write.
         tensors: On any device; strided ones and views of one storage too.
         metadata: Plain data to keep in the file's header.
+        sealed: Whether to put the checksum of the whole file into its header.
     """
     plain = {name: tensor.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, tensor in tensors.items()}
     sharing = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
@@ -93,8 +99,81 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         name: tensor.clone() if sharing[tensor.untyped_storage().data_ptr()] > 1 else tensor
         for name, tensor in plain.items()
     }
-    save_file(own, path, metadata={"format": "pt", "accel_trainer": json.dumps(encode(metadata))})
+    seal = {_SEAL: _BLANK} if sealed else {}
+    save_file(own, path, metadata={"format": "pt", "accel_trainer": json.dumps(encode(metadata)), **seal})
+    if sealed:
+        _seal(path)
     flush(path)
+
+
+# The checksum of a file, in its own header: computed with zeros in its place.
+_SEAL, _BLANK = "sha256", "0" * 64
+_SEALED = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+
+
+def seal_of(path: Path) -> tuple[str, int]:
+    """Return the checksum that a file carries, unchecked, and where in it.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It carries none.
+    """
+    with open(path, "rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), _LARGEST_HEADER))
+    found = _SEALED.search(header)
+    if found is None:
+        raise ValueError("it carries no checksum")
+    return found[1].decode(), 8 + found.start(1)
+
+
+_LARGEST_HEADER = 2**27  # bytes; safetensors takes no larger ones
+
+
+def _sum_of(path: Path, place: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        digest.update(file.read(place) + _BLANK.encode())
+        file.seek(place + len(_BLANK))
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _seal(path: Path) -> None:
+    _, place = seal_of(path)
+    checksum = _sum_of(path, place)
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(checksum.encode())
+
+
+def check_seal(path: Path) -> None:
+    """Refuse a file that is not as `save_tensors` has written and sealed it.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: Not one bit of it may have changed, and one has.
+    """
+    seal, place = seal_of(path)
+    if _sum_of(path, place) != seal:
+        raise ValueError("its checksum does not match")
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    """Return the plain data that `save_tensors` has put into a file's header.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It has none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = decode(json.loads((file.metadata() or {}).get("accel_trainer", "null")))
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(content, dict):
+        raise ValueError("it says nothing of itself")
+    return content
 
 
 def flush(path: Path) -> None:
@@ -178,6 +257,7 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
     while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inner = inner.module
     try:
+        check_seal(path)
         state = read_weights(path)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error

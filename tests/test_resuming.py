@@ -284,8 +284,18 @@ def test_the_best_is_kept_and_steps_are_ordered_by_number(tmp_path):
 
     weights = load_file(tmp_path / "run/best/model.safetensors")["weight"]
     assert float(weights) == 2
-    best = tmp_path / "run/checkpoints/step_00000011/best/model.safetensors"
-    assert best.samefile(tmp_path / "run/best/model.safetensors")  # a link takes no room
+    best, kept = tmp_path / "run/best/model.safetensors", "best/model.safetensors"
+    assert (tmp_path / "run/checkpoints/step_00000011" / kept).read_bytes() == best.read_bytes()
+
+
+def test_the_best_is_on_the_disk_twice_and_no_more(tmp_path):
+    scripted([5, 1, 2, 3], tmp_path / "run", keep_checkpoints=3)
+    files = [path / "best/model.safetensors" for _, path in steps_in(tmp_path / "run/checkpoints")]
+    assert len(files) == 3 and len({file.stat().st_ino for file in files}) == 1  # a link takes no room
+    assert not files[0].samefile(tmp_path / "run/best/model.safetensors")
+    scripted([5, 1, 2, 3, 4], tmp_path / "run", resume=True)
+    (_, newest), *_ = steps_in(tmp_path / "run/checkpoints")
+    assert not (newest / "best/model.safetensors").samefile(tmp_path / "run/best/model.safetensors")
 
 
 # --- positions --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import accel_trainer.checkpoints as checkpoints
 import accel_trainer.saving as saving
 from accel_trainer import Callback, CheckpointError, History, NonFiniteError, TrainConfig, Trainer, load_best
-from accel_trainer.checkpoints import RunFolder, fault_of, steps_in
+from accel_trainer.checkpoints import Checkpoint, RunFolder, fault_of, steps_in
 from support import ROOT, loader_of, make_data, make_model, on_processes, quiet
 from test_resuming import Crash, crash, fit, same
 
@@ -178,13 +178,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_outside_is_touched(tmp_
             and fault_of(run_dir / "checkpoints" / newest) is None
         )
         folder = RunFolder(run_dir, resume="auto")
-        if not same_as_before:
+        if "best/model.safetensors" in name:  # of which there are other copies
+            assert folder.resumed.path.name == newest and folder._best_for(folder.resumed) is not None, name
+        elif not same_as_before:
             assert folder.resumed.path.name == older, name
             assert len(folder.passed_over) == 1 and folder.passed_over[0].startswith(f"{newest}: "), name
         folder.resumed.read()
         folder.close()
         shutil.rmtree(run_dir / "checkpoints" / older)
-        if not same_as_before and not (run_dir / "checkpoints" / newest).is_symlink():
+        is_used = same_as_before or "best/model.safetensors" in name
+        if not is_used and not (run_dir / "checkpoints" / newest).is_symlink():
             with pytest.raises(CheckpointError, match=f"No checkpoint in .* can be used \\({newest}: "):
                 RunFolder(run_dir, resume="auto")
         shutil.rmtree(run_dir)
@@ -706,11 +709,17 @@ def test_a_relative_folder_stays_where_it_is(tmp_path, monkeypatch):
     assert len(steps_in(tmp_path / "runs/a/checkpoints")) == 2 and not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
+def test_files_that_the_manifest_does_not_name_are_other_programs(tmp_path):
     fit(tmp_path / "run")
     (_, newest), *_ = steps_in(tmp_path / "run/checkpoints")
-    shutil.copy(newest / "model.safetensors", newest / "progress2.safetensors")
-    assert fault_of(newest) == "progress2.safetensors is not in its manifest"
+    before = Checkpoint(newest).read()
+    for name in (".DS_Store", "Thumbs.db", ".nfs0000001", "best/desktop.ini", "@eaDir/model.safetensors"):
+        (newest / name).parent.mkdir(exist_ok=True)
+        (newest / name).write_text("not ours")
+    shutil.copy(newest / "optimizer.safetensors", newest / "progress.safetensors")  # a name of ours, not of this one
+    assert fault_of(newest) is None
+    after = Checkpoint(newest).read()
+    assert after.state == before.state and list(after.tensors) == list(before.tensors)
 
 
 def test_a_signal_to_leave_is_stronger_than_other_reasons(tmp_path):

@@ -231,7 +231,8 @@ def decide(kind):
         return torch.tensor(float(rank)) + len(targets) / 100
 
     model = make_model()
-    choices = {"patience": 2, "monitor": "by_rank", "num_epochs": 50} if kind == "metric" else {"num_epochs": 2000}
+    of_metric = {"patience": 2, "monitor": "by_rank", "mode": "min", "num_epochs": 50}
+    choices = of_metric if kind == "metric" else {"num_epochs": 2000}
     trainer = Trainer(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
