@@ -529,8 +529,7 @@ class Feed:
 
     def _streamed(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
         """Read a stream on the main process only, share each batch, and take this process's samples out of it."""
-        if hasattr(self.loader.dataset, "set_epoch"):
-            self.loader.dataset.set_epoch(epoch - 1)
+        _tell_epoch(self.loader.dataset, epoch - 1)
         is_reader = self.layout.process == 0
         batches = None
         if is_reader:
@@ -556,6 +555,17 @@ class Feed:
                     )
                     if self.layout is not layout:
                         break
+
+
+def _tell_epoch(dataset: Any, epoch: int) -> None:
+    """Tell a stream, or the streams that it is made of, which epoch begins (0-based)."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+        return
+    inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
+    for one in inner if isinstance(inner, (list, tuple)) else []:
+        if isinstance(one, Dataset):
+            _tell_epoch(one, epoch)
 
 
 class _End:
@@ -648,7 +658,7 @@ def num_batches(loader: DataLoader[Any]) -> int | None:
     """Return the batches of one pass over the data, `None` if the loader cannot say."""
     try:
         return len(loader)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
 
 
@@ -668,6 +678,12 @@ def check_loader(loader: object, name: str, may_be_empty: bool = False) -> None:
         raise TypeError(f"{name} must be a torch.utils.data.DataLoader, got {type(loader).__name__}.")
     if type(loader).__module__.startswith("accelerate."):
         raise TypeError(f"{name} is already prepared by Accelerate. Give the plain DataLoader: the trainer divides it.")
+    kind = type(loader)
+    if kind.__iter__ is not DataLoader.__iter__ and not kind.__module__.startswith(("torch.", "torchdata.")):
+        raise TypeError(
+            f"{name} is a {kind.__name__}, whose own __iter__ would not be used: the trainer asks sampler and dataset "
+            "itself. Give a plain DataLoader; persistent_workers=True keeps its workers between epochs."
+        )
     sampler = sampler_of(loader) if not is_stream(loader) else None
     for part in (sampler, getattr(sampler, "sampler", None)):
         if isinstance(part, DistributedSampler):

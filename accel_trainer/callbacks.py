@@ -91,7 +91,7 @@ class Callbacks:
             try:
                 listener(trainer)
             except StopTraining as stop:
-                reason = reason or stop.reason
+                reason = stop.reason if reason is None else reason
         return reason
 
 

@@ -32,7 +32,7 @@ def warn(text: str, stacklevel: int = 2) -> None:
 
     Args:
         text: What.
-        stacklevel: Whose line is named; 2 is the caller's.
+        stacklevel: Whose line is named, as of `warnings.warn`: 1 is that of the call.
     """
     try:
         warnings.warn(text, stacklevel=stacklevel + 1)

@@ -21,9 +21,9 @@ class StopTraining(Exception):
         ...             raise StopTraining("test loss below 0.1")
     """
 
-    def __init__(self, reason: str = "a callback asked for it") -> None:
+    def __init__(self, reason: object = None) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = str(reason or "") or "a callback asked for it"
 
 
 class CheckpointError(ValueError):

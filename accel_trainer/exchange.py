@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-__all__ = ["any_process", "gather_objects", "gather_on_main", "host_group", "share_object"]
+__all__ = ["any_process", "gather_objects", "gather_on_main", "host_group", "meet", "share_object"]
 
 _ON_HOSTS = ("gloo", "mpi")
 
@@ -42,6 +42,11 @@ def any_process(flags: Sequence[bool]) -> list[bool]:
     counts = torch.tensor(flags, dtype=torch.uint8)
     torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, host_group())
     return [bool(count) for count in counts.tolist()]
+
+
+def meet() -> None:
+    """Wait for the other processes; on the host, whatever devices there are."""
+    any_process([False])
 
 
 def gather_objects(mine: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Layout, MicroBatch
 from .exchange import gather_objects
-from .losses import Forward, not_finite, on_device
+from .losses import Forward, on_device
 from .reductions import ChainSum, TreeSum, add_over_processes, share_from_main
 
 __all__ = ["Buffers", "FixedBuffers", "Gradients", "TreeGradients", "is_plain"]
@@ -322,7 +322,6 @@ class Buffers:
         may_grow = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self._owners)
         self._tells_of_caches = may_grow and layout.num_processes > 1  # one process alone knows its own
         self._missing = torch.empty(0)  # in place of a buffer that has been set to None
-        self._infinite: frozenset[int] = frozenset()  # places of those that held more than finite numbers
         self._has_begun = False  # a batch, whose start these are:
         self._start, self._start_of_counted, self._counted_after = _Copies(), _Copies(), _Copies()
         self._base: list[Tensor] = []  # what changes are counted from
@@ -341,12 +340,7 @@ class Buffers:
         return [self._at(place) for place in (range(len(self._owners)) if places is None else places)]
 
     def begin(self) -> None:
-        """Begin an epoch: forget a batch that an interrupt has left unfinished. One read-back."""
-        self._forget()
-        if self._averaged:
-            self._infinite = frozenset(not_finite({place: self._at(place) for place in self._averaged}))
-
-    def _forget(self) -> None:
+        """Begin an epoch: forget a batch that an interrupt has left unfinished."""
         self._has_begun = False
         self._sum.clear()
 
@@ -363,16 +357,14 @@ class Buffers:
             self._go_back()
             return
         self._has_begun = True
-        self._base = [
-            _finite(start) if place in self._infinite else start
-            for place, start in zip(self._averaged, self._start.take(self._now(self._averaged)), strict=True)
-        ]
+        self._start.take(self._now(self._averaged))
+        self._base = self._start.finite()
         self._start_of_counted.take(self._now(self._counted))
 
     def undo(self) -> None:
         """Go back to the start of the batch under way, or of the last one."""
         self._go_back()
-        self._forget()
+        self.begin()
 
     def _go_back(self) -> None:
         if self._has_begun:
@@ -392,7 +384,7 @@ class Buffers:
     def _changes(self) -> list[Tensor | None]:
         """Return how far each averaged buffer has moved, `None` for a cache; then which are caches, if need be."""
         steady = {place: base for place, base in zip(self._averaged, self._base, strict=True) if self._is_steady(place)}
-        moved = torch._foreach_sub(self._now(steady), list(steady.values())) if steady else []
+        moved = _together(torch._foreach_sub, self._now(steady), list(steady.values()))
         by_place = dict(zip(steady, moved, strict=True))
         changes: list[Tensor | None] = [by_place.get(place) for place in self._averaged]
         return [*changes, self._caches(self._averaged)] if self._tells_of_caches else changes
@@ -429,7 +421,8 @@ class Buffers:
         if not moved:
             return
         indices, buffers, bases, changes = zip(*moved, strict=True)
-        averages = list(torch._foreach_add(bases, torch._foreach_div(changes, num_micro_batches)))
+        means = _together(lambda own: torch._foreach_div(own, num_micro_batches), changes)
+        averages = _together(torch._foreach_add, bases, means)
         if are_caches is not None:  # on some process, which has no average then
             averages = [
                 torch.where(are_caches[index] == 0, average, buffer)
@@ -480,19 +473,43 @@ class Buffers:
 
 
 class _Copies:
-    """Copies of tensors, in memory that is kept from batch to batch."""
+    """Copies of tensors, in memory that is kept from batch to batch: all of one dtype and device in one piece."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        self._pieces: list[Tensor] = []
+        self._finite: list[Tensor] = []
+        self._finite_pieces: list[Tensor] = []
 
     @torch.no_grad()
-    def take(self, tensors: list[Tensor]) -> list[Tensor]:
+    def take(self, tensors: list[Tensor]) -> None:
         """Copy tensors, in place of those copied before."""
-        if list(map(_form, tensors)) == list(map(_form, self.tensors)):
-            _copy_all(self.tensors, tensors)
-        else:
-            self.tensors = [tensor.clone() for tensor in tensors]
-        return self.tensors
+        if list(map(_form, tensors)) != list(map(_form, self.tensors)):
+            self.tensors, self._pieces = _like(tensors)
+            self._finite, self._finite_pieces = [], []
+        _copy_all(self.tensors, tensors)
+
+    @torch.no_grad()
+    def finite(self) -> list[Tensor]:
+        """Return what changes are counted from: infinities, which a difference would turn into nan, count from zero."""
+        if len(self._finite) != len(self.tensors):
+            self._finite, self._finite_pieces = _like(self.tensors)
+        for piece, finite in zip(self._pieces, self._finite_pieces, strict=True):
+            torch.nan_to_num(piece, nan=0.0, posinf=0.0, neginf=0.0, out=finite)
+        return self._finite
+
+
+def _like(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return new tensors like these, and the pieces of memory that they are views of."""
+    pieces: list[Tensor] = []
+
+    def views(own: list[Tensor]) -> list[Tensor]:
+        piece = own[0].new_empty(sum(tensor.numel() for tensor in own))
+        pieces.append(piece)
+        parts = torch.split(piece, [tensor.numel() for tensor in own])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, own, strict=True)]
+
+    return _together(views, tensors), pieces
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
@@ -503,8 +520,26 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Overwrite tensors with others of their shape, in one operation; one that has changed its shape stays."""
     pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.shape == source.shape]
-    if pairs:
-        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+    _together(torch._foreach_copy_, [target for target, _ in pairs], [source for _, source in pairs])
+
+
+def _together(operation: Callable[..., Any], first: Sequence[Tensor], *others: Sequence[Tensor]) -> list[Tensor]:
+    """Apply one of torch's operations on lists to tensors of one dtype and device at a time: to mixed ones it is slow.
+
+    Args:
+        operation: Takes lists and returns one.
+        first: The first list.
+        *others: Further ones, with tensors like those of the first.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(first):
+        groups.setdefault((tensor.dtype, tensor.device), []).append(index)
+    results: list[Tensor] = list(first)
+    for indices in groups.values():
+        own = operation(*([tensors[index] for index in indices] for tensors in (first, *others)))
+        for index, result in zip(indices, own or (), strict=False):
+            results[index] = result
+    return results
 
 
 class FixedBuffers:
@@ -546,9 +581,4 @@ def is_plain(buffer: Tensor | None) -> bool:
 
 
 def _averages(buffer: Tensor) -> bool:
-    return buffer.is_floating_point() or buffer.is_complex()
-
-
-def _finite(start: Tensor) -> Tensor:
-    """Return what changes are counted from: infinities, which a difference would turn into nan, count from zero."""
-    return torch.where(start.isfinite(), start, 0)
+    return (buffer.is_floating_point() and buffer.element_size() > 1) or buffer.is_complex()  # 8 bits know no sums

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -132,7 +133,8 @@ class Hardware:
             placed = send_to_device(data, self.device, non_blocking=True)
         computing.wait_stream(self._copying)
         for tensor in tensors_in(placed):
-            tensor.record_stream(computing)  # its memory is not given away before that
+            if tensor.is_cuda:  # the batch sizes of a packed sequence stay on the host
+                tensor.record_stream(computing)  # its memory is not given away before that
         return placed
 
     def arrived(self, data: Any) -> Any:
@@ -430,6 +432,7 @@ class Prepared:
     Attributes:
         model: What to call in place of the user's model.
         reuses_memory: Whether what the model returns, and its gradients, lie in memory that the next call writes to.
+        copies_losses: Whether losses may do so: on a GPU the user's own code may be compiled so too.
     """
 
     def __init__(
@@ -447,6 +450,7 @@ class Prepared:
         self._how_to_compile, compile = self._settings_of_compiler(compile)
         self.is_compiled = bool(compile)
         self.reuses_memory = self.is_compiled and _uses_cuda_graphs(self._how_to_compile)
+        self.copies_losses = self.reuses_memory or hardware.device.type == "cuda"
         self._blocks: dict[nn.Module, Any] = {}
         self._compile(compile)
         self._attached = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
@@ -501,29 +505,23 @@ class Prepared:
         return plugin.to_kwargs(), compile or by_launch
 
     def _compile(self, compile: bool | Literal["regional"]) -> None:
-        """Compile the model, or each of the blocks that it repeats, and cast around what is compiled.
-
-        Within the compiled code the cast would be a part of it, as new code for each run.
-        """
-        how, whole = self._how_to_compile, [self.plain]
+        """Cast the model to the precision of the run, and compile it, or each of the blocks that it repeats."""
+        if self._autocast is not _NOTHING:
+            self.plain.forward = _cast(self.plain.forward, self._autocast)
+        how = self._how_to_compile
         blocks = _repeated_blocks(self.plain) if compile == "regional" else []
         is_wrapped = self.model is not self.plain
-        outermost: Any = self.plain
-        if compile and not blocks and is_wrapped:
-            blocks = whole  # torch does not look at the code of its own modules within a wrapper
+        self._is_one_graph = bool(compile) and not blocks and not is_wrapped
+        if self._is_one_graph:
+            self.model = torch.compile(self.model, **how)
         elif compile and not blocks:
-            outermost = self.model = torch.compile(self.model, **how)
-        self._is_one_graph = outermost is not self.plain
+            blocks = [self.plain]  # torch does not look at the code of its own modules within a wrapper
         entries: list[tuple[nn.Module, Any]] = [(block, type(block)) for block in blocks]
         self._blocks = {block: torch.compile(_entry(kind)(block._call_impl), **how) for block, kind in entries}
-        if self._autocast is _NOTHING:
-            return
-        if blocks == whole:
-            self._blocks[self.plain] = _cast(self._blocks[self.plain], self._autocast)
-        else:
-            outermost.forward = _cast(outermost.forward, self._autocast)
 
-    def joined(self, loss_fn: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor] | None:
+    def joined(
+        self, loss_fn: Callable[[Any, Any], torch.Tensor], form: Hashable
+    ) -> Callable[[Any, Any], torch.Tensor] | None:
         """Return the model and a loss as one compiled function `(inputs, targets) -> loss`.
 
         The compiler can then compute the loss together with the last layer, whose outputs need not stand in memory in
@@ -532,15 +530,15 @@ class Prepared:
         Args:
             loss_fn: `(outputs, targets) -> loss`, which keeps nothing from call to call: what it kept could make the
                 compiler begin anew, with the whole model.
+            form: What it does, as far as that can differ: code is compiled for each.
 
         Returns:
             `None` where the model is not compiled as a whole, or is wrapped for several processes.
         """
         if not self._is_one_graph or self._how_to_compile.get("fullgraph"):  # the loss was not meant by that
             return None
-        kind: Any = type(self.plain)
-        compiled = torch.compile(_model_and_loss(kind), **self._how_to_compile)
-        return partial(compiled, self.plain, loss_fn, None if self._autocast is _NOTHING else self._autocast)
+        compiled = torch.compile(_model_and_loss((type(self.plain), form)), **self._how_to_compile)
+        return partial(compiled, self.plain, loss_fn)
 
     def stance(self, is_full: bool) -> AbstractContextManager[Any]:
         """Return what a forward runs under: a batch of another size than all others is not worth a graph of its own."""
@@ -566,6 +564,12 @@ class Prepared:
             yield self.model
         finally:
             self._detach()
+
+    def put_optimizer(self, mode: Literal["train", "eval"]) -> None:
+        """Let an optimizer whose weights differ between training and evaluation, as schedule-free ones, change them."""
+        change = getattr(self.optimizer, mode, None)
+        if callable(change):
+            change()
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Scale the gradients down to a global norm and return the norm they had."""
@@ -625,16 +629,26 @@ def _autocast_of(accelerator: Accelerator) -> AbstractContextManager[Any]:
     return _autocasts[key]
 
 
-def _cast(forward: Callable[..., Any], autocast: AbstractContextManager[Any]) -> Callable[..., Any]:
-    """Return a forward that computes in lower precision and returns full precision."""
+def _cast(forward: Any, autocast: Any) -> Any:
+    """Return a forward that computes in lower precision and returns full precision.
 
-    @wraps(forward)
+    A method stays one of its object, so that a copy of the model computes with its own weights.
+    """
+    if isinstance(forward, MethodType):
+        return MethodType(_casting(forward.__func__, autocast), forward.__self__)
+    return _casting(forward, autocast)
+
+
+@lru_cache
+def _casting(function: Any, autocast: Any) -> Any:
+    """Return a function that casts; the same for the same, as compiled code needs it."""
+
     def called(*args: Any, **kwargs: Any) -> Any:
         with autocast:
-            outputs = forward(*args, **kwargs)
+            outputs = function(*args, **kwargs)
         return convert_to_fp32(outputs)
 
-    return called
+    return wraps(function)(_own_code(called))
 
 
 def _own_code(function: Any) -> Any:
@@ -645,21 +659,11 @@ def _own_code(function: Any) -> Any:
 
 
 @lru_cache
-def _model_and_loss(kind: Any) -> Any:
-    """Return a function that computes a loss with a model; one for each class of models, to be compiled."""
+def _model_and_loss(what: Hashable) -> Any:
+    """Return a function that computes a loss with a model, to be compiled; one for each class of models and loss."""
 
-    def compute(
-        model: nn.Module,
-        loss_fn: Callable[[Any, Any], torch.Tensor],
-        autocast: AbstractContextManager[Any] | None,
-        inputs: Any,
-        targets: Any,
-    ) -> torch.Tensor:
-        if autocast is None:
-            return loss_fn(call_model(model, inputs), targets)
-        with autocast:
-            outputs = call_model(model, inputs)
-        return loss_fn(convert_to_fp32(outputs), targets)
+    def compute(model: nn.Module, loss_fn: Callable[[Any, Any], torch.Tensor], inputs: Any, targets: Any) -> Any:
+        return loss_fn(call_model(model, inputs), targets)
 
     return _own_code(compute)
 
@@ -686,6 +690,7 @@ def _uses_cuda_graphs(how: Mapping[str, Any]) -> bool:
         or how.get("backend") == "cudagraphs"
         or bool(options.get("triton.cudagraphs"))
         or os.environ.get("TORCHINDUCTOR_CUDAGRAPHS") == "1"
+        or bool(getattr(getattr(sys.modules.get("torch._inductor.config"), "triton", None), "cudagraphs", False))
     )
 
 
@@ -694,8 +699,9 @@ def place_state(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             own = optimizer.state.get(parameter, {})
-            stays = () if counts_on_device(group) else ("step",)
-            own.update({key: send_to_device(one, parameter.device) for key, one in own.items() if key not in stays})
+            device = parameter.device
+            count = device if counts_on_device(group) else torch.device("cpu")
+            own.update({key: send_to_device(one, count if key == "step" else device) for key, one in own.items()})
 
 
 def counts_on_device(group: Mapping[str, Any]) -> bool:
@@ -759,6 +765,16 @@ def check_model(model: object, bitwise: bool = False) -> None:
         )
 
 
+def _needs_closure(optimizer: Optimizer) -> bool:
+    try:
+        inspect.signature(type(optimizer).step).bind(optimizer)  # a scheduler wraps that of the object
+    except TypeError:
+        return True
+    except ValueError:  # of compiled code, which does not tell
+        return False
+    return False
+
+
 def check_optimizer(optimizer: object, model: nn.Module) -> None:
     """Refuse an optimizer that would not train this model.
 
@@ -770,6 +786,11 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("LBFGS evaluates the loss several times in a step, which this loop does not do. Use another.")
+    if _needs_closure(optimizer):
+        raise TypeError(
+            f"The optimizer {type(optimizer).__name__} wants a closure, to evaluate the loss several times in a step, "
+            "which this loop does not do. Use another."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("The model has no trainable parameters: each has requires_grad=False, or there is none.")
     own = {id(parameter) for parameter in model.parameters()}

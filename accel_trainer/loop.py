@@ -22,6 +22,7 @@ from .callbacks import say, styled
 from .checkpoints import RunFolder
 from .clock import Clock
 from .config import TrainConfig
+from .console import warn
 from .errors import NonFiniteError
 from .exchange import gather_on_main
 from .fetching import Rows
@@ -65,7 +66,7 @@ class Training:
         observers: The user's callbacks, which run in it too.
         watched: The hooks that a callback listens to.
         num_changes: Those of the data that have been looked at.
-        finite_buffers: Names of those that were finite at the start; a mask may hold infinities.
+        infinite: Names of buffers and frozen weights that were not finite at the start, such as masks.
         num_graphs_before: Graphs that the process had compiled before the run.
         batches: Number of each batch since the last report -> its pass over the data and place there.
     """
@@ -93,14 +94,14 @@ class Training:
     norm_sum: Any = 0.0
     num_norms: int = 0
     batches: dict[int, tuple[int, int]] = field(default_factory=dict)
-    finite_buffers: frozenset[str] = frozenset()
+    infinite: frozenset[str] = frozenset()
     num_graphs_before: int = field(default_factory=num_compilations)
 
     def begin_epoch(self, epoch: int) -> bool:
         """Begin an epoch, or go on with the one under way; return whether it is a new one."""
         is_new = epoch != self.state.epoch
         if is_new:
-            self.state.epoch, self.ledger = epoch, Ledger(self.hardware.device, copies=self.prepared.reuses_memory)
+            self.state.epoch, self.ledger = epoch, Ledger(self.hardware.device, copies=self.prepared.copies_losses)
             self.norm_sum, self.num_norms = 0.0, 0
         return is_new
 
@@ -111,6 +112,7 @@ class Training:
 
     def take_notice(self) -> None:
         """Look at what may have changed since the last epoch; all processes call it together."""
+        self.prepared.put_optimizer("train")
         self.feed.refresh()
         self.weigh()
         others = (*self.objective.functions, self.prepared.optimizer, *self.observers)
@@ -140,10 +142,10 @@ class Training:
             )
 
     def is_sound(self) -> bool:
-        """Return whether the weights, and the buffers that were so at the start, are finite: one read-back."""
+        """Return whether weights and buffers are finite, but for what was not so at the start: one read-back."""
         model = self.prepared.plain
-        named = model.named_buffers() if self.finite_buffers else ()
-        return is_finite([*model.parameters(), *(buffer for name, buffer in named if name in self.finite_buffers)])
+        named = (*model.named_parameters(), *model.named_buffers())
+        return is_finite([tensor for name, tensor in named if name not in self.infinite])
 
 
 @dataclass
@@ -173,6 +175,7 @@ def fit(run: Run) -> str:
         if train is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"  # an epoch cut short is not recorded
 
+        training.prepared.put_optimizer("eval")
         training.buffers.share()
         check_weights(training)
         if state.step == config.max_steps:
@@ -322,7 +325,7 @@ def evaluate(
     evenly = objective.weighs_evenly(feed.rows)
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
-        ledger = Ledger(hardware.device, metrics.totalled, prepared.reuses_memory)
+        ledger = Ledger(hardware.device, metrics.totalled, prepared.copies_losses)
         with evaluation_pass(prepared, feed) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.is_first:
@@ -342,6 +345,8 @@ def evaluate(
                     ledger.add(micro_batch, forward, scores)
                     del forward  # two outputs in memory are one too many
     totals = ledger.exchange()
+    if stopping is not None and not totals.num_samples:
+        raise ValueError("test_loader yields no batch (a stream that can be read once only is used up after a pass).")
     values = totals.metrics | metrics.merge(hardware.num_processes)
     return {"loss": totals.loss, **{name: values[name] for name in metrics.names}}
 
@@ -349,6 +354,7 @@ def evaluate(
 def predict(prepared: Prepared, feed: Feed) -> Any:
     """Return the model's outputs for every sample in the order of the loader, on the main process, in host memory."""
     hardware, draws = prepared.hardware, draws_of(prepared.plain)
+    left_out: set[str] = set()
     for memory in until_it_fits(hardware, feed):
         parts: list[Any] = []
         waiting: list[Any] = []
@@ -361,13 +367,16 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
                         with prepared.stance(micro_batch.is_full):
                             outputs = call_model(prepared.model, inputs)
                         # The copy is under way while the device goes on; `collect` waits for it.
+                        outputs = of_samples(outputs, micro_batch.num_samples, left_out)
                         outputs = send_to_device(outputs, torch.device("cpu"), non_blocking=True)
-                        waiting.append((micro_batch.place, check_outputs(outputs, micro_batch.num_samples)))
+                        waiting.append((micro_batch.place, outputs))
                 # All processes have as many batches, so they meet here at the same moments.
                 if micro_batch.piece.is_last and (micro_batch.batch_number + 1) % _BATCHES_PER_GATHER == 0:
                     parts += collect(waiting, hardware)
                     waiting = []
         parts += collect(waiting, hardware)
+    if left_out and hardware.is_main:
+        warn(f"predict leaves out what has no entry per sample: {', '.join(sorted(left_out))}.", stacklevel=3)
     return join(parts) if hardware.is_main else None
 
 
@@ -382,27 +391,40 @@ def collect(waiting: list[Any], hardware: Hardware) -> list[Any]:
     return [outputs for _, outputs in sorted(waiting, key=lambda part: part[0])]
 
 
-def check_outputs(outputs: Any, num_samples: int) -> Any:
-    """Refuse outputs that are not one entry per sample, and so cannot be put in the order of the dataset.
+def of_samples(outputs: Any, num_samples: int, left_out: set[str], name: str = "") -> Any:
+    """Return those of a model's outputs that have an entry per sample, which can be put in the order of the dataset.
+
+    Of a dictionary the others are left out, as a loss or a cache beside the scores; in a list or tuple `None` stands
+    in their place.
+
+    Args:
+        outputs: What the model returned.
+        num_samples: Samples of the micro-batch.
+        left_out: Takes the names of what is left out.
+        name: Of these outputs within the whole; empty for the whole.
 
     Raises:
-        ValueError: With the shape.
+        ValueError: Nothing has an entry per sample.
     """
-    if isinstance(outputs, Tensor):
-        if outputs.ndim == 0 or len(outputs) != num_samples:
-            raise ValueError(
-                f"predict joins outputs along the samples, their first dimension: for {num_samples} samples the model "
-                f"returned shape {tuple(outputs.shape)}."
-            )
-    elif isinstance(outputs, Mapping):
-        for item in outputs.values():
-            check_outputs(item, num_samples)
+    if outputs is None or (isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == num_samples):
+        return outputs
+    if isinstance(outputs, Mapping):
+        own = {key: of_samples(one, num_samples, left_out, f"{name}[{key!r}]") for key, one in outputs.items()}
+        kept = {key: one for key, one in own.items() if one is not None}
+        if kept or not own or name:
+            return kept or None
     elif isinstance(outputs, (list, tuple)):
-        for item in outputs:
-            check_outputs(item, num_samples)
-    elif outputs is not None:
-        raise ValueError(f"predict joins tensors along the samples; the model returned a {type(outputs).__name__}.")
-    return outputs
+        parts = [of_samples(one, num_samples, left_out, f"{name}[{place}]") for place, one in enumerate(outputs)]
+        if any(one is not None for one in parts) or not parts or name:
+            return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
+    elif name:
+        left_out.add(name)
+        return None
+    told = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+    raise ValueError(
+        f"predict joins outputs along the samples, their first dimension: for {num_samples} samples the model returned "
+        f"{told}."
+    )
 
 
 def join(parts: list[Any]) -> Any:
@@ -589,7 +611,7 @@ def check_finite(training: Training, fault: Fault | None) -> None:
     model, state = training.prepared.plain, training.state
     if fault is None and training.is_sound() and math.isfinite(training.norm_sum):
         return
-    named = not_finite(dict(model.named_parameters()))
+    named = not_finite({name: one for name, one in model.named_parameters() if name not in training.infinite})
     names = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
     in_weights = f" Not finite by now: {names}." if named else ""
     first = f"epoch {state.epoch}, step "
@@ -720,7 +742,7 @@ def _end_sessions() -> None:
 
 
 def _session_of(model: nn.Module) -> _Session:
-    session = model.__dict__.get("_accel_trainer_session")
+    session = getattr(model, "__dict__", {}).get("_accel_trainer_session")
     if session is None:
         check_model(model)
         session = model.__dict__["_accel_trainer_session"] = _Session()
@@ -738,8 +760,10 @@ def assemble(
 ) -> Training:
     """Put together what makes optimizer steps."""
     hardware, model, layout = prepared.hardware, prepared.plain, feed.layout
-    buffers = dict(model.named_buffers())
+    unchanging = dict(model.named_buffers())
+    unchanging |= {name: one for name, one in model.named_parameters() if not one.requires_grad}
     objective.to(hardware.device)
+    form = objective.form
     gradients: Gradients
     changes: ChainSum | TreeSum
     if config.bitwise:
@@ -768,9 +792,9 @@ def assemble(
         stopping=stopping,
         state=state,
         feed=feed,
-        ledger=Ledger(hardware.device, copies=prepared.reuses_memory),
-        joined=prepared.joined(objective.loss_fn) if objective.may_be_joined else None,  # type: ignore[arg-type]
-        finite_buffers=frozenset(buffers.keys() - set(not_finite(buffers))),
+        ledger=Ledger(hardware.device, copies=prepared.copies_losses),
+        joined=prepared.joined(objective.loss_fn, form) if form is not None else None,  # type: ignore[arg-type]
+        infinite=frozenset(not_finite(unchanging)),
     )
 
 
@@ -856,6 +880,7 @@ def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Call
     with _together(hardware):
         feed = session.feed(test_loader, "test_loader")
         prepared, objective = session.evaluating(model), Objective(loss_fn)
+        prepared.put_optimizer("eval")
         objective.to(hardware.device)
         with prepared.attached():
             return evaluate(prepared, objective, feed, Metrics(None))["loss"]  # type: ignore[index]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -176,10 +177,17 @@ class Objective:
             function.to(device)
 
     @property
-    def may_be_joined(self) -> bool:
-        """Whether the loss can be computed without a look at the model's outputs, and keeps nothing between calls."""
-        looks = self.compute_loss is not None or self.weight_fn is not None or self._has_weightless_class
-        return not looks and _keeps_nothing(_unwrap_partial(self.loss_fn)[0])
+    def form(self) -> Hashable | None:
+        """What the loss does, where it may be compiled together with the model: it looks at nothing, and keeps nothing.
+
+        `None` where it may not. Losses of one form differ in nothing that compiled code depends on.
+        """
+        if self.compute_loss is not None or self.weight_fn is not None or self._has_weightless_class:
+            return None
+        function, keywords = _unwrap_partial(self.loss_fn)
+        form = _form_of(function)
+        settings = tuple(sorted((name, repr(value)) for name, value in keywords.items()))
+        return None if form is None else (form, settings)
 
     def __call__(
         self,
@@ -194,7 +202,7 @@ class Objective:
             model: What to call.
             micro_batch: On the device.
             evenly: Whether each sample is known to weigh the same.
-            joined: Computes the loss of inputs and targets in place of model and `loss_fn`, if `may_be_joined`.
+            joined: Computes the loss of inputs and targets in place of model and `loss_fn`, if it has a `form`.
         """
         if joined is not None:
             return self._joined(joined, micro_batch, evenly)
@@ -298,13 +306,19 @@ def _mute(forward: Forward, outputs: list[Tensor]) -> None:
             output.register_hook(functools.partial(_zero_where, is_empty))  # type: ignore[no-untyped-call]
 
 
-def _keeps_nothing(loss_fn: Any) -> bool:
-    """Return whether a loss is torch's own, or has no attributes and no surroundings that could change."""
-    if not isinstance(loss_fn, nn.Module):
-        return isinstance(loss_fn, FunctionType | BuiltinFunctionType) and not getattr(loss_fn, "__closure__", None)
-    parts = any(vars(loss_fn)[name] for name in ("_parameters", "_buffers", "_modules"))
-    has_own = parts or not vars(loss_fn).keys() <= vars(nn.Module()).keys()
-    return type(loss_fn).__module__.startswith("torch.nn.") or not has_own
+def _form_of(loss_fn: Any) -> Hashable | None:
+    """Return what tells a loss from others; `None` if it is not torch's own and may keep, or refer to, what changes."""
+    if isinstance(loss_fn, nn.Module):
+        own = {name: value for name, value in vars(loss_fn).items() if name not in vars(nn.Module())}
+        parts = any(vars(loss_fn)[name] for name in ("_parameters", "_buffers", "_modules"))
+        is_torchs = type(loss_fn).__module__.startswith("torch.nn.")
+        return (type(loss_fn), repr(sorted(own.items()))) if is_torchs or not (own or parts) else None
+    if isinstance(loss_fn, BuiltinFunctionType):
+        return loss_fn
+    if not isinstance(loss_fn, FunctionType) or loss_fn.__closure__:
+        return None
+    writes = any(one.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for one in dis.get_instructions(loss_fn))
+    return None if writes else (loss_fn.__code__, repr(loss_fn.__defaults__), repr(loss_fn.__kwdefaults__))
 
 
 # --- what torch's own losses divide by --------------------------------------------------------------------------------
@@ -408,7 +422,9 @@ def sum_of_norms(tensors: Iterable[Tensor], order: float = 2) -> float | Tensor:
     for tensor in tensors:
         if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
             dense = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
-            groups.setdefault(tensor.dtype, []).append(dense.detach())
+            if tensor.element_size() == 1:  # 8-bit floats have no norm
+                dense = dense.float()
+            groups.setdefault(dense.dtype, []).append(dense.detach())
     sums = [torch.stack(torch._foreach_norm(own, order)).sum() for own in groups.values()]
     return sum(sums[1:], sums[0]) if sums else 0.0
 

@@ -298,6 +298,7 @@ class TrainingMemory(Memory):
             if not _is_out_of_memory(error):
                 raise
             may_redo = self._alone and self._may_recut and self._num_samples > 1 and not self._has_redone_update
+            may_redo = may_redo and self._hardware.accelerator.scaler is None  # which would be half through
             is_unchanged = is_new and before == [parameter._version for parameter in held]
             if not (may_redo and is_unchanged):
                 raise torch.OutOfMemoryError(_ON_UPDATES.format(_first_line(error))) from error

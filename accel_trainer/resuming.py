@@ -71,9 +71,14 @@ def identity_of(
         "metrics": list(metrics),
         "model": _name_of(model),
         **{name: _name_of(function) for name, function in functions.items()},
-        "learning rates": [float(group.get("initial_lr", group["lr"])) for group in settings],
+        "learning rates": [_rate_of(group) for group in settings],
         "weight decays": [float(group.get("weight_decay") or 0) for group in settings],
     }
+
+
+def _rate_of(group: Mapping[str, Any]) -> float | None:
+    rate = group.get("initial_lr", group.get("lr"))
+    return None if rate is None else float(rate)
 
 
 def _order_of(loader: DataLoader[Any] | None) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def _length(loader: DataLoader[Any] | None) -> int | None:
     dataset: Any = getattr(loader, "dataset", None)
     try:
         return len(dataset)
-    except TypeError:  # a stream, or none
+    except (TypeError, NotImplementedError):  # a stream, or none
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -62,7 +63,9 @@ class Schedule:
         self._last = self._current()
 
     def _current(self) -> float | Tensor:
-        rate = self._optimizer.param_groups[0]["lr"]
+        rate = self._optimizer.param_groups[0].get("lr")
+        if rate is None:  # the optimizer finds its own, as Adafactor may
+            return math.nan
         return rate.clone() if isinstance(rate, Tensor) else float(rate)  # not read back from the device here
 
     @property

@@ -77,8 +77,9 @@ class Trackers(Callback):
         if loss == self._told_loss or (math.isnan(loss) and math.isnan(self._told_loss)):
             return
         self._told_loss = loss
-        learning_rate = float(trainer.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
-        self._log({"step/train_loss": loss, "step/learning_rate": learning_rate}, trainer.state.step)
+        rate = trainer.optimizer.param_groups[0].get("lr")  # type: ignore[union-attr]
+        known = {} if rate is None else {"step/learning_rate": float(rate)}
+        self._log({"step/train_loss": loss, **known}, trainer.state.step)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Log what was measured in the epoch."""

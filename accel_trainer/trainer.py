@@ -29,6 +29,7 @@ from .config import TrainConfig
 from .console import warn
 from .environment import describe_environment
 from .errors import NonFiniteError
+from .exchange import meet
 from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic, num_compilations
 from .history import History
 from .losses import Metrics, Objective, Totals
@@ -303,6 +304,7 @@ class Trainer:
             _record_fault(run, error)
             raise
         # Right after the best epoch the model holds its weights already.
+        run.training.prepared.put_optimizer("eval")
         holds_best = state.best_epoch == state.epoch == history.num_epochs
         if self.config.restore_best and state.best_epoch is not None and not holds_best and not leaves:
             holds_best = run.saver.restore_best(run.training.hardware.num_processes)
@@ -389,7 +391,8 @@ class Trainer:
             _hinted(),
         ):
             yield hardware, board
-            hardware.accelerator.wait_for_everyone()  # who leaves first may take the store with it
+            if hardware.num_processes > 1:
+                meet()  # who leaves first may take the store with it
 
     @contextmanager
     def _evaluating(self) -> Iterator[Prepared]:

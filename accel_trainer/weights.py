@@ -7,7 +7,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         for name, tensor in plain.items()
     }
     seal = {_SEAL: _BLANK} if sealed else {}
-    save_file(own, path, metadata={"format": "pt", "accel_trainer": json.dumps(encode(metadata)), **seal})
+    with _in_utf8(path) as place:
+        save_file(own, place, metadata={"format": "pt", "accel_trainer": json.dumps(encode(metadata)), **seal})
     if sealed:
         _seal(path)
     flush(path)
@@ -167,13 +169,28 @@ def metadata_of(path: Path) -> dict[str, Any]:
         ValueError: It has none.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with _in_utf8(path) as place, safe_open(place, framework="pt") as file:
             content = decode(json.loads((file.metadata() or {}).get("accel_trainer", "null")))
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     if not isinstance(content, dict):
         raise ValueError("it says nothing of itself")
     return content
+
+
+@contextmanager
+def _in_utf8(path: Path) -> Iterator[Path]:
+    """Yield a name of a file that safetensors takes: in a folder of an older system's alphabet it takes none."""
+    try:
+        str(path).encode()
+        yield path
+        return
+    except UnicodeEncodeError:
+        folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        yield Path(f"/dev/fd/{folder}/{path.name}")
+    finally:
+        os.close(folder)
 
 
 def flush(path: Path) -> None:
@@ -187,7 +204,7 @@ def flush(path: Path) -> None:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file of `save_tensors` by name, tied ones under each of theirs."""
-    with safe_open(path, framework="pt") as file:
+    with _in_utf8(path) as place, safe_open(place, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         aliases = json.loads((file.metadata() or {}).get("accel_trainer", "{}")).get("aliases", {})
     return tensors | {name: tensors[kept] for name, kept in aliases.items()}

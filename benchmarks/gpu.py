@@ -15,9 +15,11 @@ right.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-for folder in (ROOT / "benchmarks", ROOT / "tests"):
-    sys.path.insert(0, str(folder))
+FOLDERS = [str(folder) for folder in (ROOT, ROOT / "benchmarks", ROOT / "tests")]
+sys.path[:0] = FOLDERS
+os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])  # of what the parts start
 os.environ.setdefault("OMP_NUM_THREADS", "4")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask whether there is a GPU touches it otherwise
@@ -54,6 +57,7 @@ class Part:
     name: str
     limit: float
     command: tuple[str, ...] = ()  # in place of the function of that name in gpu_parts.py
+    may_lack: bool = False  # of time
 
     def __call__(self, results: Path, small: bool) -> None:
         """Run it in this process."""
@@ -88,11 +92,11 @@ FIRST = [
     [Part("memory_test", 40, (*PYTEST, str(ROOT / "tests" / OUT_OF_MEMORY)))],
 ]
 SECOND = [
-    [Part("gpt2", 200)],
-    [Part("resnet", 90)],
-    [Part("save", 60)],
-    [Part("peer transformers", 90)],
-    [Part("peer lightning", 80)],
+    [Part("gpt2", 230)],
+    [Part("resnet", 70)],
+    [Part("save", 40)],
+    [Part("peer transformers", 90, may_lack=True)],
+    [Part("peer lightning", 80, may_lack=True)],
 ]
 HALVES = {"first": (FIRST, 240.0), "second": (SECOND, 420.0)}  # and the seconds that each may take
 
@@ -105,7 +109,8 @@ def tell(results: Path, found: dict[str, Any]) -> None:
 
 
 def run_part(part: Part, results: Path, output: Path, small: bool) -> None:
-    """Run a part in a process of its own, whose output goes to a file."""
+    """Run a part in a process of its own, with a group of its own, whose output goes to a file."""
+    os.setsid()
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -129,15 +134,16 @@ def run_together(parts: list[Part], results: Path, log: Path, small: bool, secon
         running.append((part, time.monotonic(), output, process))
     for part, began, output, process in running:
         process.join(max(1.0, min(part.limit, seconds) - (time.monotonic() - began)))
-        if process.is_alive():
-            process.kill()
-            process.join()
+        with contextlib.suppress(ProcessLookupError):  # it, if it takes too long, and what it has left running
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
         text, spent = output.read_text(errors="replace"), round(time.monotonic() - began, 1)
         output.unlink()
         with log.open("a") as file:
             file.write(f"\n===== {part.name}: {process.exitcode}, {spent} s\n{text[-60_000:]}")
         ended = process.exitcode == 0
-        tell(results, {"part": part.name, "name": "comes to its end", "right": ended, "seconds": spent})
+        is_right = None if part.may_lack and not ended else ended
+        tell(results, {"part": part.name, "name": "comes to its end", "right": is_right, "seconds": spent})
         if not ended:
             print(text[-2000:], flush=True)
 
@@ -157,7 +163,8 @@ def run_half(name: str, phases: list[list[Part]], seconds: float, folder: Path, 
         elif left > 20:
             run_together(phase, results, log, small, left)
         else:
-            tell(results, {"part": name, "name": f"time is left for {phase[0].name}", "right": False})
+            is_right = None if phase[0].may_lack else False
+            tell(results, {"part": name, "name": f"time is left for {phase[0].name}", "right": is_right})
     found = [json.loads(line) for line in results.read_text().splitlines()]
     wrong = [one for one in found if one.get("right") is False]
     print(f"{name}: {time.monotonic() - began:.0f} s, {len(found)} findings, {len(wrong)} of them wrong", flush=True)

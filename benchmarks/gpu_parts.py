@@ -196,7 +196,7 @@ def fp16(find: Finder) -> None:
         return find.measure("needs a GPU")
 
     def loss_fn(outputs: Any, targets: Any) -> Any:
-        return 1e4 * F.cross_entropy(outputs, targets)  # scaled by 65,536 its gradients overflow in half precision
+        return 100 * F.cross_entropy(outputs, targets)  # scaled by 65,536 its gradients overflow in half precision
 
     for fused in (False, True):
         for norm in (None, 1.0):
@@ -204,14 +204,14 @@ def fp16(find: Finder) -> None:
             def counted(fused: bool = fused, norm: float | None = norm) -> dict[str, Any]:
                 optimizer = functools.partial(torch.optim.AdamW, lr=0.01, fused=fused)
                 how = {"loss_fn": loss_fn, "optimizer": optimizer, "max_grad_norm": norm, "mixed_precision": "fp16"}
-                trainer, _ = fit(**how)
+                trainer, _ = fit(num_epochs=4, **how)
                 own = {int(state["step"]) for state in trainer.optimizer.state.values()}
                 return {"counted": trainer.state.step, "optimizer": sorted(own), "batches": trainer.state.num_batches}
 
             find.check(
                 f"steps with overflows, fused {fused}, clipping {norm}",
                 counted,
-                lambda found: [found["counted"]] == found["optimizer"] and found["counted"] < found["batches"],
+                lambda found: [found["counted"]] == found["optimizer"] and 0 < found["counted"] < found["batches"],
             )
 
 
@@ -231,10 +231,15 @@ def second_fit(find: Finder) -> None:
         trainer.fit(loader_of(data, 512))
         return torch.cuda.memory_allocated() if find.on_gpu else 0
 
+    def left_by_the_second() -> int:
+        before = left()  # what libraries keep for themselves, such as the workspaces of cuBLAS
+        return left() - before
+
     find.check("counters of steps stay on the host", counters, lambda found: found == ["cpu"])
     gc.collect()
     gc.disable()
-    find.check("bytes on the GPU after a run with 64 MiB of data", left, lambda found: found < 2**24)
+    told = "bytes that a second run with 64 MiB of data leaves on the GPU"
+    find.check(told, left_by_the_second, lambda found: found < 2**20)
     gc.enable()
 
 
@@ -395,7 +400,9 @@ def two_processes(find: Finder) -> None:
     """Two processes on one GPU are one."""
 
     def run(bitwise: bool) -> Any:
-        alone, shared = (run_on_processes(n, _one_of, n > 1, bitwise, timeout=100)[0] for n in (1, 2))
+        how: dict[str, Any] = {"timeout": 100, "environment": {"LOCAL_RANK": "0"}}  # the same GPU
+        shared = run_on_processes(2, _one_of, True, bitwise, **how)[0]
+        alone = run_on_processes(1, _one_of, False, bitwise, timeout=100)[0]
         return alone == shared if bitwise else apart(alone[1], shared[1])
 
     find.check("two processes and one: difference of the losses", lambda: run(False), _within(1e-5))
@@ -525,7 +532,7 @@ def gpt2(find: Finder) -> None:
     """GPT-2 of 124 million parameters, compiled and in bf16: the hand-written loop and ours in turn."""
     turns = []
     with _quiet():
-        for number in range(1 if find.small else 4):
+        for number in range(1 if find.small else 3):
             measured = {}
             for who in (HAND, OURS) if number % 2 == 0 else (OURS, HAND):
                 measured[who] = _timed(find, who, "gpt2")

@@ -1,14 +1,15 @@
 """What a GPU would find, found without one: on an emulated device, by the CPU's scaler, by memory that is reused."""
 
+import copy
 import functools
 import gc
 import math
 import os
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 
 import numpy
 import pytest
@@ -387,6 +388,50 @@ def test_parts_of_rows_begin_as_if_they_had_been_fetched_alone(make):
     assert aligned(whole[fitting:]).data_ptr() == whole[fitting:].data_ptr()
 
 
+class Custom(dict):
+    """A batch of a library's own kind, which cannot be made from a dictionary."""
+
+    def __init__(self, size, **values):
+        super().__init__(values)
+        self.size = size
+
+
+def test_containers_of_every_kind_are_pinned_or_left_alone(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    custom = Custom(3, a=torch.ones(3))
+    result = pinned(custom)
+    assert type(result) is Custom and result.size == 3 and result["a"] is not custom["a"]
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    assert torch.equal(pinned(packed).data, packed.data)
+
+    class Refuses:
+        def pin_memory(self):
+            raise NotImplementedError
+
+    odd = Refuses()
+    assert pinned([odd, torch.ones(1)])[0] is odd
+
+
+def test_the_sizes_of_a_packed_sequence_stay_on_the_host(monkeypatch):
+    """Both streams are told of what is on the device only."""
+    told = []
+
+    class Placed(torch.Tensor):
+        is_cuda = True
+
+        def record_stream(self, stream):
+            told.append(self.shape)
+
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    placed = packed._replace(data=packed.data.as_subclass(Placed))
+    monkeypatch.setattr(hardware, "send_to_device", lambda *_, **__: placed)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    machine = Hardware()
+    machine._on_cpu, machine._copying, machine._here = False, object(), torch.device("cuda", 0)
+    assert machine.place(packed) is placed and told == [packed.data.shape]
+
+
 # --- compiling --------------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +534,89 @@ def test_two_graphs_serve_all_runs_of_a_model_and_nothing_else_changes(choices, 
     counts, losses = graphs_of({**choices, "mixed_precision": precision})
     assert counts == [2] * 10
     assert losses == graphs_of({**choices, "mixed_precision": precision}, compile=False)[1]
+
+
+NUM_CALLS = 0
+
+
+def counting_in_a_global(outputs, targets):
+    global NUM_CALLS
+    NUM_CALLS += 1
+    return F.cross_entropy(outputs, targets)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_with_other_settings_are_never_taken_for_each_other_nor_run_uncompiled():
+    """A search over settings: each is compiled once, the same ones in another object are not."""
+
+    def search(losses):
+        torch._dynamo.reset()
+        counter, original, found = CompileCounter(), torch.compile, []
+        torch.compile = functools.partial(original, backend=counter)
+        try:
+            for loss_fn in losses:
+                torch.manual_seed(0)
+                model = Net()
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                config = quiet(num_epochs=1, compile=True, restore_best=False)
+                history = Trainer(model, optimizer, loss_fn, config=config).fit(loader_of(make_data(32), 8))
+                found.append((counter.frame_count, history.train_losses[0]))
+        finally:
+            torch.compile = original
+        return found
+
+    settings = [0.05 * number for number in range(11)]
+    for make in (
+        lambda setting: nn.CrossEntropyLoss(label_smoothing=setting),
+        lambda setting: functools.partial(F.cross_entropy, label_smoothing=setting),
+    ):
+        found = search([make(setting) for setting in settings])
+        assert [count for count, _ in found] == list(range(1, 12))
+        assert len({loss for _, loss in found}) == 11
+        assert search([make(0.1) for _ in range(4)])[-1][0] == 1
+    assert search([counting_in_a_global] * 3)[-1][0] == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_model_in_low_precision_is_itself_wherever_it_is_called(compile, monkeypatch):
+    """Copies have weights of their own; methods and callbacks that call the model get its precision and its outputs."""
+    seen = {}
+
+    def note(name):
+        def hook(module, inputs, outputs):
+            seen.setdefault(name, outputs.dtype)
+
+        return hook
+
+    class Own(Net):
+        def loss_of(self, batch):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    class Looks(Callback):
+        def on_epoch_end(self, trainer):
+            seen["inside a callback"] = trainer.model(torch.ones(2, 5)).dtype
+            twin = copy.deepcopy(trainer.model)
+            for parameter in twin.parameters():
+                nn.init.zeros_(parameter)
+            seen["copy"] = twin(torch.ones(2, 5)).abs().max().item()
+
+    model = Own()
+    model.register_forward_hook(note("root"))
+    model.last.register_forward_hook(note("inner"))
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(original, backend="eager"))
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        compute_loss=lambda model, batch: model.loss_of(batch),
+        callbacks=[Looks()],
+        config=quiet(num_epochs=1, compile=compile, mixed_precision="bf16"),
+    )
+    trainer.fit(loader_of(make_data(16), 8), loader_of(make_data(16), 8))
+    assert seen["inner"] == torch.bfloat16
+    assert seen["root"] == seen["inside a callback"] == torch.float32 and seen["copy"] == 0.0
+    assert "forward" not in model.__dict__
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -669,6 +797,14 @@ def test_an_overflow_while_clipping_is_no_error(name):
     history = trainer.fit(loader_of(make_data(80), 8))
     assert trainer.state.step == 17 and trainer.state.num_batches == 20
     assert all(map(math.isfinite, history.grad_norms))
+
+
+def test_scaled_gradients_are_not_taken_for_others_when_memory_runs_out():
+    model = make_model()
+    optimizer = Starved(model.parameters(), [])
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), accelerator=scaled, config=quiet(max_grad_norm=1.0))
+    with pytest.raises(torch.OutOfMemoryError, match="while the weights were updated"):
+        trainer.fit(loader_of(make_data(64), 16))
 
 
 def test_fp16_reads_once_a_step():
@@ -899,7 +1035,7 @@ def test_the_state_of_an_optimizer_is_where_torch_wants_it_in_a_second_run(monke
 
 
 @pytest.mark.parametrize("choices, where", [({}, "cpu"), ({"capturable": True, "foreach": True}, "meta")])
-def test_a_state_that_was_loaded_moves_to_its_parameters(choices, where):
+def test_a_state_that_was_loaded_moves_to_its_parameters(choices, where, monkeypatch):
     parameter = nn.Parameter(torch.ones(2, device=DEVICE))
     optimizer = torch.optim.AdamW([parameter], **choices)
     nested = {"deep": [torch.ones(2)]}
@@ -908,6 +1044,11 @@ def test_a_state_that_was_loaded_moves_to_its_parameters(choices, where):
     own = optimizer.state[parameter]
     assert own["step"].device.type == where and own["number"] == 3
     assert own["exp_avg"].device == own["own"]["deep"][0].device == DEVICE
+    moved = {"step": torch.ones((), device=DEVICE), "exp_avg": torch.ones(2, device=DEVICE)}  # by another trainer
+    optimizer.state[parameter] = moved
+    with EmulatedGpu(monkeypatch):
+        place_state(optimizer)
+    assert moved["step"].device.type == where
     unused = torch.optim.AdamW([nn.Parameter(torch.ones(1))])
     place_state(unused)
     assert not unused.state
@@ -971,6 +1112,63 @@ def without_collector():
         yield
     finally:
         gc.enable()
+
+
+class Mixed(nn.Module):
+    """Buffers of several kinds beside each other, one of which becomes infinite for a while."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.layer, self.norm, self.at, self.num_calls = nn.Linear(5, 3), nn.BatchNorm1d(5), at, 0
+        self.register_buffer("peak", torch.zeros(2))
+        self.register_buffer("precise", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+
+    def forward(self, inputs):
+        if self.training:
+            self.num_calls += 1
+            self.peak.fill_(math.inf if self.num_calls in self.at else inputs.max().item())
+            self.precise.add_(1)
+        return self.layer(self.norm(inputs))
+
+
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_a_buffer_that_was_infinite_recovers(bitwise):
+    """Inside an epoch: the next step finds the average of what its micro-batches have left."""
+
+    def peak_after(at, num_steps):
+        model = Mixed(at)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = quiet(num_micro_batches=2, bitwise=bitwise, max_steps=num_steps, on_nonfinite="ignore")
+        trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), config=config)
+        trainer.fit(loader_of(make_data(40), 8, shuffle=False))
+        return model.peak[0].item(), model.precise[0].item()
+
+    inputs = make_data(40).tensors[0]
+    assert peak_after((3,), 2) == (math.inf, 2.0)
+    expected = (inputs[16:20].max() + inputs[20:24].max()).item() / 2
+    assert peak_after((3,), 3) == (pytest.approx(expected), 3.0)
+
+
+def test_operations_on_lists_never_mix_kinds(monkeypatch):
+    """A GPU falls back to a kernel for each tensor then."""
+    mixed = []
+
+    def spied(original):
+        def call(first, *others, **how):
+            lists = [first, *(one for one in others if isinstance(one, (list, tuple)))]
+            mixed.append(len({(one.dtype, one.device) for tensors in lists for one in tensors}) > 1)
+            return original(first, *others, **how)
+
+        return call
+
+    for name in ("_foreach_copy_", "_foreach_sub", "_foreach_add", "_foreach_div"):
+        monkeypatch.setattr(torch, name, spied(getattr(torch, name)))
+    model = Mixed(())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    config = quiet(num_micro_batches=4, on_nonfinite="skip")
+    Trainer(model, optimizer, nn.CrossEntropyLoss(), config=config).fit(loader_of(make_data(40), 8))
+    assert mixed and not any(mixed)
 
 
 def test_nothing_of_a_run_outlives_it(tmp_path):

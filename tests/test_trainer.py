@@ -911,7 +911,7 @@ def test_a_state_that_cannot_be_saved_is_refused_before_the_first_step():
     assert trainer.state.step == 0
 
 
-def test_outputs_that_are_not_one_per_sample_are_refused():
+def test_outputs_that_are_not_one_per_sample_are_left_out_or_refused():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -921,8 +921,16 @@ def test_outputs_that_are_not_one_per_sample_are_refused():
             return self.layer(inputs)
 
     loader = DataLoader(TensorDataset(torch.zeros(16, 3, 1)), batch_size=8)
-    with pytest.raises(ValueError, match=r"for 8 samples the model returned shape \(1, 8, 4\)"):
-        Trainer(Recurrent(), None, nn.MSELoss(), config=quiet()).predict(loader)
+    with pytest.warns(UserWarning, match=r"predict leaves out what has no entry per sample: \[1\]\[0\], \[1\]\[1\]"):
+        outputs, state = Trainer(Recurrent(), None, nn.MSELoss(), config=quiet()).predict(loader)
+    assert outputs.shape == (16, 3, 4) and state == (None, None)
+
+    class Turned(Recurrent):
+        def forward(self, inputs):
+            return self.layer(inputs)[0].transpose(0, 1)
+
+    with pytest.raises(ValueError, match=r"for 8 samples the model returned shape \(3, 8, 4\)"):
+        Trainer(Turned(), None, nn.MSELoss(), config=quiet()).predict(loader)
 
 
 def data_on_one_process_only():

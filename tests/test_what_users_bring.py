@@ -1,0 +1,491 @@
+"""Optimizers, data sets, models and callbacks of other libraries: taken by their documented interface, or refused."""
+
+import copy
+import math
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import (
+    ChainDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    TensorDataset,
+)
+
+from accel_trainer import Callback, StopTraining, Trainer, evaluate_model, train_model
+from support import correct, loader_of, make_data, make_model, on_processes, quiet
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+class Averaging(torch.optim.Optimizer):
+    """SGD whose weights in evaluation are their mean so far, by the interface of schedule-free optimizers."""
+
+    def __init__(self, parameters, lr=0.1):
+        super().__init__(parameters, {"lr": lr, "num_steps": 0, "train_mode": False})
+
+    @torch.no_grad()
+    def _swap(self, mode):
+        for group in self.param_groups:
+            if group["train_mode"] != mode:
+                for parameter in group["params"]:
+                    if "other" in self.state[parameter]:
+                        kept = parameter.clone()
+                        parameter.copy_(self.state[parameter]["other"])
+                        self.state[parameter]["other"].copy_(kept)
+            group["train_mode"] = mode
+
+    def train(self):
+        self._swap(True)
+
+    def eval(self):
+        self._swap(False)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["train_mode"]
+            group["num_steps"] += 1
+            for parameter in group["params"]:
+                parameter.add_(parameter.grad, alpha=-group["lr"])
+                mean = self.state[parameter].setdefault("other", parameter.clone())
+                mean.lerp_(parameter, 1 / group["num_steps"])
+
+
+def averaged_by_hand(num_epochs):
+    model = make_model()
+    optimizer, losses = Averaging(model.parameters()), []
+    for _ in range(num_epochs):
+        optimizer.train()
+        for inputs, targets in loader_of(make_data(24), 8, shuffle=False):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        optimizer.eval()
+        inputs, targets = make_data(24).tensors
+        losses.append(F.cross_entropy(model(inputs), targets).item())
+    return model, losses
+
+
+def averaged(num_epochs, run_dir=None, **choices):
+    model = make_model()
+    optimizer = Averaging(model.parameters())
+    config = quiet(num_epochs=num_epochs, run_dir=run_dir, **choices)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), config=config)
+    history = trainer.fit(loader_of(make_data(24), 8, shuffle=False), loader_of(make_data(24), 24, shuffle=False))
+    return model, history.test_losses
+
+
+@pytest.mark.parametrize("restore_best", [True, False])
+def test_an_optimizer_is_put_into_evaluation_for_tests_saves_and_the_end(restore_best):
+    by_hand, expected = averaged_by_hand(4)
+    model, losses = averaged(4, restore_best=restore_best)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert all(map(torch.allclose, model.parameters(), by_hand.parameters()))
+
+
+@pytest.mark.parametrize("max_steps", [4, 6])
+def test_such_an_optimizer_goes_on_within_and_between_epochs(max_steps, tmp_path):
+    _, expected = averaged(4)
+    averaged(4, tmp_path / "run", max_steps=max_steps)
+    _, losses = averaged(4, tmp_path / "run", resume=True)
+    assert losses == expected
+
+
+def test_the_tutorial_functions_put_it_there_too():
+    _, expected = averaged_by_hand(3)
+    model, losses = make_model(), []
+    optimizer, loss_fn = Averaging(model.parameters()), nn.CrossEntropyLoss()
+    train, test = loader_of(make_data(24), 8, shuffle=False), loader_of(make_data(24), 24, shuffle=False)
+    for _ in range(3):
+        train_model(train, model, loss_fn, optimizer)
+        losses.append(evaluate_model(test, model, loss_fn))
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+class WantsClosure(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+class WantsMore(torch.optim.SGD):
+    def step(self, loss_value, closure=None):
+        return super().step(closure)
+
+
+class MayHaveClosure(torch.optim.SGD):
+    def step(self, *args, **kwargs):
+        return super().step(*args, **kwargs)
+
+
+def test_an_optimizer_that_cannot_step_alone_is_refused_before_training():
+    model = make_model()
+    for kind in (WantsClosure, WantsMore):
+        with pytest.raises(TypeError, match=f"The optimizer {kind.__name__} wants a closure"):
+            Trainer(model, kind(model.parameters(), lr=0.1), nn.CrossEntropyLoss())
+    trainer = Trainer(model, MayHaveClosure(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=quiet())
+    assert trainer.fit(loader_of(make_data(8), 4)).num_epochs == 2
+
+
+class OwnRate(torch.optim.SGD):
+    """An optimizer that finds its learning rate by itself."""
+
+    def __init__(self, parameters, remove):
+        super().__init__(parameters, lr=0.1)
+        for group in self.param_groups:
+            group["own"] = group.pop("lr")
+            if not remove:
+                group["lr"] = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(parameter.grad, alpha=-group["own"])
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_an_optimizer_without_a_learning_rate_trains_and_goes_on(remove, tmp_path):
+    def run(run_dir=None, **choices):
+        model = make_model()
+        config = quiet(num_epochs=3, run_dir=run_dir, **choices)
+        trainer = Trainer(model, OwnRate(model.parameters(), remove), nn.CrossEntropyLoss(), config=config)
+        return trainer.fit(loader_of(make_data(24), 8), loader_of(make_data(24), 8))
+
+    expected = run()
+    assert all(map(math.isnan, expected.learning_rates))
+    run(tmp_path / "run", max_steps=4)
+    assert run(tmp_path / "run", resume=True).test_losses == expected.test_losses
+
+
+# --- weights that are what they are by design -------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    def __init__(self, value, dtype=torch.float32):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.mask = nn.Parameter(torch.tensor([0.0, 0.0, value]).to(dtype), requires_grad=False)
+        self.register_buffer("scale", torch.ones(3).to(dtype))
+
+    def forward(self, inputs):
+        return self.layer(inputs) * self.scale.float() + self.mask.float()
+
+
+def two_classes(num_samples=24):
+    inputs, targets = make_data(num_samples).tensors
+    return TensorDataset(inputs, targets % 2)
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_frozen_weights_that_were_never_finite_are_no_fault(value, on_nonfinite, tmp_path):
+    model = Masked(-math.inf)
+    if math.isnan(value):
+        model.unused = nn.Parameter(torch.tensor(value), requires_grad=False)
+    optimizer = torch.optim.SGD(model.layer.parameters(), lr=0.1)
+    config = quiet(run_dir=tmp_path / "run", on_nonfinite=on_nonfinite)
+    history = Trainer(model, optimizer, nn.CrossEntropyLoss(), config=config).fit(loader_of(two_classes(), 8))
+    assert all(map(math.isfinite, history.train_losses)) and history.best_epoch == 2
+
+
+def test_frozen_weights_that_become_infinite_are_one():
+    class Breaks(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 2:
+                trainer.model.mask.data.fill_(-math.inf)
+
+    model = Masked(0.0)
+    optimizer = torch.optim.SGD(model.layer.parameters(), lr=0.0)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Breaks()], config=quiet())
+    with pytest.raises(ArithmeticError, match="mask"):
+        trainer.fit(loader_of(two_classes(), 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_are_enough_for_what_is_frozen(dtype, tmp_path):
+    model, plain = Masked(1.0, dtype), Masked(1.0)
+    plain.layer.load_state_dict(copy.deepcopy(model.layer.state_dict()))
+    losses = []
+    for one in (model, plain):
+        optimizer = torch.optim.SGD(one.layer.parameters(), lr=0.1)
+        trainer = Trainer(one, optimizer, nn.CrossEntropyLoss(), config=quiet(num_micro_batches=2))
+        losses.append(trainer.fit(loader_of(make_data(24), 8)).train_losses)
+    assert losses[0] == losses[1]
+
+
+# --- data that changes between epochs ---------------------------------------------------------------------------------
+
+
+def samples_by_epoch(dataset, change, num_epochs=2, **how):
+    """Return the samples of each epoch when the data is changed after the first."""
+    seen = [[]]
+
+    class Changes(Callback):
+        def on_epoch_end(self, trainer):
+            seen.append([])
+            if trainer.state.epoch == 1:
+                change()
+
+    def compute_loss(model, batch):
+        seen[-1] += (batch[0] if isinstance(batch, (list, tuple)) else batch).flatten().tolist()
+        return model(torch.ones(1, 1)).mean()
+
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = quiet(num_epochs=num_epochs)
+    Trainer(model, optimizer, compute_loss=compute_loss, callbacks=[Changes()], config=config).fit(
+        DataLoader(dataset, **{"batch_size": 3, **how})
+    )
+    return [sorted(epoch) for epoch in seen[:num_epochs]]
+
+
+def numbers(count=8):
+    return TensorDataset(torch.arange(float(count)).view(count, 1))
+
+
+@pytest.mark.parametrize("kind", [list, numpy.array, torch.tensor, tuple])
+def test_a_subset_that_is_given_other_samples_shows_them(kind):
+    subset = Subset(numbers(), kind([0, 1, 2]))
+    assert samples_by_epoch(subset, lambda: setattr(subset, "indices", kind([4, 5, 6, 7])), shuffle=True) == [
+        [0, 1, 2],
+        [4, 5, 6, 7],
+    ]
+
+
+def test_a_subset_whose_list_is_changed_in_place_shows_it():
+    subset = Subset(numbers(), [0, 1])
+    assert samples_by_epoch(subset, lambda: subset.indices.extend([4, 5])) == [[0, 1], [0, 1, 4, 5]]
+    assert samples_by_epoch(subset, lambda: subset.indices.__setitem__(0, 7)) == [[0, 1, 4, 5], [1, 4, 5, 7]]
+    inner = Subset(numbers(), [0, 1, 2, 3])
+    outer = Subset(inner, [0, 1])
+    assert samples_by_epoch(outer, lambda: setattr(inner, "indices", [6, 5, 4, 3])) == [[0, 1], [5, 6]]
+
+
+def test_a_subset_of_another_whole_shows_it():
+    subset = Subset(numbers(), [0, 1])
+    whole = TensorDataset(torch.arange(8.0).view(8, 1) + 10)
+    assert samples_by_epoch(subset, lambda: setattr(subset, "dataset", whole)) == [[0, 1], [10, 11]]
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_tensors_that_are_replaced_are_seen(count):
+    data = numbers(4)
+    other = (torch.arange(float(count)).view(count, 1) + 10,)
+    assert samples_by_epoch(data, lambda: setattr(data, "tensors", other), shuffle=True) == [
+        [0, 1, 2, 3],
+        [float(number + 10) for number in range(count)],
+    ]
+
+
+class Seeded(IterableDataset):
+    """A stream that is shuffled by the epoch it is told."""
+
+    def __init__(self, first):
+        self.first, self.epoch = first, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(self.epoch))
+        return iter((order + self.first).float().tolist())
+
+
+class Wrapped(IterableDataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        return iter(self.dataset)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ChainDataset([Seeded(0), Seeded(8)]),
+        lambda: Wrapped(Seeded(0)),
+        lambda: ChainDataset([Wrapped(Seeded(0)), Wrapped(Wrapped(Seeded(8)))]),
+    ],
+    ids=["chain", "wrapper", "both"],
+)
+def test_streams_within_others_are_told_the_epoch(make):
+    orders = [[], [], []]
+
+    def compute_loss(model, batch):
+        orders[trainer.state.epoch - 1] += batch.tolist()
+        return model(torch.ones(1, 1)).mean()
+
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, compute_loss=compute_loss, config=quiet(num_epochs=3))
+    trainer.fit(DataLoader(make(), batch_size=4))
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+class Once(IterableDataset):
+    """A stream that can be read once."""
+
+    def __init__(self):
+        self.items = iter([make_data(16)[index] for index in range(16)])
+
+    def __iter__(self):
+        return self.items
+
+
+def test_a_test_stream_that_ends_for_good_is_told():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), config=quiet(num_epochs=3))
+    with pytest.raises(ValueError, match="test_loader yields no batch"):
+        trainer.fit(loader_of(make_data(16), 8), DataLoader(Once(), batch_size=8))
+    assert trainer.history.num_epochs == 1
+
+
+class Unsized(Sampler):
+    def __init__(self):
+        pass
+
+    def __iter__(self):
+        return iter(range(10))
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+class UnsizedData(Dataset):
+    def __getitem__(self, index):
+        return make_data(10)[index]
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("dataset", [make_data(10), UnsizedData()], ids=["sampler", "both"])
+def test_what_cannot_say_its_length_trains(dataset, tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = quiet(run_dir=tmp_path / "run", verbose=True)
+    loader = DataLoader(dataset, batch_size=5, sampler=Unsized())
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), config=config)
+    assert trainer.fit(loader, loader).num_epochs == 2 and trainer.state.step == 4
+
+
+class OwnIteration(DataLoader):
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch[0] * 2, batch[1]
+
+
+class OwnMethod(DataLoader):
+    def describe(self):
+        return "a loader"
+
+
+def test_a_loader_that_iterates_by_itself_is_refused_with_the_remedy():
+    model = make_model()
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=quiet())
+    for call in (trainer.fit, trainer.evaluate, trainer.predict):
+        with pytest.raises(
+            TypeError, match="OwnIteration, whose own __iter__ would not be used.*Give a plain DataLoader"
+        ):
+            call(OwnIteration(make_data(16), 8))
+    assert trainer.fit(OwnMethod(make_data(16), 8)).num_epochs == 2
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+class Rich(nn.Module):
+    """What models return beside their scores: a loss, a cache, a text, nothing."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.kind = nn.Linear(5, 3), kind
+
+    def forward(self, inputs):
+        scores = self.layer(inputs)
+        return {
+            "dictionary": {"loss": scores.mean(), "scores": scores, "cache": object(), "name": "a", "none": None},
+            "tuple": (scores.mean(), scores, "a"),
+            "nested": {"scores": scores, "hidden": {"last": scores + 1, "norm": scores.norm()}, "layers": [scores, 3]},
+        }[self.kind]
+
+
+@pytest.mark.parametrize("num_micro_batches", [None, 2])
+def test_predict_takes_what_has_an_entry_per_sample_and_names_the_rest(num_micro_batches):
+    expected = {}
+    for kind, left_out in (
+        ("dictionary", "['cache'], ['loss'], ['name']"),
+        ("tuple", "[0], [2]"),
+        ("nested", "['hidden']['norm'], ['layers'][1]"),
+    ):
+        model = Rich(kind)
+        inputs = make_data(10).tensors[0]
+        expected = model.layer(inputs)
+        trainer = Trainer(model, None, nn.CrossEntropyLoss(), config=quiet(num_micro_batches=num_micro_batches))
+        with pytest.warns(UserWarning) as caught:
+            outputs = trainer.predict(loader_of(make_data(10), 4))
+        assert [str(one.message) for one in caught] == [f"predict leaves out what has no entry per sample: {left_out}."]
+        take = {"dictionary": lambda out: out["scores"], "tuple": lambda out: out[1]}
+        found = take.get(kind, lambda out: out["hidden"]["last"] - 1)(outputs)
+        assert torch.allclose(found, expected, atol=1e-6)
+    assert list(outputs) == ["scores", "hidden", "layers"]
+
+
+def test_predict_without_anything_per_sample_says_so():
+    class Useless(nn.Linear):
+        def forward(self, inputs):
+            return {"loss": super().forward(inputs).mean()}
+
+    trainer = Trainer(Useless(5, 3), None, nn.CrossEntropyLoss(), config=quiet())
+    with pytest.raises(ValueError, match="predict joins outputs along the samples"):
+        trainer.predict(loader_of(make_data(10), 4))
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+def stopped(reason):
+    class Stops(Callback):
+        def on_epoch_end(self, trainer):
+            raise StopTraining(reason)
+
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Stops()], config=quiet(num_epochs=5))
+    history = trainer.fit(loader_of(make_data(16), 8))
+    return history.num_epochs, history.stop_reason
+
+
+REASONS = [None, "", ValueError("too good"), 3, ["a", "b"]]
+
+
+@pytest.mark.parametrize("reason", REASONS, ids=repr)
+def test_a_wish_to_stop_counts_whatever_its_reason(reason):
+    num_epochs, said = stopped(reason)
+    assert num_epochs == 1 and (str(reason) if reason else "a callback asked for it") in said
+
+
+@pytest.mark.distributed
+def test_a_wish_to_stop_counts_on_two_processes_too():
+    for reason in (None, ValueError("too good")):
+        outcomes = on_processes(2, stopped, reason)
+        assert outcomes[0] == outcomes[1] == stopped(reason)
+
+
+@pytest.mark.parametrize("thing", ["a model", None, 3, correct])
+def test_what_is_no_model_is_named(thing):
+    loader = loader_of(make_data(8), 4)
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
+        train_model(loader, thing, nn.CrossEntropyLoss(), optimizer)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
+        evaluate_model(loader, thing, nn.CrossEntropyLoss())
