@@ -23,7 +23,6 @@ from accelerate.utils import (
     DistributedType,
     DynamoBackend,
     convert_to_fp32,
-    get_mixed_precision_context_manager,
     recursively_apply,
     send_to_device,
 )
@@ -506,7 +505,7 @@ class Prepared:
 
     def _compile(self, compile: bool | Literal["regional"]) -> None:
         """Cast the model to the precision of the run, and compile it, or each of the blocks that it repeats."""
-        if self._autocast is not _NOTHING:
+        if self._autocast is not None:
             self.plain.forward = _cast(self.plain.forward, self._autocast)
         how = self._how_to_compile
         blocks = _repeated_blocks(self.plain) if compile == "regional" else []
@@ -614,22 +613,17 @@ def _neither_compiling_nor_casting(accelerator: Accelerator) -> Iterator[None]:
         plugin.backend, accelerator.native_amp = backend, casts
 
 
-_autocasts: dict[Any, AbstractContextManager[Any]] = {}
-
-
-def _autocast_of(accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """Return what a forward is cast to lower precision by: one object per setting, which compiled code holds on to."""
+def _autocast_of(accelerator: Accelerator) -> tuple[Any, ...] | None:
+    """Return the arguments of `torch.autocast` for a forward in lower precision; `None` where nothing is cast."""
     if not accelerator.native_amp:
-        return _NOTHING
+        return None
     handler = accelerator.autocast_handler
     options = {} if handler is None else handler.to_kwargs()
-    key = (accelerator.device.type, accelerator.mixed_precision, *sorted(options.items()))
-    if key not in _autocasts:
-        _autocasts[key] = get_mixed_precision_context_manager(accelerator.native_amp, handler)
-    return _autocasts[key]
+    dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+    return accelerator.device.type, dtype, options.get("enabled", True), options.get("cache_enabled")
 
 
-def _cast(forward: Any, autocast: Any) -> Any:
+def _cast(forward: Any, autocast: tuple[Any, ...]) -> Any:
     """Return a forward that computes in lower precision and returns full precision.
 
     A method stays one of its object, so that a copy of the model computes with its own weights.
@@ -640,11 +634,12 @@ def _cast(forward: Any, autocast: Any) -> Any:
 
 
 @lru_cache
-def _casting(function: Any, autocast: Any) -> Any:
+def _casting(function: Any, autocast: tuple[Any, ...]) -> Any:
     """Return a function that casts; the same for the same, as compiled code needs it."""
+    device_type, dtype, enabled, cache_enabled = autocast
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        with autocast:
+        with torch.autocast(device_type, dtype, enabled, cache_enabled):  # a new one: a model may call itself
             outputs = function(*args, **kwargs)
         return convert_to_fp32(outputs)
 

@@ -89,7 +89,7 @@ class EmulatedGpu:
         monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
         monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: self.note("synchronization"))
         # torch casts to lower precision on devices that it knows; what is around that is the same.
-        monkeypatch.setattr("accel_trainer.hardware.get_mixed_precision_context_manager", lambda *_: nullcontext())
+        monkeypatch.setattr("torch.autocast", lambda *_: nullcontext())
         self.waits = Counter()
         self.step = 0
         self.is_in_optimizer = False

@@ -536,6 +536,29 @@ def test_two_graphs_serve_all_runs_of_a_model_and_nothing_else_changes(choices, 
     assert losses == graphs_of({**choices, "mixed_precision": precision}, compile=False)[1]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_model_that_calls_itself_leaves_no_precision_behind(compile, monkeypatch):
+    class Twice(Net):
+        def forward(self, inputs, again=True):
+            first = self.forward(inputs, again=False) if again else 0
+            assert torch.is_autocast_enabled("cpu")
+            return super().forward(inputs) + first
+
+    class Looks(Callback):
+        def on_step_end(self, trainer):
+            assert not torch.is_autocast_enabled("cpu")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(original, backend="eager"))
+    model = Twice()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = quiet(num_epochs=1, compile=compile, mixed_precision="bf16")
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Looks()], config=config)
+    trainer.fit(loader_of(make_data(16), 8), loader_of(make_data(16), 8))
+    assert not torch.is_autocast_enabled("cpu")
+
+
 NUM_CALLS = 0
 
 
