@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,51 @@ def describe_environment(hardware: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in names if (found := _version(name)) is not None},
         "git_commit": _git_commit(),
-        "command": sys.orig_argv,
-        "environment": {name: value for name, value in sorted(os.environ.items()) if _matters(name)},
+        "command": masked(sys.orig_argv),
+        "environment": {
+            name: _HIDDEN if _SECRET.search(name) else _without_secrets(value)
+            for name, value in sorted(os.environ.items())
+            if _matters(name)
+        },
     }
+
+
+_HIDDEN = "***"
+_SECRET = re.compile(
+    r"token|passw|passphrase|secret|api[-_]?key|access[-_]?key|private[-_]?key|credential", re.IGNORECASE
+)
+# User and password in an address, and keys whose makers let one know them: of Hugging Face, OpenAI, GitHub, GitLab,
+# Slack, AWS, Google; and JSON web tokens.
+_SHAPES = re.compile(
+    r"(?<=://)[^/@\s]+(?=@)|\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza)[\w-]{12,}"
+    r"|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
+)
+
+
+def masked(command: Sequence[str]) -> list[str]:
+    """Return a command line without what nobody else should know, by name and by shape.
+
+    Example:
+        >>> masked(["train.py", "--token=abc", "--password", "def", "--data", "https://me:pass@host/x"])
+        ['train.py', '--token=***', '--password', '***', '--data', 'https://***@host/x']
+    """
+    shown: list[str] = []
+    hides_next = False
+    for argument in command:
+        name, is_pair, _ = argument.partition("=")
+        is_option = argument.startswith("-")
+        if hides_next and not is_option:
+            shown.append(_HIDDEN)
+        elif is_pair and _SECRET.search(name):
+            shown.append(f"{name}={_HIDDEN}")
+        else:
+            shown.append(_without_secrets(argument))
+        hides_next = is_option and not is_pair and _SECRET.search(argument) is not None
+    return shown
+
+
+def _without_secrets(text: str) -> str:
+    return _SHAPES.sub(_HIDDEN, text)
 
 
 def _matters(variable: str) -> bool:

@@ -269,9 +269,12 @@ def _checked_weight(weight: Any, loss: Any) -> Weight:
             raise ValueError(f"The weight of a micro-batch must be one number, got shape {tuple(weight.shape)}.")
         weight = weight.detach().reshape(())
         return on_device(weight, loss.device) if isinstance(loss, Tensor) else weight
-    if not isinstance(weight, Real) or not float(weight) >= 0:
-        raise ValueError(f"The weight of a micro-batch must be a number of at least 0, got {weight!r}.")
+    if not isinstance(weight, Real) or not 0 <= float(weight) < _LARGEST_WEIGHT:
+        raise ValueError(f"The weight of a micro-batch must be a number of at least 0 and below 1e30, got {weight!r}.")
     return float(weight)
+
+
+_LARGEST_WEIGHT = 1e30  # times a loss, and summed, that is still a number in single precision
 
 
 # A mean over no tokens is 0/0, and so is its gradient. Where the user gives the weights, both are made zero, on the

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from accel_trainer import Callback, Trainer
 from accel_trainer.batches import Layout, MicroBatch, cut, run_of
 from accel_trainer.losses import Forward, Ledger, Metrics, Objective
-from support import assert_same, correct, loader_of, make_data, on_processes, quiet, summary
+from support import assert_same, correct, loader_of, make_data, make_model, on_processes, quiet, summary
 
 
 def token_data(num_samples=23, length=4, dtype=torch.float64):
@@ -630,3 +630,14 @@ def test_micro_batches_of_classes_that_weigh_nothing_do_no_harm():
         return trainer.fit(DataLoader(data, 32)).train_losses
 
     assert losses(8) == pytest.approx(losses(1), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [math.inf, 1e308, math.nan, -1.0, "3"])
+def test_a_weight_that_no_mean_can_be_taken_with_is_refused_before_an_update(weight):
+    model = make_model()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    how = {"weight_fn": lambda batch: weight, "config": quiet()}
+    with pytest.raises(ValueError, match="The weight of a micro-batch must be a number of at least 0 and below 1e30"):
+        Trainer(model, optimizer, nn.CrossEntropyLoss(), **how).fit(loader_of(make_data(16), 8))
+    assert all(map(torch.equal, before, model.parameters()))

@@ -18,6 +18,7 @@ from torchmetrics.regression import MeanSquaredError
 from accel_trainer import Callback, TrainConfig, Trainer, load_best
 from accel_trainer.cli import main
 from accel_trainer.console import complain, is_terminal, show, warn
+from accel_trainer.environment import masked
 from accel_trainer.history import History
 from support import ROOT, correct, loader_of, make_data, make_model, quiet
 
@@ -317,3 +318,37 @@ def test_a_copied_trainer_trains_alike(copied, is_trained, tmp_path):
     assert twin.model is not model and twin.history == trainer.history
     mine, theirs = (one.fit(loader, loader) for one in (trainer, twin))
     assert mine.train_losses == theirs.train_losses and mine.metrics == theirs.metrics
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command, shown",
+    [
+        (["train.py", "--token", "abc", "--lr", "0.1"], ["train.py", "--token", "***", "--lr", "0.1"]),
+        (["train.py", "--wandb_api_key=abc"], ["train.py", "--wandb_api_key=***"]),
+        (["train.py", "--hub-token=abc", "secret=def"], ["train.py", "--hub-token=***", "secret=***"]),
+        (["train.py", "--password", "--verbose"], ["train.py", "--password", "--verbose"]),
+        (["train.py", "s3://me:word@host/data", "host/path"], ["train.py", "s3://***@host/data", "host/path"]),
+        (["train.py", "hf_" + "a" * 30], ["train.py", "***"]),
+        (["train.py", "--key", "ghp_" + "A1" * 15], ["train.py", "--key", "***"]),
+        (["-c", "login('sk-" + "b" * 20 + "')"], ["-c", "login('***')"]),
+        (["train.py", "--num_epochs=3", "me@host"], ["train.py", "--num_epochs=3", "me@host"]),
+    ],
+)
+def test_what_nobody_else_should_know_is_masked(command, shown):
+    assert masked(command) == shown
+
+
+def test_no_secret_reaches_the_files_that_one_sends_around(tmp_path, monkeypatch):
+    secrets = ["hf_" + "q" * 24, "word-of-a-password", "word-of-the-launch"]
+    monkeypatch.setattr(
+        sys, "orig_argv", ["python", "train.py", "--token", secrets[0], f"--db=sql://me:{secrets[1]}@h/x"]
+    )
+    monkeypatch.setenv("ACCELERATE_HUB_TOKEN", secrets[2])
+    fit(run_dir=tmp_path / "run", verbose=False)
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file():
+            assert not any(secret.encode() in path.read_bytes() for secret in secrets), path
+    assert "sql://***@h/x" in (tmp_path / "run" / "environment.json").read_text()
