@@ -346,11 +346,17 @@ def _unwrap_partial(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
 def _check_reduction(loss_fn: Any) -> None:
     function, keywords = _unwrap_partial(loss_fn)
     reduction = keywords.get("reduction", getattr(function, "reduction", "mean"))
-    if reduction in ("sum", "none"):
+    if reduction == "sum" or (reduction == "none" and _is_torchs(function)):  # another may take the mean of them itself
         raise ValueError(
             f"loss_fn has reduction={reduction!r}, but a loss here is the mean over its samples: use reduction='mean'. "
             "For another weighting give weight_fn, or compute_loss returning (loss, weight)."
         )
+
+
+def _is_torchs(function: Any) -> bool:
+    """Return whether what is computed is torch's own, and not that of a subclass."""
+    code = type(function).forward if isinstance(function, nn.Module) else function
+    return str(getattr(code, "__module__", "")).startswith("torch.")
 
 
 def _divisor_of(loss_fn: Any) -> functools.partial[Weight] | None:
@@ -358,7 +364,7 @@ def _divisor_of(loss_fn: Any) -> functools.partial[Weight] | None:
     function, keywords = _unwrap_partial(loss_fn)
     if function in (F.cross_entropy, F.nll_loss):
         weight, ignore_index = keywords.get("weight"), keywords.get("ignore_index", -100)
-    elif isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
+    elif isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)) and function.reduction == "mean":
         weight, ignore_index = function.weight, function.ignore_index
     else:
         return None
@@ -724,7 +730,13 @@ class Metrics:
 def _total(name: str, result: Any, num_samples: int) -> float | Tensor:
     if isinstance(result, (int, float)):
         return result * num_samples
-    value: Tensor = torch.as_tensor(result).detach()
+    try:
+        value: Tensor = torch.as_tensor(result).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"The metric {name!r} must return one value per sample or their mean, got a {type(result).__name__}: give "
+            "each of its values a metric of its own."
+        ) from error
     if value.ndim == 0:
         return value * num_samples
     if value.numel() != num_samples:

@@ -28,6 +28,7 @@ from .weights import copy_into, plain_state, split_aliases
 __all__ = ["Saver", "finish_writes"]
 
 _Tensors = dict[str, dict[str, Tensor]]
+_Best = tuple[dict[str, Tensor], dict[str, Any]]  # weights and what to write beside them
 _BEST, _CHECKPOINT = "best/model.safetensors", "checkpoints"
 _in_flight: set[Future[Any]] = set()  # writes of this process, those of a run left by a second Ctrl-C too
 
@@ -72,7 +73,7 @@ class Saver:
         self._keeps_best = self._enabled or config.restore_best
         self._every, self._seconds = _interval(config.checkpoint_every)
         self._problem: str | None = None
-        self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # weights and what to write beside them
+        self._best: _Best | None = None
         self._best_is_on_disk = True
         self._buffers, self._best_buffers = _HostBuffers(), _HostBuffers()
         self._executor: ThreadPoolExecutor | None = None
@@ -145,7 +146,7 @@ class Saver:
             return
         copies = self._buffers.copy(snapshot.tensors)
         copied = snapshot if copies is None else replace(snapshot, tensors=copies)
-        write = partial(self._write_checkpoint, self._folder, copied, self._folder.history, self._moment)
+        write = partial(self._write_checkpoint, self._folder, copied, self._folder.history, self._moment, self._best)
         self._hand_over(_CHECKPOINT, write, at_once=copies is None)
 
     def keep_best(self, metadata: dict[str, Any]) -> None:
@@ -167,7 +168,7 @@ class Saver:
         own = copies[_BEST] if copies else {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
         self._best, self._best_is_on_disk = (own, metadata | {"aliases": aliases}), False
         if self._folder is not None:
-            self._hand_over(_BEST, partial(self._write_best, self._folder), at_once=copies is None)
+            self._hand_over(_BEST, partial(self._write_best, self._folder, self._best), at_once=copies is None)
 
     def _hand_over(self, name: str, write: Callable[[], None], at_once: bool) -> None:
         """Let the thread write."""
@@ -182,14 +183,16 @@ class Saver:
         _in_flight.add(future)
         self._writes[name] = future
 
-    def _write_best(self, folder: RunFolder) -> None:
-        weights, metadata = self._best  # type: ignore[misc]
-        folder.save_best(weights, metadata)
-        self._best_is_on_disk = True
+    def _write_best(self, folder: RunFolder, best: _Best) -> None:
+        folder.save_best(*best)
+        self._best_is_on_disk = self._best is best
 
-    def _write_checkpoint(self, folder: RunFolder, snapshot: Snapshot, history: bytes, moment: Any) -> None:
-        if self._best is not None and not (self._best_is_on_disk and folder.best_path.exists()):
-            self._write_best(folder)  # a checkpoint with an older best would go back to that
+    def _write_checkpoint(
+        self, folder: RunFolder, snapshot: Snapshot, history: bytes, moment: Any, best: _Best | None
+    ) -> None:
+        is_there = self._best_is_on_disk and folder.best_path.exists()  # read before the next line: that may be newer
+        if best is not None and self._best is best and not is_there:
+            self._write_best(folder, best)  # a checkpoint with an older best would go back to that
         folder.save_checkpoint(snapshot, history)
         self._saved_moment = moment
 

@@ -22,6 +22,7 @@ import accel_trainer.checkpoints as checkpoints
 import accel_trainer.saving as saving
 from accel_trainer import Callback, CheckpointError, History, NonFiniteError, TrainConfig, Trainer, load_best
 from accel_trainer.checkpoints import Checkpoint, RunFolder, fault_of, steps_in
+from accel_trainer.weights import metadata_of
 from support import ROOT, loader_of, make_data, make_model, on_processes, quiet
 from test_resuming import Crash, crash, fit, same
 
@@ -65,6 +66,23 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path):
         assert not [path for path in run_dir.rglob("*") if path.name.endswith((".part", ".old"))], number
         shutil.rmtree(run_dir)
     assert number > 40
+
+
+def test_a_checkpoint_has_the_best_weights_of_its_own_moment(tmp_path, monkeypatch):
+    """Also where it is written when the next best ones are kept already."""
+    write = saving.Saver._write_checkpoint
+
+    def late(*arguments):
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(saving.Saver, "_write_checkpoint", late)
+    fit(tmp_path / "run", checkpoint_every=7, keep_checkpoints=9)
+    found = {}
+    for step, path in steps_in(tmp_path / "run" / "checkpoints"):
+        stated = json.loads((path / "state.json").read_text())["run"]["best_epoch"]
+        found[step] = (stated, metadata_of(path / "best" / "model.safetensors")["epoch"])
+    assert found == {7: (1, 1), 14: (2, 2)}
 
 
 def test_at_most_one_save_is_under_way_and_none_is_left_at_the_end(tmp_path, monkeypatch):

@@ -489,3 +489,55 @@ def test_what_is_no_model_is_named(thing):
         train_model(loader, thing, nn.CrossEntropyLoss(), optimizer)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         evaluate_model(loader, thing, nn.CrossEntropyLoss())
+
+
+# --- losses and metrics -----------------------------------------------------------------------------------------------
+
+
+class Focal(nn.CrossEntropyLoss):
+    """One that asks its base class for no mean and takes it itself."""
+
+    def __init__(self, **options):
+        super().__init__(reduction="none", **options)
+
+    def forward(self, outputs, targets):
+        each = super().forward(outputs, targets)
+        return ((1 - torch.exp(-each)) ** 2 * each).mean()
+
+
+class OfLogits(nn.CrossEntropyLoss):
+    """One that leaves the mean to its base class."""
+
+    def forward(self, outputs, targets):
+        return super().forward(outputs.float(), targets)
+
+
+WEIGHT = torch.tensor([1.0, 5.0, 20.0])
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 5])
+@pytest.mark.parametrize("kind", [Focal, OfLogits, nn.CrossEntropyLoss])
+def test_a_loss_is_the_mean_that_its_own_class_takes(kind, num_micro_batches):
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 3), torch.randn(10, 4)
+    labels, loss_fn = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2, 2]), kind(weight=WEIGHT)
+    config = quiet(num_micro_batches=num_micro_batches)
+    loss = Trainer(model, None, loss_fn, config=config).evaluate(DataLoader(TensorDataset(inputs, labels), 10))["loss"]
+    assert loss == pytest.approx(loss_fn(model(inputs), labels).item(), rel=1e-5)
+
+
+def test_a_loss_for_each_sample_is_still_refused():
+    for loss_fn in (nn.CrossEntropyLoss(reduction="none"), nn.MSELoss(reduction="none"), nn.MSELoss(reduction="sum")):
+        with pytest.raises(ValueError, match="reduction"):
+            Trainer(make_model(), None, loss_fn, config=quiet())
+    each = type("Each", (nn.CrossEntropyLoss,), {"forward": lambda self, o, t: nn.CrossEntropyLoss.forward(self, o, t)})
+    with pytest.raises(ValueError, match="one number|scalar"):
+        Trainer(make_model(), None, each(reduction="none"), config=quiet()).evaluate(loader_of(make_data(8), 4))
+
+
+def test_a_metric_of_several_values_is_named():
+    trainer = Trainer(
+        make_model(), None, nn.CrossEntropyLoss(), config=quiet(), metrics={"scores": lambda o, t: {"a": 1, "b": 2}}
+    )
+    with pytest.raises(TypeError, match="'scores' must return one value per sample or their mean, got a dict"):
+        trainer.evaluate(loader_of(make_data(8), 4))
