@@ -136,7 +136,8 @@ class History:
         if not path.is_file():
             raise FileNotFoundError(f"No history.jsonl in {Path(run_dir)}: is this a run_dir of a started run?")
         history = cls()
-        *lines, _broken_off = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        *lines, broken_off = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines += [broken_off] if _goes_on(broken_off) else []
         for number, line in enumerate(lines, start=1):
             try:
                 history._take_in(decode(checked(json.loads(line))))
@@ -149,6 +150,14 @@ class History:
             self.record(metrics=row["metrics"], **{name: row.get(name) for name in SERIES})
         for name in ("best_epoch", "best_value", "stop_reason"):
             setattr(self, name, row.get(name))
+
+
+def _goes_on(line: str) -> bool:
+    """Return whether something follows a whole record: then its end is damaged, and no write was broken off."""
+    try:
+        return json.JSONDecoder().raw_decode(line)[1] < len(line)
+    except (ValueError, RecursionError):
+        return False
 
 
 def encode(value: Any) -> Any:

@@ -85,6 +85,16 @@ def test_no_flipped_bit_of_the_best_weights_is_loaded(whole, tmp_path):
     assert weight_of(load_best(Scripted(), whole)) == 2.0
 
 
+@pytest.mark.parametrize("bit", range(8))
+def test_a_damaged_end_of_the_last_line_is_no_write_that_was_broken_off(bit, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    content = bytearray((whole / "history.jsonl").read_bytes())
+    content[-1] ^= 1 << bit
+    (tmp_path / "run" / "history.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="is no line of a history"):
+        History.load(tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["history.jsonl", "config.json", "environment.json", "evaluations.json"])
 def test_no_flipped_bit_of_a_record_is_shown(name, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
