@@ -218,7 +218,7 @@ def fault_of(path: Path) -> str | None:
             return f"its manifest has a wrong list of files ({wrong[0]!r})"
         for name, expected in files.items():
             if name == _BEST:
-                continue  # another copy may take its place: see RunFolder.best_for
+                continue  # another copy may take its place: see RunFolder._best_for
             for place in [path / name, *(path / name).parents][: name.count("/") + 1]:
                 _check_kind(place, stat.S_ISREG if place == path / name else stat.S_ISDIR)
             if (path / name).stat().st_size != expected["size"]:
@@ -304,7 +304,7 @@ class RunFolder:
 
     def __init__(self, run_dir: str | os.PathLike[str], resume: bool | str = False, keep: int = 2) -> None:
         self.path, self._keep = Path(run_dir).expanduser().absolute(), keep
-        self.best_path = self.path / "best" / "model.safetensors"
+        self.best_path = self.path / _BEST
         self._checkpoints = self.path / "checkpoints"
         self._lines: list[bytes] = []  # of the history
         self._is_complete = True  # whether the file has them all

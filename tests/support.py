@@ -12,7 +12,7 @@ import torch.distributed
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from accel_trainer import TrainConfig, Trainer
 
@@ -62,6 +62,19 @@ def launch(script, num_processes=2, launcher="torchrun", timeout=90, env=None, a
             env=environment,
             cwd=folder,
         )
+
+
+class Items(Dataset):
+    """The samples of another data set, one by one."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.data[index]
 
 
 def make_data(num_samples, dtype=torch.float32, num_classes=3, num_features=5):

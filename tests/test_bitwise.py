@@ -8,13 +8,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import TrainConfig, Trainer
 from accel_trainer.batches import Layout, run_of
 from accel_trainer.hardware import fixed_arithmetic
 from accel_trainer.reductions import TreeSum, _nodes_of
-from support import correct, loader_of, make_data, make_model, on_processes, quiet
+from support import Items, correct, loader_of, make_data, make_model, on_processes, quiet
 
 pytestmark = pytest.mark.timeout(300)
 NUM_PROCESSES = (2, 3, 4, 5, 8)
@@ -52,14 +52,8 @@ def outcome(trainer, history):
 # --- random small models ----------------------------------------------------------------------------------------------
 
 
-class Augmented(Dataset):
+class Augmented(Items):
     """Draws from all three generators for every item."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, index):
         inputs, target = self.data[index]

@@ -22,7 +22,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from accel_trainer import Callback, Trainer, evaluate_model, hardware, loop, train_model
@@ -32,7 +32,7 @@ from accel_trainer.gradients import Buffers, Gradients
 from accel_trainer.hardware import Hardware, Prepared, fixed_arithmetic, is_on, may_be_streamed, place_state
 from accel_trainer.saving import Saver
 from emulated import DEVICE, EmulatedGpu
-from support import correct, launch, loader_of, make_data, make_model, on_processes, quiet
+from support import Items, correct, launch, loader_of, make_data, make_model, on_processes, quiet
 
 # --- no step waits for the host ---------------------------------------------------------------------------------------
 
@@ -61,29 +61,10 @@ class Words(nn.Module):
         return self.layer(inputs)
 
 
-class Named(Dataset):
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
+class Named(Items):
     def __getitem__(self, index):
         inputs, labels = self.data[index]
         return {"inputs": {"inputs": inputs, "mask": inputs > 0}, "labels": labels}
-
-
-class Listed(Dataset):
-    """The same samples, one by one."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        return self.data[index]
 
 
 def mean_and_weight(model, batch):
@@ -154,7 +135,7 @@ CONFIGURATIONS = {
     "steps per epoch": {"steps_per_epoch": 5, "num_epochs": 2},
     "metrics": {"metrics": {"accuracy": correct, "host": lambda outputs, targets: torch.tensor(0.5)}},
     "metrics that are numbers": {"metrics": {"constant": lambda outputs, targets: 0.5, "mixed": correct}},
-    "samples one by one": {"wrap": Listed},
+    "samples one by one": {"wrap": Items},
     "dictionaries": {"wrap": Named, "model": Words},
     "several in a block of the ledger": {"batch_size": 1, "compute_loss": mean_and_host_tensor, "num_samples": 1100},
     "patience": {"patience": 2, "num_epochs": 3, "restore_best": True},
@@ -312,7 +293,7 @@ def loss_of_sparse(model, batch):
     ids=["object", "object in a dictionary", "sparse", "on the device already"],
 )
 def test_any_batch_reaches_the_device(make, compute_loss, monkeypatch):
-    loader = loader_of(Listed(make_data(24)), 8, collate_fn=joined(make))
+    loader = loader_of(Items(make_data(24)), 8, collate_fn=joined(make))
     trainer, _ = run_on_gpu(EmulatedGpu(monkeypatch), loader, compute_loss=compute_loss, test=False)
     assert trainer.state.step == 3
 
@@ -368,7 +349,7 @@ def test_only_dense_tensors_of_the_host_are_pinned(monkeypatch):
 def test_data_of_every_kind_passes_the_feed_that_pins(num_workers, monkeypatch):
     """Loader workers hand over whole micro-batches, and torch's own thread would pin all that is in them."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
-    loader = DataLoader(Listed(make_data(24)), 8, collate_fn=joined(Graph), num_workers=num_workers)
+    loader = DataLoader(Items(make_data(24)), 8, collate_fn=joined(Graph), num_workers=num_workers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is nothing to pin for
         batches = [micro_batch.data for micro_batch in Feed(loader, Layout(0, 1, 1), 0, True).micro_batches(1)]

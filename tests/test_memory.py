@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from accel_trainer import Trainer, train_model
 from accel_trainer.hardware import Hardware
-from support import assert_same, correct, loader_of, make_data, make_model, on_processes, quiet, summary
+from support import Items, assert_same, correct, loader_of, make_data, make_model, on_processes, quiet, summary
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -148,17 +148,6 @@ def fit_in_two_goes(folder):
 def test_a_run_that_goes_on_within_an_epoch_keeps_its_cut(num_processes, tmp_path):
     for whole, resumed in on_processes(num_processes, fit_in_two_goes, str(tmp_path)):
         assert_same(whole, resumed, torch.float64)
-
-
-class Items(Dataset):
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        return self.data[index]
 
 
 def count_exchanges(kind):
