@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_runs_lists_what_is_in_a_folder(tmp_path, capsys):
 
 class LooksAtItself(Callback):
     def on_epoch_end(self, trainer):
-        command = ["python", "-m", "accel_trainer", "runs", str(trainer.config.run_dir)]
+        command = [sys.executable, "-m", "accel_trainer", "runs", str(trainer.config.run_dir)]
         self.seen = subprocess.run(command, capture_output=True, text=True).stdout
 
 
