@@ -112,6 +112,7 @@ class Training:
 
     def take_notice(self) -> None:
         """Look at what may have changed since the last epoch; all processes call it together."""
+        check_optimizer(self.prepared.optimizer, self.prepared.plain)
         self.prepared.put_optimizer("train")
         self.feed.refresh()
         self.weigh()
@@ -175,11 +176,11 @@ def fit(run: Run) -> str:
         if train is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"  # an epoch cut short is not recorded
 
-        training.prepared.put_optimizer("eval")
         training.buffers.share()
         check_weights(training)
         if state.step == config.max_steps:
             run.saver.save_last()  # not after an epoch cut short: with more steps the run goes on within it
+        training.prepared.put_optimizer("eval")
         test = evaluate_epoch(run)
         if test is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"
@@ -187,7 +188,7 @@ def fit(run: Run) -> str:
         is_sound = config.on_nonfinite == "raise" or training.is_sound()  # or else it has been raised
         if is_sound and state.judge(value, run.mode, config.min_delta):
             run.saver.keep_best({"epoch": state.epoch, run.monitor: value})
-        training.schedule.after_epoch(value)
+        training.schedule.after_epoch(run.history.num_epochs, value)
         report_epoch(run)
         if "on_epoch_end" in training.watched:
             with evaluation_mode(training.prepared.plain):  # a callback may look at the model, and change its modes
@@ -303,7 +304,7 @@ def take_step(training: Training, micro_batch: MicroBatch) -> bool:
             training.norm_sum = training.norm_sum + norm.to(widest_float(norm.device))
             training.num_norms += 1
         state.step += 1
-        training.schedule.after_step()
+        training.schedule.after_step(state.step)
     if state.num_batches % config.report_every == 0:
         state.recent_loss, fault = training.ledger.report()
         check_finite(training, fault)

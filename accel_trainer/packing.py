@@ -6,7 +6,7 @@ Nothing but data comes back: numbers, texts, lists, dictionaries and tensors, of
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +49,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if type(value) in (list, tuple):
         items = [pack(item, tensors, f"{name}/{place}") for place, item in enumerate(value)]
         return items if type(value) is list else {"$tuple": items}
-    if type(value) in (dict, OrderedDict, Counter):
+    if type(value) in (dict, OrderedDict, defaultdict, Counter):
         return _pack_dict(value, tensors, name)
     raise TypeError(f"{name} is a {type(value).__name__}; only tensors, numbers, texts and lists of them can be saved.")
 

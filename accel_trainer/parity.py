@@ -221,7 +221,7 @@ def run_here(name: str, config: TrainConfig, records: bool, look_at: int | None)
         seconds = time.perf_counter() - started
     if not history.num_epochs:
         raise RuntimeError(f"no epoch was finished ({history.stop_reason}), so there is nothing to compare")
-    states = trainer.optimizer.state_dict()["state"]  # type: ignore[union-attr]
+    states = trainer.optimizer.state_dict()  # type: ignore[union-attr]
     return {
         "seconds": seconds,
         "train_losses": history.train_losses,

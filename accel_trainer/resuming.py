@@ -217,21 +217,29 @@ def _stateful(callbacks: Sequence[Callback]) -> dict[str, Any]:
 
 
 def _optimizer_state(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    names = list(itertools.chain.from_iterable(_names_by_group(optimizer, model)))
+    """Return the state of an optimizer by the names of its parameters, or in the form of its own, if it has one."""
+    by_group = _names_by_group(optimizer, model)
     whole = optimizer.state_dict()
-    odd = [key for key in whole["state"] if not isinstance(key, int)]
-    if odd:
-        raise TypeError(f"The optimizer keeps a state {odd[0]!r} that belongs to no parameter: it cannot be saved.")
+    if _has_own_form(optimizer, whole):
+        return {"own": pack(whole, tensors, "own"), "param_groups": [{"params": names} for names in by_group]}
+    names = list(itertools.chain.from_iterable(by_group))
     state = {
         names[place]: {key: pack(value, tensors, f"{names[place]}/{key}") for key, value in own.items()}
         for place, own in whole["state"].items()
     }
     groups = [
-        {key: pack(value, tensors, f"group {number}/{key}") for key, value in group.items() if key != "params"}
+        pack({key: value for key, value in group.items() if key != "params"}, tensors, f"group {number}")
         | {"params": [names[place] for place in group["params"]]}
         for number, group in enumerate(whole["param_groups"])
     ]
     return {"state": state, "param_groups": groups}
+
+
+def _has_own_form(optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
+    """Return whether only the optimizer itself knows what its state means."""
+    kind = type(optimizer)
+    is_torchs = (kind.state_dict, kind.load_state_dict) == (Optimizer.state_dict, Optimizer.load_state_dict)
+    return not is_torchs or not all(isinstance(key, int) for key in state["state"])
 
 
 def _names_by_group(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
@@ -358,6 +366,8 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     for name, callback in _stateful(callbacks).items():
         pack(callback.state_dict(), {}, f"callback {name}")  # refuses at once what could not be saved
     pack(training.schedule.state_dict(), {}, "scheduler")
+    if run.training.config.run_dir is not None:
+        _optimizer_state(training.prepared.optimizer, training.prepared.plain, {})  # type: ignore[arg-type]
 
     def open_folder() -> dict[str, Any] | None:
         if folder is None:
@@ -407,7 +417,9 @@ def _check_parts(run: Run, snapshot: Snapshot) -> None:
         raise CheckpointError(str(error)) from error
     optimizer: Optimizer = run.training.prepared.optimizer  # type: ignore[assignment]
     before = [group["params"] for group in snapshot.state["optimizer"]["param_groups"]]
-    if before != _names_by_group(optimizer, model):
+    now = _names_by_group(optimizer, model)
+    added = {name for group in before[len(now) :] for name in group}  # by a callback, during the run
+    if before[: len(now)] != now or not added <= {plain_name(name) for name, _ in model.named_parameters()}:
         raise CheckpointError(
             f"The checkpoint's optimizer has other parameters in its {len(before)} groups than this one in its "
             f"{len(optimizer.param_groups)}: build both alike."
@@ -516,25 +528,68 @@ def _restore_schedule_and_optimizer(run: Run, schedule: dict[str, Any], snapshot
 
 def _restore_optimizer(run: Run, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     optimizer: Optimizer = run.training.prepared.optimizer  # type: ignore[assignment]
-    names = itertools.chain.from_iterable(_names_by_group(optimizer, run.training.prepared.plain))
-    places = {name: place for place, name in enumerate(names)}
-    state = {places[name]: unpack(own, tensors) for name, own in saved["state"].items()}
-    groups = [
+    model = run.training.prepared.plain
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    settings = [
         unpack({key: value for key, value in group.items() if key != "params"}, tensors)
-        | {"params": [places[name] for name in group["params"]]}
         for group in saved["param_groups"]
+    ]
+    for group, own in list(zip(saved["param_groups"], settings, strict=True))[len(optimizer.param_groups) :]:
+        optimizer.add_param_group({"params": [parameters[name] for name in group["params"]]} | own)
+    of_program = [{key: one for key, one in group.items() if callable(one)} for group in optimizer.param_groups]
+    if "own" in saved:
+        _restore_own_form(optimizer, saved["own"], tensors)
+    else:
+        _restore_torchs_form(optimizer, model, saved["state"], settings, tensors)
+    for group, functions in zip(optimizer.param_groups, of_program, strict=True):
+        group.update(functions)
+
+
+def _restore_torchs_form(
+    optimizer: Optimizer,
+    model: nn.Module,
+    state: Mapping[str, Any],
+    settings: Sequence[Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    place = itertools.count()
+    groups = [
+        {**own, "params": [next(place) for _ in group["params"]]}
+        for group, own in zip(optimizer.param_groups, settings, strict=True)
     ]
     # Not with the states: torch would cast them to the dtype of their parameter.
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
-    place = itertools.count()
-    for group in optimizer.param_groups:
+    for names, group in zip(_names_by_group(optimizer, model), optimizer.param_groups, strict=True):
         on_device = counts_on_device(group)
-        for parameter in group["params"]:
-            own = state.get(next(place))
-            if own is not None:
+        for name, parameter in zip(names, group["params"], strict=True):
+            if name in state:
                 optimizer.state[parameter] = {
-                    key: _placed(value, parameter, key != "step" or on_device) for key, value in own.items()
+                    key: _placed(value, parameter, key != "step" or on_device)
+                    for key, value in unpack(state[name], tensors).items()
                 }
+
+
+def _restore_own_form(optimizer: Optimizer, saved: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Let an optimizer take back the state that it has given.
+
+    Raises:
+        CheckpointError: It has not: what it gives now is something else.
+    """
+    optimizer.load_state_dict(unpack(saved, {name: tensor.clone() for name, tensor in tensors.items()}))
+    found: dict[str, Tensor] = {}
+    is_same = pack(optimizer.state_dict(), found, "own") == saved
+    wrong = [name for name, tensor in found.items() if not _are_equal(tensor, tensors.get(name))]
+    if wrong or not is_same:
+        raise CheckpointError(
+            f"The optimizer {type(optimizer).__name__} does not take back the state that it gave: after load_state_dict "
+            f"its state_dict gives another {wrong[0] if wrong else 'form'}. A run with it cannot be resumed."
+        )
+
+
+def _are_equal(one: Tensor, other: Tensor | None) -> bool:
+    if other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.cpu().contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
 
 
 def _placed(value: Any, parameter: Tensor, on_device: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from .console import warn
 
@@ -57,9 +58,11 @@ class Schedule:
         check_scheduler(scheduler, optimizer)
         self.scheduler: Any = scheduler
         self._optimizer = optimizer
-        self._on_plateau = isinstance(scheduler, ReduceLROnPlateau)
-        self._per_step = scheduler is not None and every == "step" and not self._on_plateau
-        self._per_epoch = scheduler is not None and every == "epoch" and not self._on_plateau
+        self._wants = _wanted(scheduler)
+        self._on_plateau = _VALUE in self._wants and _EPOCH not in self._wants
+        self._updates = hasattr(scheduler, "step_update")
+        self._per_step = scheduler is not None and every == "step" and not self._wants
+        self._per_epoch = scheduler is not None and not self._per_step
         self._last = self._current()
 
     def _current(self) -> float | Tensor:
@@ -73,18 +76,18 @@ class Schedule:
         """That of the last update (first parameter group)."""
         return float(self._last)
 
-    def after_step(self) -> None:
-        """Follow one update that really happened."""
+    def after_step(self, num_steps: int) -> None:
+        """Follow one update that really happened, the `num_steps`-th of the run."""
         self._last = self._current()
         if self._per_step:
             self._step()
+        if self._updates:
+            self.scheduler.step_update(num_steps)
 
-    def after_epoch(self, value: float) -> None:
-        """Follow one epoch with its monitored value."""
-        if self._on_plateau:
-            self.scheduler.step(value)
-        elif self._per_epoch:
-            self._step()
+    def after_epoch(self, num_epochs: int, value: float) -> None:
+        """Follow one epoch, the `num_epochs`-th of the run, with its monitored value."""
+        if self._per_epoch:
+            self._step(*({_EPOCH: num_epochs, _VALUE: value}[wanted] for wanted in self._wants))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes."""
@@ -110,20 +113,52 @@ class Schedule:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch expects an update before each
-            for _ in range(num_steps if self._per_step else num_epochs if self._per_epoch else 0):
-                self._step()
+            for number in range(1, (num_steps if self._per_step else num_epochs if self._per_epoch else 0) + 1):
+                self._step(*([number] if self._wants else []))
+            if self._updates:
+                self.scheduler.step_update(num_steps)
         self._last = self._current()
         return settings_of(self._optimizer)
 
-    def _step(self) -> None:
+    def _step(self, *wanted: float) -> None:
         if not isinstance(self.scheduler, OneCycleLR):
-            self.scheduler.step()
+            self.scheduler.step(*wanted)
             return
         try:
             self.scheduler.step()
         except ValueError as error:  # it refuses to go beyond its own number of steps
             warn(f"The schedule has ended; the learning rate stays as it is. ({error})", stacklevel=2)
             self._per_step = self._per_epoch = False
+
+
+_EPOCH, _VALUE = "epoch", "value"
+_NAMES = {"epoch": _EPOCH, "metrics": _VALUE, "metric": _VALUE, "val_loss": _VALUE, "loss": _VALUE}
+
+
+def _wanted(scheduler: object) -> tuple[str, ...]:
+    """Return what the scheduler's `step` has to be given: nothing, the number of the epoch, the value, or both.
+
+    Torch's schedulers know the number, and all but `ReduceLROnPlateau` want nothing. Those of timm want it, and take
+    the value too; between the epochs they follow `step_update(num_updates)`.
+
+    Raises:
+        TypeError: It wants something else.
+    """
+    if scheduler is None:
+        return ()
+    try:
+        parameters = inspect.signature(scheduler.step).parameters.values()  # type: ignore[attr-defined]
+    except ValueError:  # of compiled code, which does not tell
+        return ()
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    if not all(name in _NAMES for name in needed):
+        raise TypeError(
+            f"The scheduler {type(scheduler).__name__} wants {', '.join(needed)} at each step, and this loop can give "
+            f"it {', '.join(_NAMES)} only."
+        )
+    if needed == ["epoch"]:
+        needed += [one.name for one in parameters if one.name in ("metric", "metrics")]
+    return tuple(_NAMES[name] for name in needed)
 
 
 def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -135,7 +170,7 @@ def check_scheduler(scheduler: object, optimizer: Optimizer) -> None:
     """Refuse a scheduler that would not move this optimizer's learning rate.
 
     Raises:
-        TypeError: Not a torch scheduler.
+        TypeError: Not a scheduler, or one whose `step` wants what this loop does not have.
         ValueError: It belongs to another optimizer.
     """
     if isinstance(scheduler, type):
@@ -151,3 +186,4 @@ def check_scheduler(scheduler: object, optimizer: Optimizer) -> None:
         )
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("The scheduler was made for another optimizer than the one given to the trainer.")
+    _wanted(scheduler)

@@ -18,7 +18,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from accel_trainer import Callback, StopTraining, Trainer, evaluate_model, train_model
+from accel_trainer import Callback, CheckpointError, StopTraining, Trainer, evaluate_model, train_model
 from support import correct, loader_of, make_data, make_model, on_processes, quiet
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
@@ -162,6 +162,224 @@ def test_an_optimizer_without_a_learning_rate_trains_and_goes_on(remove, tmp_pat
     assert all(map(math.isnan, expected.learning_rates))
     run(tmp_path / "run", max_steps=4)
     assert run(tmp_path / "run", resume=True).test_losses == expected.test_losses
+
+
+def resumed_and_whole(make_optimizer, tmp_path, callbacks=lambda: (), max_steps=4, scheduler=None, **choices):
+    """Return the test losses of a run that was stopped and went on, and of one that was left alone."""
+
+    def run(run_dir, **more):
+        model = make_model()
+        config = quiet(num_epochs=4, run_dir=run_dir, resume="auto", **choices, **more)
+        optimizer = make_optimizer(model)
+        trainer = Trainer(
+            model, optimizer, nn.CrossEntropyLoss(), callbacks=callbacks(), scheduler=scheduler, config=config
+        )
+        return trainer.fit(loader_of(make_data(24), 8), loader_of(make_data(24), 8)).test_losses
+
+    run(tmp_path / "parts", max_steps=max_steps)
+    return run(tmp_path / "parts"), run(tmp_path / "whole")
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Slow weights that follow those of an optimizer inside; a state of a form of its own."""
+
+    def __init__(self, inner, takes_back=True):
+        self.inner, self.takes_back = inner, takes_back
+        super().__init__([{"params": group["params"]} for group in inner.param_groups], {})
+        self.param_groups = inner.param_groups
+        self.slow = [parameter.detach().clone() for group in self.param_groups for parameter in group["params"]]
+        self.num_steps = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+        self.num_steps += 1
+        if self.num_steps % 3 == 0:
+            fast = [parameter for group in self.param_groups for parameter in group["params"]]
+            for slow, parameter in zip(self.slow, fast, strict=True):
+                slow.lerp_(parameter, 0.5)
+                parameter.copy_(slow)
+
+    def state_dict(self):
+        return {"fast": self.inner.state_dict(), "slow": [one.clone() for one in self.slow], "count": self.num_steps}
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state["fast"])
+        self.param_groups = self.inner.param_groups
+        if self.takes_back:
+            self.slow, self.num_steps = state["slow"], state["count"]
+
+
+class WithCommonState(torch.optim.SGD):
+    """A state that belongs to no parameter."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.state["steps"] = self.state.get("steps", 0) + 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(parameter.grad, alpha=-group["lr"] / self.state["steps"])
+
+
+class WithFunction(torch.optim.SGD):
+    """A setting of a group that is a function."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr, momentum=0.9)
+        for group in self.param_groups:
+            group["scale"] = lambda gradient: gradient.sign()
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = group["scale"](parameter.grad)
+        return super().step(closure)
+
+
+def two_in_one(model):
+    halves = list(model.parameters())
+    return Lookahead(torch.optim.Adam([{"params": halves[:1]}, {"params": halves[1:], "lr": 0.01}], lr=0.1))
+
+
+@pytest.mark.parametrize("max_steps", [4, 6])
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        two_in_one,
+        lambda model: WithCommonState(model.parameters(), lr=0.5),
+        lambda model: WithFunction(model.parameters(), lr=0.05),
+    ],
+    ids=["own form", "common state", "function"],
+)
+def test_an_optimizer_with_a_state_of_its_own_form_goes_on(make_optimizer, max_steps, tmp_path):
+    resumed, whole = resumed_and_whole(make_optimizer, tmp_path, max_steps=max_steps)
+    assert resumed == whole and len(set(whole)) == 4
+
+
+def test_an_optimizer_that_does_not_take_back_its_state_is_told(tmp_path):
+    def make_optimizer(model):
+        return Lookahead(torch.optim.SGD(model.parameters(), lr=0.1), takes_back=False)
+
+    with pytest.raises(CheckpointError, match="Lookahead does not take back.*another own/slow/0"):
+        resumed_and_whole(make_optimizer, tmp_path)
+
+
+def test_an_optimizer_whose_state_cannot_be_saved_is_refused_before_training(tmp_path):
+    class Odd(torch.optim.SGD):
+        def state_dict(self):
+            return {"state": {0: {1, 2}}, "param_groups": super().state_dict()["param_groups"]}
+
+    seen = []
+    with pytest.raises(TypeError, match="own/state/0 is a set"):
+        resumed_and_whole(lambda model: Odd(model.parameters(), lr=0.1), tmp_path, callbacks=lambda: seen or [])
+    assert not list((tmp_path / "parts").glob("checkpoints/*"))
+
+
+class Unfreezes(Callback):
+    """Lets one part after the other be trained, with a learning rate of its own."""
+
+    def on_epoch_start(self, trainer):
+        if trainer.state.epoch == 2:
+            first = next(trainer.model.children())
+            first.requires_grad_(True)
+            trainer.optimizer.add_param_group({"params": list(first.parameters()), "lr": 0.01})
+
+
+@pytest.mark.parametrize("max_steps", [2, 3, 5, 7])
+def test_groups_of_parameters_that_a_callback_adds_go_on(max_steps, tmp_path):
+    def make_optimizer(model):
+        first, *others = model.children()
+        first.requires_grad_(False)
+        return torch.optim.Adam([one for part in others for one in part.parameters()], lr=0.05)
+
+    resumed, whole = resumed_and_whole(make_optimizer, tmp_path, lambda: [Unfreezes()], max_steps)
+    assert resumed == whole and len(set(whole)) == 4
+
+
+def test_a_parameter_that_has_left_the_model_is_told():
+    class Replaces(Callback):
+        def on_epoch_end(self, trainer):
+            trainer.model[-1] = nn.Linear(*reversed(trainer.model[-1].weight.shape))
+
+    model = make_model()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        callbacks=[Replaces()],
+        config=quiet(),
+    )
+    with pytest.raises(ValueError, match="The optimizer holds 2 of 4 parameters that are not the model's"):
+        trainer.fit(loader_of(make_data(24), 8))
+
+
+# --- schedulers -------------------------------------------------------------------------------------------------------
+
+
+class ByNumber:
+    """A scheduler like those of timm: it wants the number of the epoch, and that of the update."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.calls = optimizer, []
+
+    def step(self, epoch, metric=None):
+        self.calls.append(("epoch", epoch, metric is not None))
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.1 / (1 + epoch)
+
+    def step_update(self, num_updates, metric=None):
+        self.calls.append(("update", num_updates))
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+@pytest.mark.parametrize("schedule_every", ["step", "epoch"])
+def test_a_scheduler_that_wants_numbers_is_given_them(schedule_every, tmp_path):
+    made = []
+
+    def scheduler(optimizer, num_steps):
+        made.append(ByNumber(optimizer))
+        return made[-1]
+
+    def make_optimizer(model):
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    resumed, whole = resumed_and_whole(make_optimizer, tmp_path, scheduler=scheduler, schedule_every=schedule_every)
+    updates = [("update", number) for number in range(1, 13)]
+    expected = [
+        call for epoch in range(4) for call in (*updates[3 * epoch : 3 * epoch + 3], ("epoch", epoch + 1, True))
+    ]
+    assert made[-1].calls == expected and resumed == whole
+
+
+class OwnPlateau:
+    def __init__(self, optimizer):
+        self.optimizer, self.values = optimizer, []
+
+    def step(self, metrics):
+        self.values.append(metrics)
+
+    def state_dict(self):
+        return {}
+
+
+class WantsTheModel(OwnPlateau):
+    def step(self, model):
+        pass
+
+
+def test_a_scheduler_that_wants_the_value_is_given_it_and_others_are_refused():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plateau = OwnPlateau(optimizer)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), scheduler=plateau, config=quiet(num_epochs=3))
+    assert plateau.values == trainer.fit(loader_of(make_data(24), 8), loader_of(make_data(8), 8)).test_losses
+    with pytest.raises(TypeError, match="WantsTheModel wants model at each step"):
+        Trainer(model, optimizer, nn.CrossEntropyLoss(), scheduler=WantsTheModel(optimizer))
 
 
 # --- weights that are what they are by design -------------------------------------------------------------------------
