@@ -300,7 +300,7 @@ class Buffers:
     layers that they belong to.
 
     Args:
-        model: The user's model.
+        roots: The user's model, and his loss if it is a module.
         layout: This process and the cut.
         changes: Adds up what the micro-batches have changed: in the order of a tree, or as they come.
         any_process: Returns for each flag whether it is set on any process.
@@ -308,23 +308,34 @@ class Buffers:
 
     def __init__(
         self,
-        model: nn.Module,
+        roots: Sequence[nn.Module],
         layout: Layout,
         changes: ChainSum | TreeSum,
         any_process: Callable[..., list[bool]],
     ) -> None:
         self.layout = layout
-        self._sum, self._any_process = changes, any_process
-        self._owners = _owners_of_buffers(model)
-        self._shapes = [buffer.shape for buffer in self._now()]
-        self._averaged = [place for place, buffer in enumerate(self._now()) if _averages(buffer)]
-        self._counted = [place for place, buffer in enumerate(self._now()) if not _averages(buffer)]
-        may_grow = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self._owners)
-        self._tells_of_caches = may_grow and layout.num_processes > 1  # one process alone knows its own
+        self._roots, self._sum, self._any_process = roots, changes, any_process
+        self._shapes: dict[_Owner, torch.Size | None] = {}  # of each buffer at first; `None` where it is not plain
+        self._settled: set[nn.Module] = set()  # what they make in a forward is their own
         self._missing = torch.empty(0)  # in place of a buffer that has been set to None
         self._has_begun = False  # a batch, whose start these are:
         self._start, self._start_of_counted, self._counted_after = _Copies(), _Copies(), _Copies()
         self._base: list[Tensor] = []  # what changes are counted from
+        self._look()
+
+    def _look(self) -> None:
+        """Find the buffers that there are, those of modules that a callback has added too."""
+        found = _owners_of_buffers(self._roots)
+        for module, name in found:
+            if module not in self._settled:
+                buffer = module._buffers[name]
+                shape = buffer.shape if buffer is not None and is_plain(buffer) else None
+                self._shapes.setdefault((module, name), shape)
+        self._owners = [owner for owner in found if self._shapes.get(owner) is not None]
+        self._averaged = [place for place, buffer in enumerate(self._now()) if _averages(buffer)]
+        self._counted = [place for place, buffer in enumerate(self._now()) if not _averages(buffer)]
+        may_grow = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self._owners)
+        self._tells_of_caches = may_grow and self.layout.num_processes > 1  # one process alone knows its own
 
     @property
     def _idle(self) -> bool:
@@ -340,7 +351,12 @@ class Buffers:
         return [self._at(place) for place in (range(len(self._owners)) if places is None else places)]
 
     def begin(self) -> None:
-        """Begin an epoch: forget a batch that an interrupt has left unfinished."""
+        """Begin an epoch: take in what is new, and forget a batch that an interrupt has left unfinished."""
+        self._look()
+        self._settled = {module for root in self._roots for module in root.modules()}
+        self._forget()
+
+    def _forget(self) -> None:
         self._has_begun = False
         self._sum.clear()
 
@@ -364,7 +380,7 @@ class Buffers:
     def undo(self) -> None:
         """Go back to the start of the batch under way, or of the last one."""
         self._go_back()
-        self.begin()
+        self._forget()
 
     def _go_back(self) -> None:
         if self._has_begun:
@@ -441,12 +457,12 @@ class Buffers:
         ]
 
     def _is_steady(self, place: int) -> bool:
-        return self._at(place).shape == self._shapes[place]
+        return self._at(place).shape == self._shapes[self._owners[place]]
 
     def _slot(self, value: Tensor, place: int) -> Tensor:
         """Return the values of a buffer, or zeros where it is a cache: every process sends as much as the others."""
-        shape = self._shapes[place]
-        return value if value.shape == shape else value.new_zeros(shape)
+        shape = self._shapes[self._owners[place]]
+        return value if shape is None or value.shape == shape else value.new_zeros(shape)
 
     def _caches(self, places: Iterable[int]) -> Tensor:
         """Return for each of these places 1 where the buffer is a cache by now, on the device."""
@@ -546,14 +562,14 @@ class FixedBuffers:
     """Let every micro-batch of an evaluation start from the same buffers; what it changes in them is dropped.
 
     Args:
-        model: The user's model.
+        roots: The user's model, and his loss if it is a module.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
         self._kept = [
             (module, name, buffer, buffer._version, buffer.clone())
-            for module, name in _owners_of_buffers(model)
-            if (buffer := module._buffers[name]) is not None
+            for module, name in _owners_of_buffers(roots)
+            if (buffer := module._buffers[name]) is not None and is_plain(buffer)
         ]
 
     @torch.no_grad()
@@ -567,10 +583,16 @@ class FixedBuffers:
                 self._kept[place] = module, name, buffer, buffer._version, values
 
 
-def _owners_of_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return where each plain buffer of a model hangs; one that several modules share, once."""
-    owners = {id(buffer): (module, name) for module in model.modules() for name, buffer in module._buffers.items()}
-    return [(module, name) for module, name in owners.values() if is_plain(module._buffers[name])]
+_Owner = tuple[nn.Module, str]
+
+
+def _owners_of_buffers(roots: Iterable[nn.Module]) -> list[_Owner]:
+    """Return where each buffer hangs, those that are `None` yet too; one that several modules share, once."""
+    owners: dict[Any, _Owner] = {}
+    for module in (module for root in roots for module in root.modules()):
+        for name, buffer in module._buffers.items():
+            owners[(module, name) if buffer is None else id(buffer)] = module, name
+    return list(owners.values())
 
 
 def is_plain(buffer: Tensor | None) -> bool:

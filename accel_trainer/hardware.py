@@ -44,6 +44,7 @@ __all__ = [
     "check_optimizer",
     "counts_on_device",
     "fixed_arithmetic",
+    "foreign_parameters",
     "num_compilations",
     "place_state",
 ]
@@ -788,12 +789,17 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("The model has no trainable parameters: each has requires_grad=False, or there is none.")
-    own = {id(parameter) for parameter in model.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    foreign = [tuple(parameter.shape) for parameter in held if id(parameter) not in own]
+    foreign = foreign_parameters(optimizer, model)
     if foreign:
+        num_held = sum(len(group["params"]) for group in optimizer.param_groups)
         raise ValueError(
-            f"The optimizer holds {len(foreign)} of {len(held)} parameters that are not the model's (the first has "
-            f"shape {foreign[0]}). Build it from this model: Optimizer(model.parameters(), ...); a loss with "
-            "parameters belongs inside the model."
+            f"The optimizer holds {len(foreign)} of {num_held} parameters that are not the model's (the first has "
+            f"shape {tuple(foreign[0].shape)}). Build it from this model: Optimizer(model.parameters(), ...); a loss "
+            "with parameters belongs inside the model."
         )
+
+
+def foreign_parameters(optimizer: Optimizer, model: nn.Module) -> list[torch.Tensor]:
+    """Return the parameters of an optimizer that are not, or no longer, those of a model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    return [one for group in optimizer.param_groups for one in group["params"] if id(one) not in own]

@@ -27,7 +27,15 @@ from .errors import NonFiniteError
 from .exchange import gather_on_main
 from .fetching import Rows
 from .gradients import Buffers, FixedBuffers, Gradients, TreeGradients
-from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic, num_compilations
+from .hardware import (
+    Hardware,
+    Prepared,
+    check_model,
+    check_optimizer,
+    fixed_arithmetic,
+    foreign_parameters,
+    num_compilations,
+)
 from .history import History
 from .losses import (
     Fault,
@@ -45,7 +53,7 @@ from .losses import (
 )
 from .memory import TrainingMemory, keep_data, until_it_fits
 from .randomness import EVALUATION, TRAINING, Draws, derive_seed, draws_of, preserved
-from .reductions import ChainSum, TreeSum, are_same_everywhere
+from .reductions import ChainSum, TreeSum, are_same_everywhere, share_from_main
 from .report import LivePage
 from .saving import Saver
 from .schedules import Schedule
@@ -67,6 +75,7 @@ class Training:
         watched: The hooks that a callback listens to.
         num_changes: Those of the data that have been looked at.
         infinite: Names of buffers and frozen weights that were not finite at the start, such as masks.
+        num_gone: Parameters of the optimizer that have left the model.
         num_graphs_before: Graphs that the process had compiled before the run.
         batches: Number of each batch since the last report -> its pass over the data and place there.
     """
@@ -95,6 +104,7 @@ class Training:
     num_norms: int = 0
     batches: dict[int, tuple[int, int]] = field(default_factory=dict)
     infinite: frozenset[str] = frozenset()
+    num_gone: int = 0
     num_graphs_before: int = field(default_factory=num_compilations)
 
     def begin_epoch(self, epoch: int) -> bool:
@@ -112,7 +122,7 @@ class Training:
 
     def take_notice(self) -> None:
         """Look at what may have changed since the last epoch; all processes call it together."""
-        check_optimizer(self.prepared.optimizer, self.prepared.plain)
+        self._look_at_structure()
         self.prepared.put_optimizer("train")
         self.feed.refresh()
         self.weigh()
@@ -120,6 +130,16 @@ class Training:
         self.draws = draws_of(self.prepared.plain, *others)
         self.gradients.begin()
         self.buffers.begin()
+
+    def _look_at_structure(self) -> None:
+        """Tell of parameters that have left the model: what has come in their place is not trained."""
+        num_gone = len(foreign_parameters(self.prepared.optimizer, self.prepared.plain))  # type: ignore[arg-type]
+        if num_gone > self.num_gone and self.hardware.is_main:
+            warn(
+                f"The model has changed: {num_gone} of the optimizer's parameters are no part of it any more. What has "
+                "come in their place is trained only if it is given to the optimizer (add_param_group)."
+            )
+        self.num_gone = num_gone
 
     def weigh(self) -> None:
         """Find out whether each sample weighs the same; all processes call it together."""
@@ -327,7 +347,7 @@ def evaluate(
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
         ledger = Ledger(hardware.device, metrics.totalled, prepared.copies_losses)
-        with evaluation_pass(prepared, feed) as micro_batches:
+        with evaluation_pass(prepared, feed, objective.modules) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.is_first:
                     if stopping is not None and stopping.interrupts():
@@ -522,9 +542,9 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_pass(prepared: Prepared, feed: Feed) -> Iterator[Iterator[MicroBatch]]:
-    """Yield the micro-batches of a loader, the model in evaluation mode, without gradients, its buffers kept."""
-    buffers = FixedBuffers(prepared.plain)
+def evaluation_pass(prepared: Prepared, feed: Feed, losses: Sequence[nn.Module] = ()) -> Iterator[Iterator[MicroBatch]]:
+    """Yield the micro-batches of a loader, the model in evaluation mode, without gradients, all buffers kept."""
+    buffers = FixedBuffers([prepared.plain, *losses])
     with evaluation_mode(prepared.plain), torch.no_grad(), closing(feed.micro_batches(1)) as micro_batches:
         yield _each(micro_batches, buffers.restore)
 
@@ -764,6 +784,8 @@ def assemble(
     unchanging = dict(model.named_buffers())
     unchanging |= {name: one for name, one in model.named_parameters() if not one.requires_grad}
     objective.to(hardware.device)
+    if hardware.num_processes > 1:
+        share_from_main(buffer for loss in objective.modules for buffer in loss.buffers())
     form = objective.form
     gradients: Gradients
     changes: ChainSum | TreeSum
@@ -787,7 +809,7 @@ def assemble(
         prepared=prepared,
         objective=objective,
         gradients=gradients,
-        buffers=Buffers(model, layout, changes, hardware.any_process),
+        buffers=Buffers([model, *objective.modules], layout, changes, hardware.any_process),
         memory=TrainingMemory(hardware, feed),
         schedule=schedule,
         stopping=stopping,

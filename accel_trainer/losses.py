@@ -170,11 +170,15 @@ class Objective:
         given = (self.loss_fn, self.compute_loss, self.weight_fn)
         return [_unwrap_partial(function)[0] for function in given if function is not None]
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those of them that are modules, whose buffers change as those of the model do."""
+        return [function for function in self.functions if isinstance(function, nn.Module)]
+
     def to(self, device: torch.device) -> None:
-        """Move a loss that is a module, with its class weights, to where the model is."""
-        function, _ = _unwrap_partial(self.loss_fn)
-        if isinstance(function, nn.Module):
-            function.to(device)
+        """Move what is a module, with its class weights and buffers, to where the model is."""
+        for module in self.modules:
+            module.to(device)
 
     @property
     def form(self) -> Hashable | None:

@@ -32,7 +32,7 @@ from .packing import pack, unpack
 from .reductions import share_from_main
 from .saving import finish_writes
 from .state import RunState
-from .weights import check_fit, checked_state, copy_into, plain_name, plain_state, split_aliases
+from .weights import buffers_beside, check_fit, checked_state, copy_into, plain_name, plain_state, split_aliases
 
 __all__ = ["Found", "begin", "capture", "find", "identity_of", "restore"]
 
@@ -156,7 +156,8 @@ def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]
         return None
     weights, aliases = split_aliases(checked_state(model))
     of_optimizer: dict[str, Tensor] = {}
-    progress = dict(_other_buffers(model))
+    progress = dict(buffers_beside(model, training.objective.modules))
+    progress |= {f"best/{name}": buffer for name, buffer in run.saver.beside.items()}
     scaler = training.hardware.accelerator.scaler
     content = {
         "schedule": training.schedule.state_dict(),
@@ -198,14 +199,6 @@ def _found_by_memory(run: Run) -> int | None:
     return number if number > default else None
 
 
-def _other_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that the user's own files leave out."""
-    own = model.state_dict()
-    for name, buffer in model.named_buffers():
-        if name not in own and buffer.layout == torch.strided:
-            yield f"buffers/{plain_name(name)}", buffer
-
-
 def _stateful(callbacks: Sequence[Callback]) -> dict[str, Any]:
     """Return the callbacks that have a state, by class and place among those of the class."""
     found: dict[str, Any] = {}
@@ -245,7 +238,11 @@ def _has_own_form(optimizer: Optimizer, state: Mapping[str, Any]) -> bool:
 def _names_by_group(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     """Return the names of the parameters in each group, in the order in which the optimizer counts them."""
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    gone = "no part of the model any more: {}"
+    return [
+        [names.get(id(parameter), gone.format(place)) for place, parameter in enumerate(group["params"])]
+        for group in optimizer.param_groups
+    ]
 
 
 # --- where to go on from ----------------------------------------------------------------------------------------------
@@ -376,32 +373,38 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
         return folder.best
 
     best = training.hardware.from_main(open_folder)
+    beside = {} if found.snapshot is None else _under("best/", found.snapshot.tensors.get(_PROGRESS, {}))
     if folder is not None and folder.aside is not None:
         run.announce(f"{folder.path} has no checkpoint: this is a new run. What was there is in {folder.aside.name}.")
     if found.snapshot is not None:
         done = training.state
         within = f", {done.position} batches of pass {done.data_pass} over the data done"
         run.announce(f"Going on from {found.source}: step {done.step}, epoch {done.epoch}{within}.")
-        _take_best(run, best)
+        if not _take_best(run, best):
+            beside = {}
         if is_stream(training.feed.loader) and done.position:
             run.announce(f"train_loader is a stream: {done.position} batches are read to be passed over.")
     if folder is not None:
         _check_room(run, folder)
-    run.saver.start(partial(capture, run, identity, callbacks))
+    run.saver.start(partial(capture, run, identity, callbacks), beside)
     training.before_batch = run.saver.before_batch
 
 
-def _take_best(run: Run, best: Mapping[str, Any] | None) -> None:
-    """Go on with the best weights that are whole on the disk; older ones, if those of the checkpoint are damaged."""
+def _take_best(run: Run, best: Mapping[str, Any] | None) -> bool:
+    """Go on with the best weights that are whole on the disk, and return whether those are the checkpoint's.
+
+    They are older ones if those of the checkpoint are damaged.
+    """
     state = run.training.state
     epoch, value = (None, None) if best is None else (int(best["epoch"]), float(best[run.monitor]))
     if epoch == state.best_epoch:
-        return
+        return True
     if run.training.hardware.is_main:
         instead = "there are none from here on" if epoch is None else f"those of epoch {epoch} take their place"
         warn(f"The best weights, of epoch {state.best_epoch}, are damaged: {instead}.", stacklevel=2)
     state.best_epoch = run.history.best_epoch = epoch
     state.best_value = run.history.best_value = value
+    return False
 
 
 def _check_parts(run: Run, snapshot: Snapshot) -> None:
@@ -451,6 +454,8 @@ def restore(run: Run, snapshot: Snapshot, history: History) -> None:
     for one in fields(history):
         setattr(run.history, one.name, getattr(history, one.name))
     _restore_model(training.prepared.plain, snapshot.tensors["model.safetensors"], progress, content["frozen"])
+    for place, loss in enumerate(training.objective.modules):
+        _restore_buffers(loss, _under(f"loss {place}/", progress))
     _restore_schedule_and_optimizer(run, content["schedule"], snapshot)
     if content["scaler"] is not None and training.hardware.accelerator.scaler is not None:
         training.hardware.accelerator.scaler.load_state_dict(content["scaler"])
@@ -474,25 +479,33 @@ def _restore_state(state: RunState, saved: Mapping[str, Any]) -> None:
         setattr(state, one.name, value)
 
 
-@torch.no_grad()
 def _restore_model(
     model: nn.Module, weights: Mapping[str, Tensor], progress: Mapping[str, Tensor], frozen: Sequence[str]
 ) -> None:
-    buffers = {plain_name(name): (name, buffer) for name, buffer in model.named_buffers()}
-    unfilled = _unfilled_buffers(model)
-    others = {key.removeprefix("buffers/"): tensor for key, tensor in progress.items() if key.startswith("buffers/")}
-    for name, tensor in {**weights, **others}.items():
-        if name in unfilled:
-            owner, attribute = unfilled[name]
-            owner._buffers[attribute] = tensor.to(next(model.parameters()).device).clone()
-        elif name in buffers and not _can_take(buffers[name][1], tensor):  # a cache that had grown, a view
-            place, _, attribute = buffers[name][0].rpartition(".")
-            model.get_submodule(place)._buffers[attribute] = tensor.to(buffers[name][1].device).clone()
-        elif name in others and name in buffers:
-            buffers[name][1].copy_(tensor)
+    _restore_buffers(model, {**weights, **_under("buffers/", progress)})
     copy_into(model, weights)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(plain_name(name) not in frozen)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+@torch.no_grad()
+def _restore_buffers(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    buffers = {plain_name(name): (name, buffer) for name, buffer in root.named_buffers()}
+    unfilled = _unfilled_buffers(root)
+    for name, tensor in tensors.items():
+        if name in unfilled:
+            owner, attribute = unfilled[name]
+            device = next(itertools.chain(root.parameters(), root.buffers()), tensor).device
+            owner._buffers[attribute] = tensor.to(device).clone()
+        elif name in buffers and not _can_take(buffers[name][1], tensor):  # a cache that had grown, a view
+            place, _, attribute = buffers[name][0].rpartition(".")
+            root.get_submodule(place)._buffers[attribute] = tensor.to(buffers[name][1].device).clone()
+        elif name in buffers:
+            buffers[name][1].copy_(tensor)
 
 
 def _unfilled_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -581,8 +594,8 @@ def _restore_own_form(optimizer: Optimizer, saved: Any, tensors: Mapping[str, Te
     wrong = [name for name, tensor in found.items() if not _are_equal(tensor, tensors.get(name))]
     if wrong or not is_same:
         raise CheckpointError(
-            f"The optimizer {type(optimizer).__name__} does not take back the state that it gave: after load_state_dict "
-            f"its state_dict gives another {wrong[0] if wrong else 'form'}. A run with it cannot be resumed."
+            f"The optimizer {type(optimizer).__name__} does not take back the state that it gave: after loading it "
+            f"state_dict gives another {wrong[0] if wrong else 'form'}. A run with it cannot be resumed."
         )
 
 

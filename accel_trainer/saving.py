@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
@@ -19,11 +19,12 @@ from .clock import Clock
 from .config import TrainConfig
 from .console import warn
 from .environment import free_memory
+from .exchange import share_object
 from .history import History
 from .reductions import share_from_main
 from .state import RunState
 from .stopping import Stopping
-from .weights import copy_into, plain_state, split_aliases
+from .weights import buffers_beside, check_fit, copy_beside, copy_into, plain_state, split_aliases
 
 __all__ = ["Saver", "finish_writes"]
 
@@ -42,6 +43,7 @@ class Saver:
     Args:
         config: When to save.
         model: The user's model.
+        losses: His loss, if it is a module.
         folder: The run folder, on the main process and if there is one.
         is_main: Whether this is the main process.
         stopping: Where the processes agree on saves by the clock.
@@ -52,12 +54,14 @@ class Saver:
     Attributes:
         capture: Returns what a checkpoint of this moment holds; `None` if that should not be saved.
         num_saved: Checkpoints written.
+        beside: The buffers of the best epoch that its file leaves out; on each process.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         model: nn.Module,
+        losses: Sequence[nn.Module],
         folder: RunFolder | None,
         is_main: bool,
         stopping: Stopping,
@@ -67,7 +71,8 @@ class Saver:
     ) -> None:
         self.capture: Callable[[], Snapshot | None] = _nothing
         self.num_saved = 0
-        self._model, self._folder, self._is_main = model, folder, is_main
+        self.beside: dict[str, Tensor] = {}
+        self._model, self._losses, self._folder, self._is_main = model, losses, folder, is_main
         self._stopping, self._state, self._history, self._clock = stopping, state, history, clock
         self._enabled = config.run_dir is not None
         self._keeps_best = self._enabled or config.restore_best
@@ -80,9 +85,14 @@ class Saver:
         self._writes: dict[str, Future[Exception | None]] = {}  # what is written -> the write under way
         stopping.before_leaving(partial(finish_writes, timeout=20.0))
 
-    def start(self, capture: Callable[[], Snapshot | None]) -> None:
-        """Begin to count, from where the run stands now."""
-        self.capture = capture
+    def start(self, capture: Callable[[], Snapshot | None], beside: Mapping[str, Tensor]) -> None:
+        """Begin to count, from where the run stands now.
+
+        Args:
+            capture: Returns what a checkpoint holds.
+            beside: The buffers of the best epoch so far that its file leaves out.
+        """
+        self.capture, self.beside = capture, dict(beside)
         self._next = time.monotonic() + (self._seconds or 0)
         self._last_step = self._state.step  # of the last checkpoint that was to be made ...
         self._last_moment: Any = self._moment
@@ -155,6 +165,9 @@ class Saver:
         Args:
             metadata: What to write beside them.
         """
+        if self._keeps_best:
+            beside = buffers_beside(self._model, self._losses)
+            self.beside = {name: buffer.detach().clone() for name, buffer in beside.items()}
         if self._is_main and self._keeps_best:
             with self._clock.measured("saving_seconds"):
                 self._keep_best(metadata)
@@ -222,20 +235,25 @@ class Saver:
         return self._problem if not self.num_saved else None
 
     def restore_best(self, num_processes: int) -> bool:
-        """Give the model the weights kept last, on every process; return, on the main one, whether they were there.
+        """Give the model the weights kept last, and return whether they were there; on every process.
 
-        Where the file is gone the model keeps the weights it has, and a warning says so.
+        Where they are gone, or do not fit any more, the model keeps what it has, and a warning says so.
         """
         self.finish()
         is_there = True
         if self._is_main:
             try:
-                copy_into(self._model, self._best_weights())
+                best = self._best_weights()
+                check_fit(best, self._model, "What was best")
+                copy_into(self._model, best)
             except (OSError, ValueError, SafetensorError) as error:
                 is_there = False
-                warn(f"The best weights are gone, the model keeps the last ones: {error}", stacklevel=2)
+                warn(f"The best weights cannot be restored, the model keeps the last ones: {error}", stacklevel=2)
         if num_processes > 1:
             share_from_main(self._model.state_dict().values())
+            is_there = share_object(is_there)
+        if is_there:
+            copy_beside(self._model, self._losses, self.beside)
         return is_there
 
     def _best_weights(self) -> dict[str, Tensor]:

@@ -242,7 +242,7 @@ class Trainer:
             test_feed=test_feed,
             metrics=self._metrics,
             history=self.history,
-            saver=Saver(config, self.model, found.folder, hardware.is_main, *parts),
+            saver=Saver(config, self.model, self._objective.modules, found.folder, hardware.is_main, *parts),
             folder=found.folder,
             page=None if found.folder is None else LivePage(found.folder.path, self.history),
             monitor=monitor,

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from .history import decode, encode
 
 __all__ = [
+    "buffers_beside",
     "check_fit",
     "check_seal",
     "checked_state",
+    "copy_beside",
     "copy_into",
     "flush",
     "load_best",
@@ -240,6 +242,23 @@ def copy_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a model the weights of these names, in place."""
     for name, tensor in model.state_dict().items():
         tensor.copy_(state[plain_name(name)])
+
+
+def buffers_beside(model: nn.Module, losses: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
+    """Return the buffers that the user's own files leave out, by name: those not persistent, and those of the loss."""
+    own = model.state_dict()
+    found = {f"buffers/{plain_name(name)}": one for name, one in model.named_buffers() if name not in own}
+    for place, loss in enumerate(losses):
+        found |= {f"loss {place}/{plain_name(name)}": one for name, one in loss.named_buffers()}
+    return {name: one for name, one in found.items() if one.layout == torch.strided}
+
+
+@torch.no_grad()
+def copy_beside(model: nn.Module, losses: Iterable[nn.Module], values: Mapping[str, Tensor]) -> None:
+    """Give such buffers these values, in place; one of another shape, a cache that has grown, stays as it is."""
+    for name, buffer in buffers_beside(model, losses).items():
+        if name in values and values[name].shape == buffer.shape:
+            buffer.copy_(values[name])
 
 
 def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:

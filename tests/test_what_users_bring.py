@@ -2,12 +2,14 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import (
     ChainDataset,
     DataLoader,
@@ -296,20 +298,50 @@ def test_groups_of_parameters_that_a_callback_adds_go_on(max_steps, tmp_path):
     assert resumed == whole and len(set(whole)) == 4
 
 
-def test_a_parameter_that_has_left_the_model_is_told():
-    class Replaces(Callback):
-        def on_epoch_end(self, trainer):
+class Replaces(Callback):
+    """Changes the structure of the model on the way."""
+
+    def on_epoch_end(self, trainer):
+        if trainer.state.epoch == 2:
             trainer.model[-1] = nn.Linear(*reversed(trainer.model[-1].weight.shape))
 
+
+class Prunes(Callback):
+    def on_epoch_end(self, trainer):
+        if trainer.state.epoch == 2:
+            prune.l1_unstructured(trainer.model[0], "weight", amount=0.5)
+
+
+class Drops(Callback):
+    def on_epoch_start(self, trainer):
+        if trainer.state.epoch == 3:
+            trainer.model[1] = nn.Identity()
+            trainer.model.extend([nn.Linear(3, 3)])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("restore_best", [True, False])
+@pytest.mark.parametrize("kind", [Replaces, Prunes, Drops])
+def test_a_model_whose_structure_changes_trains_on(kind, restore_best, tmp_path):
     model = make_model()
-    trainer = Trainer(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        nn.CrossEntropyLoss(),
-        callbacks=[Replaces()],
-        config=quiet(),
-    )
-    with pytest.raises(ValueError, match="The optimizer holds 2 of 4 parameters that are not the model's"):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    config = quiet(num_epochs=4, run_dir=tmp_path / "run", restore_best=restore_best)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[kind()], config=config)
+    history = trainer.fit(loader_of(make_data(24), 8), loader_of(make_data(24), 8))
+    assert history.num_epochs == 4 and (tmp_path / "run/checkpoints/step_00000012").is_dir()
+
+
+def test_parameters_that_have_left_the_model_and_weights_that_fit_no_more_are_told():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Replaces()], config=quiet(num_epochs=3))
+    with pytest.warns(UserWarning, match="2 of the optimizer's parameters are no part of it any more"):
+        trainer.fit(loader_of(make_data(24), 8))
+
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Prunes()], config=quiet(num_epochs=3))
+    with pytest.warns(UserWarning, match="best weights.*unexpected 0.weight"):
         trainer.fit(loader_of(make_data(24), 8))
 
 
@@ -436,6 +468,167 @@ def test_eight_bits_are_enough_for_what_is_frozen(dtype, tmp_path):
         trainer = Trainer(one, optimizer, nn.CrossEntropyLoss(), config=quiet(num_micro_batches=2))
         losses.append(trainer.fit(loader_of(make_data(24), 8)).train_losses)
     assert losses[0] == losses[1]
+
+
+# --- buffers that belong to the weights -------------------------------------------------------------------------------
+
+
+class Centred(nn.Module):
+    """A loss that follows the mean of the outputs, and counts its calls, while the model is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3))
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, outputs, targets):
+        if torch.is_grad_enabled():
+            self.centre = 0.9 * self.centre + 0.1 * outputs.detach().mean(0)  # a new tensor at each call
+            self.num_calls += 1
+        return F.cross_entropy(outputs - 3 * self.centre, targets)
+
+
+class Around(nn.Module):
+    """The same inside of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Centred()
+
+    def forward(self, outputs, targets):
+        return self.inner(outputs, targets)
+
+
+def centred_by_hand(num_epochs, cut):
+    """Return test losses, and the centre and count after each epoch: each micro-batch starts from the batch's."""
+    model, centre, count, rows = make_model(), torch.zeros(3), 0, []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(num_epochs):
+        for inputs, targets in loader_of(make_data(24), 8, shuffle=False):
+            optimizer.zero_grad()
+            after = []
+            for own, labels in zip(inputs.chunk(cut), targets.chunk(cut), strict=True):
+                outputs = model(own)
+                after.append(0.9 * centre + 0.1 * outputs.detach().mean(0))
+                (F.cross_entropy(outputs - 3 * after[-1], labels) / cut).backward()
+            centre, count = sum(after) / cut, count + 1
+            optimizer.step()
+        inputs, targets = make_data(24).tensors
+        rows.append((F.cross_entropy(model(inputs) - 3 * centre, targets).item(), centre, count))
+    return rows
+
+
+def centred(run_dir=None, cut=2, kind=Centred, num_epochs=3, lr=0.5, **choices):
+    model, loss_fn = make_model(), kind()
+    config = quiet(num_epochs=num_epochs, num_micro_batches=cut, run_dir=run_dir, **choices)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=lr), loss_fn, config=config)
+    loader = loader_of(make_data(24), 8, shuffle=False)
+    history = trainer.fit(loader, loader)
+    inner = getattr(loss_fn, "inner", loss_fn)
+    return history.test_losses, inner.centre.tolist(), inner.num_calls.item(), trainer.evaluate(loader)["loss"]
+
+
+@pytest.mark.parametrize("kind", [Centred, Around])
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_the_buffers_of_a_loss_move_once_per_step(cut, kind):
+    expected = centred_by_hand(3, cut)
+    losses, centre, count, evaluated = centred(cut=cut, kind=kind, restore_best=False)
+    assert losses == pytest.approx([loss for loss, _, _ in expected], rel=1e-5)
+    assert centre == pytest.approx(expected[-1][1].tolist(), rel=1e-5) and count == 9
+    assert evaluated == pytest.approx(losses[-1], rel=1e-6)
+
+
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_the_buffers_of_a_loss_are_those_of_all_processes(bitwise):
+    alone = centred(cut=4, bitwise=bitwise)
+    for result in on_processes(2, partial(centred, cut=4, bitwise=bitwise)):
+        assert result[0] == (alone[0] if bitwise else pytest.approx(alone[0], rel=1e-6))
+        assert result[1] == pytest.approx(alone[1], rel=1e-6) and result[2] == alone[2]
+
+
+@pytest.mark.parametrize("max_steps", [3, 4, 8])
+def test_the_buffers_of_a_loss_go_on(max_steps, tmp_path):
+    expected = centred(num_epochs=4)
+    centred(tmp_path / "run", num_epochs=4, max_steps=max_steps)
+    assert centred(tmp_path / "run", num_epochs=4, resume=True) == expected
+
+
+class Drifting(nn.Module):
+    """A model whose outputs drift away by a buffer that its files leave out."""
+
+    def __init__(self, step=1.0):
+        super().__init__()
+        self.layer, self.step = nn.Linear(5, 3), step
+        self.register_buffer("shift", torch.zeros(3), persistent=False)
+
+    def forward(self, inputs):
+        if self.training:
+            self.shift += self.step * torch.tensor([1.0, 0.0, -1.0])
+        return self.layer(inputs) + self.shift
+
+
+def drifting(run_dir=None, **choices):
+    torch.manual_seed(0)
+    model = Drifting()
+    config = quiet(num_epochs=4, run_dir=run_dir, **choices)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.01), nn.CrossEntropyLoss(), config=config)
+    loader = loader_of(make_data(24), 8)
+    history = trainer.fit(loader, loader)
+    return history.best_epoch, history.best_value, trainer.evaluate(loader)["loss"], model.shift.tolist()
+
+
+def test_the_model_of_the_best_epoch_has_its_own_buffers(tmp_path):
+    epoch, best, evaluated, shift = drifting()
+    assert (epoch, shift) == (1, [3.0, 0.0, -3.0]) and evaluated == pytest.approx(best, rel=1e-6)
+    for result in on_processes(2, drifting):
+        assert result[0] == 1 and result[2] == pytest.approx(result[1], rel=1e-6)
+    drifting(tmp_path / "run", max_steps=7)  # the best is that of a process that has ended
+    assert drifting(tmp_path / "run", resume=True) == (epoch, best, evaluated, shift)
+
+
+def test_the_loss_of_the_best_epoch_has_its_own_buffers():
+    losses, _, _, evaluated = centred(lr=3.0, num_epochs=6)
+    assert losses.index(min(losses)) < 5 and evaluated == pytest.approx(min(losses), rel=1e-6)
+
+
+class Grows(Callback):
+    """Gives the model layers and buffers on the way."""
+
+    def __init__(self, hook, epoch, change):
+        setattr(self, hook, lambda trainer: change(trainer.model) if trainer.state.epoch == epoch else None)
+
+
+def put_norm(model):
+    model[0] = nn.Sequential(model[0], nn.BatchNorm1d(model[0].out_features, affine=False))
+
+
+def put_buffer(model):
+    def count(module, inputs):
+        if module.training:
+            module.count += 1
+
+    model.register_buffer("count", torch.zeros((), dtype=torch.int64))
+    model.register_forward_pre_hook(count)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("hook", "epoch", "change", "expected"),
+    [
+        ("on_fit_start", 0, put_norm, 9),
+        ("on_epoch_start", 2, put_norm, 6),
+        ("on_epoch_end", 1, put_norm, 6),
+        ("on_fit_start", 0, put_buffer, 9),
+    ],
+)
+def test_what_a_callback_adds_counts_steps_too(hook, epoch, change, expected):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = quiet(num_epochs=3, num_micro_batches=4, restore_best=False)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Grows(hook, epoch, change)], config=config)
+    trainer.fit(loader_of(make_data(24), 8))
+    counts = [buffer.item() for name, buffer in model.named_buffers() if name.endswith(("count", "tracked"))]
+    assert counts == [expected]
 
 
 # --- data that changes between epochs ---------------------------------------------------------------------------------
