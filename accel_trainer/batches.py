@@ -40,11 +40,13 @@ from .fetching import Rows, divide, not_negative, pinned, rows_of
 from .randomness import DATA, FETCH, ORDER, SeededIterator, derive_seed, seed_all
 
 __all__ = [
+    "TARGET_NAMES",
     "Feed",
     "Layout",
     "MicroBatch",
     "Piece",
     "check_loader",
+    "count_samples",
     "cut",
     "describe_batch",
     "leaves_of",
@@ -52,6 +54,7 @@ __all__ = [
     "process_of",
     "run_of",
     "sampler_of",
+    "take",
     "tensors_in",
 ]
 
@@ -128,6 +131,7 @@ class MicroBatch:
         batch_size: Samples of the whole batch, over all processes.
         batch_number: Place of the batch in the pass over the data, 0-based.
         is_full: Whether the batch is as large as the loader's batches are; the last of a pass may be shorter.
+        num_held: Samples in it where a collate function may have left out or added some; `None` if as many as asked.
     """
 
     data: Any
@@ -135,6 +139,7 @@ class MicroBatch:
     batch_size: int
     batch_number: int
     is_full: bool = True
+    num_held: int | None = None
 
     @property
     def place(self) -> tuple[int, int]:
@@ -144,7 +149,9 @@ class MicroBatch:
     @property
     def num_samples(self) -> int:
         """Samples that count: 0 for a stand-in."""
-        return self.piece.stop - self.piece.start if self.piece.counts else 0
+        if not self.piece.counts:
+            return 0
+        return self.piece.stop - self.piece.start if self.num_held is None else self.num_held
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -380,6 +387,18 @@ class Feed:
         return loader
 
     @property
+    def may_hold_others(self) -> bool:
+        """Whether a micro-batch may hold more samples, or fewer, than it has indices."""
+        if self.rows is not None or is_stream(self.loader):
+            return False
+        dataset = self.loader.dataset
+        while type(dataset) is Subset:
+            dataset = dataset.dataset
+        is_known = type(dataset).__module__.startswith(("torch.", "datasets."))
+        by_lists = self.loader.batch_sampler is None or (hasattr(dataset, "__getitems__") and not is_known)
+        return by_lists or self.loader.collate_fn is not default_collate
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all samples are known to have one size."""
         return self.rows is not None and self.rows.row_nbytes is not None
@@ -446,10 +465,14 @@ class Feed:
 
     def _in_one_cut(self, epoch: int, first_batch: int) -> Generator[MicroBatch, None, int | None]:
         """Yield until the pass is over, or return the batch to do again when the cut has changed."""
-        layout = self.layout
+        layout, may_hold_others = self.layout, self.may_hold_others
         fetched = self._fetched(epoch, first_batch) if self._loader is None else self._from_workers(epoch, first_batch)
         with closing(fetched):
             for micro_batch in fetched:
+                if may_hold_others:
+                    micro_batch.num_held = count_samples(
+                        micro_batch.data, micro_batch.piece.stop - micro_batch.piece.start
+                    )
                 yield micro_batch
                 if self.layout is not layout:
                     return micro_batch.batch_number
@@ -544,7 +567,10 @@ class Feed:
                 return
             num_samples = count_samples(batch)
             if num_samples is None:
-                raise TypeError("A batch of a stream must hold a tensor whose first dimension counts the samples.")
+                raise TypeError(
+                    "A batch of a stream must tell how many samples it holds: give its targets, or all of its tensors, "
+                    "one entry per sample in their first dimension."
+                )
             layout = None
             while layout is not self.layout:  # once, or again in the new cut
                 layout = self.layout
@@ -593,14 +619,57 @@ def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in leaves_of(batch) if isinstance(leaf, torch.Tensor))
 
 
-def count_samples(batch: Any) -> int | None:
-    """Return the samples of a collated batch: the length of the first tensor or array in it, `None` without any."""
-    if _is_array(batch):
-        return len(batch)
-    if isinstance(batch, (Mapping, list, tuple)):
-        counts = map(count_samples, batch.values() if isinstance(batch, Mapping) else batch)
-        return next((count for count in counts if count is not None), None)
-    return None
+TARGET_NAMES = ("labels", "label", "targets", "target")
+
+
+def count_samples(batch: Any, num_asked: int | None = None) -> int | None:
+    """Return the samples of a collated batch, by its targets, since those are what a loss is the mean over.
+
+    Targets are the second of a pair, or the entry of a dictionary with such a name; where there are none, or they do
+    not tell, the inputs are asked.
+
+    Args:
+        batch: Tensors, arrays and lists, in lists, tuples and dictionaries.
+        num_asked: Samples that were to be in it; `None` if that is not known.
+
+    Returns:
+        Where the batch does not tell, `num_asked`, or the length of the first tensor or array in it.
+    """
+    parts = [batch]
+    if _is_pair(batch):
+        parts = [batch[1], batch[0]]
+    elif isinstance(batch, Mapping):
+        named = [batch[name] for name in TARGET_NAMES if name in batch]
+        is_joined = all(isinstance(one, torch.Tensor) and one.ndim == 2 and len(one) == 1 for one in named)
+        if named and is_joined and num_asked is not None:
+            return num_asked  # sequences one after the other, in one row
+        parts = [*named, batch]
+    first = num_asked if num_asked is not None else next((len(one) for one in leaves_of(batch) if _is_array(one)), None)
+    counts = (_num_rows(part, num_asked) for part in parts)
+    return next((count for count in counts if count is not None), first)
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, (list, tuple)) and len(batch) == 2 and not hasattr(batch, "_fields")
+
+
+def _num_rows(part: Any, num_asked: int | None) -> int | None:
+    """Return the length that all columns of a part of a batch have, `None` if they have none in common."""
+    if _is_array(part):
+        return len(part)
+    if isinstance(part, (list, tuple)) and not hasattr(part, "_fields"):
+        are_samples = not any(map(_is_array_or_list, part))  # texts, numbers, a dictionary of each
+        if part and (are_samples or len(part) == num_asked):
+            return len(part)
+    if not isinstance(part, (Mapping, list, tuple)):
+        return None
+    columns = part.values() if isinstance(part, Mapping) else part
+    lengths = {_num_rows(column, num_asked) for column in columns if _is_array_or_list(column)}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _is_array_or_list(item: Any) -> bool:
+    return _is_array(item) or isinstance(item, (list, tuple))
 
 
 def _is_column(item: Any, num_samples: int) -> bool:

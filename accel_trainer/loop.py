@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import atexit
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .batches import Feed, MicroBatch, check_loader
+from .batches import Feed, MicroBatch, check_loader, count_samples
 from .callbacks import say, styled
 from .checkpoints import RunFolder
 from .clock import Clock
 from .config import TrainConfig
 from .console import warn
 from .errors import NonFiniteError
-from .exchange import gather_on_main
 from .fetching import Rows
+from .gathering import Gathered, of_samples
 from .gradients import Buffers, FixedBuffers, Gradients, TreeGradients
 from .hardware import (
     Hardware,
@@ -39,8 +38,8 @@ from .hardware import (
 from .history import History
 from .losses import (
     Fault,
+    Forward,
     Ledger,
-    Metrics,
     Objective,
     Totals,
     call_model,
@@ -51,7 +50,9 @@ from .losses import (
     sum_of_norms,
     widest_float,
 )
+from .means import MeanProbe
 from .memory import TrainingMemory, keep_data, until_it_fits
+from .metrics import Metrics
 from .randomness import EVALUATION, TRAINING, Draws, derive_seed, draws_of, preserved
 from .reductions import ChainSum, TreeSum, are_same_everywhere, share_from_main
 from .report import LivePage
@@ -77,6 +78,7 @@ class Training:
         infinite: Names of buffers and frozen weights that were not finite at the start, such as masks.
         num_gone: Parameters of the optimizer that have left the model.
         num_graphs_before: Graphs that the process had compiled before the run.
+        probe: Looks whether the loss is a mean, where no evaluation does.
         batches: Number of each batch since the last report -> its pass over the data and place there.
     """
 
@@ -106,6 +108,7 @@ class Training:
     infinite: frozenset[str] = frozenset()
     num_gone: int = 0
     num_graphs_before: int = field(default_factory=num_compilations)
+    probe: MeanProbe | None = None
 
     def begin_epoch(self, epoch: int) -> bool:
         """Begin an epoch, or go on with the one under way; return whether it is a new one."""
@@ -144,7 +147,7 @@ class Training:
     def weigh(self) -> None:
         """Find out whether each sample weighs the same; all processes call it together."""
         self.num_changes = self.feed.num_changes
-        evenly = self.objective.weighs_evenly(self.feed.rows)
+        evenly = self.objective.weighs_evenly(self.feed.rows, self.feed.may_hold_others)
         if self.objective.may_leave_out:
             evenly = not self.hardware.any_process(not evenly)[0]
         self.gradients.weighs_samples = evenly
@@ -156,7 +159,9 @@ class Training:
             RuntimeError: It holds targets now that the loss leaves out.
         """
         self.num_changes = self.feed.num_changes
-        if self.gradients.weighs_samples and not self.objective.weighs_evenly(self.feed.rows):
+        if self.gradients.weighs_samples and not self.objective.weighs_evenly(
+            self.feed.rows, self.feed.may_hold_others
+        ):
             raise RuntimeError(
                 "Within an epoch train_loader has come to hold targets that the loss leaves out (ignore_index). Change "
                 "them between epochs, or give weight_fn."
@@ -180,6 +185,7 @@ class Run:
     saver: Saver
     folder: RunFolder | None
     page: LivePage | None
+    probe: MeanProbe
     monitor: str
     mode: str
     announce: Callable[[str], None]
@@ -267,6 +273,8 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
                 break
     totals = training.ledger.exchange()
     check_finite(training, totals.fault)
+    if training.probe is not None:
+        training.probe.settle(training.hardware)
     return totals
 
 
@@ -281,6 +289,8 @@ def compute_gradients(training: Training, micro_batch: MicroBatch) -> None:
     training.gradients.backward(forward, micro_batch)
     training.buffers.after(micro_batch)
     training.ledger.add(micro_batch, forward)
+    if training.probe is not None:
+        training.probe.look_within_training(training.objective, micro_batch, forward)
 
 
 def cut_finer(training: Training) -> None:
@@ -334,42 +344,70 @@ def take_step(training: Training, micro_batch: MicroBatch) -> bool:
 
 
 def evaluate(
-    prepared: Prepared, objective: Objective, feed: Feed, metrics: Metrics, stopping: Stopping | None = None
+    prepared: Prepared,
+    objective: Objective,
+    feed: Feed,
+    metrics: Metrics,
+    stopping: Stopping | None = None,
+    probe: MeanProbe | None = None,
 ) -> dict[str, float] | None:
     """Return the loss and metrics over all samples of a loader, the same numbers on every process.
 
-    With a `stopping`, the end of the run cuts it short on all processes alike, and `None` is returned.
+    Args:
+        prepared: The model.
+        objective: The loss.
+        feed: Of the loader.
+        metrics: Maybe none.
+        stopping: With it the end of the run cuts it short, on all processes alike, and `None` is returned.
+        probe: Looks whether the functions are means.
     """
     hardware = prepared.hardware
-    draws = draws_of(prepared.plain, *objective.functions, *metrics.functions)
+    draws = draws_of(prepared.plain, *objective.functions, *metrics.called)
     feed.refresh()
-    evenly = objective.weighs_evenly(feed.rows)
+    evenly = objective.weighs_evenly(feed.rows, feed.may_hold_others)
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
         ledger = Ledger(hardware.device, metrics.totalled, prepared.copies_losses)
+        gathered = Gathered(hardware, is_bounded=True)
         with evaluation_pass(prepared, feed, objective.modules) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.is_first:
                     if stopping is not None and stopping.interrupts():
                         return None
                     ledger.begin(micro_batch.batch_number, micro_batch.batch_size, feed.layout)
-                if memory.exceeded or not micro_batch.piece.counts:
-                    continue  # nothing is exchanged before the end, so nobody has to stand in
-                if draws:
-                    hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place), draws)
-                with memory.attempt(micro_batch):
-                    micro_batch.data = hardware.place(micro_batch.data)
-                    with prepared.stance(micro_batch.is_full):
-                        forward = objective(prepared.model, micro_batch, evenly)
-                    check_loss(forward.loss, needs_grad=False)
-                    scores = metrics.totals(forward, micro_batch.num_samples)
-                    ledger.add(micro_batch, forward, scores)
-                    del forward  # two outputs in memory are one too many
+                # No forward exchanges anything, so nobody has to stand in.
+                if micro_batch.piece.counts and not memory.exceeded:
+                    if draws:
+                        hardware.set_generators(derive_seed(feed.seed, EVALUATION, *micro_batch.place), draws)
+                    with memory.attempt(micro_batch):
+                        forward = evaluated(prepared, objective, micro_batch, evenly)
+                        ledger.add(micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))
+                        if metrics.whole:
+                            gathered.add(micro_batch, pair_of_samples(forward, micro_batch.num_samples))
+                        if probe is not None:
+                            probe.look(objective, metrics, prepared, micro_batch, forward)
+                        del forward  # two outputs in memory are one too many
+                if metrics.whole:
+                    gathered.after(micro_batch)
     totals = ledger.exchange()
+    if probe is not None:
+        probe.settle(hardware)
     if stopping is not None and not totals.num_samples:
         raise ValueError("test_loader yields no batch (a stream that can be read once only is used up after a pass).")
     values = totals.metrics | metrics.merge(hardware.num_processes)
-    return {"loss": totals.loss, **{name: values[name] for name in metrics.names}}
+    if metrics.whole:
+        outputs, targets = gathered.joined() or (None, None)
+        values |= hardware.from_main(lambda: metrics.of_all(outputs, targets))
+    return {"loss": totals.loss, **metrics.in_order(values)}
+
+
+def evaluated(prepared: Prepared, objective: Objective, micro_batch: MicroBatch, evenly: bool) -> Forward:
+    """Return what a micro-batch gives in an evaluation; it is then on the device."""
+    micro_batch.data = prepared.hardware.place(micro_batch.data)
+    with prepared.stance(micro_batch.is_full):
+        forward = objective(prepared.model, micro_batch, evenly)
+    check_loss(forward.loss, needs_grad=False)
+    return forward
 
 
 def predict(prepared: Prepared, feed: Feed) -> Any:
@@ -377,8 +415,7 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
     hardware, draws = prepared.hardware, draws_of(prepared.plain)
     left_out: set[str] = set()
     for memory in until_it_fits(hardware, feed):
-        parts: list[Any] = []
-        waiting: list[Any] = []
+        gathered = Gathered(hardware)
         with evaluation_pass(prepared, feed) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.counts and not memory.exceeded:
@@ -387,85 +424,22 @@ def predict(prepared: Prepared, feed: Feed) -> Any:
                         inputs = inputs_of(hardware.place(micro_batch.data))
                         with prepared.stance(micro_batch.is_full):
                             outputs = call_model(prepared.model, inputs)
-                        # The copy is under way while the device goes on; `collect` waits for it.
-                        outputs = of_samples(outputs, micro_batch.num_samples, left_out)
-                        outputs = send_to_device(outputs, torch.device("cpu"), non_blocking=True)
-                        waiting.append((micro_batch.place, outputs))
-                # All processes have as many batches, so they meet here at the same moments.
-                if micro_batch.piece.is_last and (micro_batch.batch_number + 1) % _BATCHES_PER_GATHER == 0:
-                    parts += collect(waiting, hardware)
-                    waiting = []
-        parts += collect(waiting, hardware)
+                        num_samples = micro_batch.num_samples
+                        if micro_batch.num_held is not None:  # which goes by the targets
+                            num_samples = count_samples(inputs, num_samples) or 0
+                        gathered.add(micro_batch, of_samples(outputs, num_samples, left_out))
+                gathered.after(micro_batch)
+        outputs = gathered.joined()
     if left_out and hardware.is_main:
         warn(f"predict leaves out what has no entry per sample: {', '.join(sorted(left_out))}.", stacklevel=3)
-    return join(parts) if hardware.is_main else None
+    return outputs
 
 
-_BATCHES_PER_GATHER = 32
-
-
-def collect(waiting: list[Any], hardware: Hardware) -> list[Any]:
-    """Return the outputs of all processes in order, on the main process; waits for the device."""
-    waiting = hardware.arrived(waiting)
-    if hardware.num_processes > 1:
-        waiting = [part for one in gather_on_main(waiting) for part in one]
-    return [outputs for _, outputs in sorted(waiting, key=lambda part: part[0])]
-
-
-def of_samples(outputs: Any, num_samples: int, left_out: set[str], name: str = "") -> Any:
-    """Return those of a model's outputs that have an entry per sample, which can be put in the order of the dataset.
-
-    Of a dictionary the others are left out, as a loss or a cache beside the scores; in a list or tuple `None` stands
-    in their place.
-
-    Args:
-        outputs: What the model returned.
-        num_samples: Samples of the micro-batch.
-        left_out: Takes the names of what is left out.
-        name: Of these outputs within the whole; empty for the whole.
-
-    Raises:
-        ValueError: Nothing has an entry per sample.
-    """
-    if outputs is None or (isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == num_samples):
-        return outputs
-    if isinstance(outputs, Mapping):
-        own = {key: of_samples(one, num_samples, left_out, f"{name}[{key!r}]") for key, one in outputs.items()}
-        kept = {key: one for key, one in own.items() if one is not None}
-        if kept or not own or name:
-            return kept or None
-    elif isinstance(outputs, (list, tuple)):
-        parts = [of_samples(one, num_samples, left_out, f"{name}[{place}]") for place, one in enumerate(outputs)]
-        if any(one is not None for one in parts) or not parts or name:
-            return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
-    elif name:
-        left_out.add(name)
-        return None
-    told = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-    raise ValueError(
-        f"predict joins outputs along the samples, their first dimension: for {num_samples} samples the model returned "
-        f"{told}."
-    )
-
-
-def join(parts: list[Any]) -> Any:
-    """Join the outputs of micro-batches along their first dimension.
-
-    Raises:
-        ValueError: Outputs whose other dimensions differ.
-    """
-    if not parts or parts[0] is None:
-        return None
-    first = parts[0]
-    if isinstance(first, Mapping):
-        return {key: join([part[key] for part in parts]) for key in first}
-    if isinstance(first, (list, tuple)):
-        joined = [join(list(column)) for column in zip(*parts, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-    try:
-        return torch.cat(parts)
-    except RuntimeError as error:
-        raise ValueError(f"The outputs of the micro-batches cannot be joined along the samples: {error}") from error
+def pair_of_samples(forward: Forward, num_samples: int) -> tuple[Any, Any]:
+    """Return outputs and targets of a micro-batch, as far as they have an entry per sample."""
+    left_out: set[str] = set()
+    outputs, targets = (of_samples(one, num_samples, left_out) for one in (forward.outputs, forward.targets))
+    return outputs, targets
 
 
 # --- the parts of an epoch --------------------------------------------------------------------------------------------
@@ -561,7 +535,8 @@ def evaluate_epoch(run: Run) -> dict[str, float] | None:
         return {}
     training = run.training
     with training.clock.measured("evaluation_seconds"):
-        return evaluate(training.prepared, training.objective, run.test_feed, run.metrics, training.stopping)
+        parts = training.prepared, training.objective, run.test_feed, run.metrics
+        return evaluate(*parts, training.stopping, run.probe)
 
 
 def record(run: Run, train: Totals, test: dict[str, float]) -> float:
@@ -689,6 +664,7 @@ class _Session:
         self.hardware = Hardware()
         self.layouts = dict.fromkeys(("train_loader", "test_loader"), self.hardware.layout(None))
         self.config = TrainConfig(on_nonfinite="ignore")
+        self.probe = MeanProbe()
         self.epochs: WeakKeyDictionary[DataLoader[Any], int] = WeakKeyDictionary()
         self.kept: WeakKeyDictionary[DataLoader[Any], Rows] = WeakKeyDictionary()
         self.training: Training | None = None
@@ -778,6 +754,7 @@ def assemble(
     stopping: Stopping,
     state: RunState,
     feed: Feed,
+    probe: MeanProbe | None = None,
 ) -> Training:
     """Put together what makes optimizer steps."""
     hardware, model, layout = prepared.hardware, prepared.plain, feed.layout
@@ -818,6 +795,7 @@ def assemble(
         ledger=Ledger(hardware.device, copies=prepared.copies_losses),
         joined=prepared.joined(objective.loss_fn, form) if form is not None else None,  # type: ignore[arg-type]
         infinite=frozenset(not_finite(unchanging)),
+        probe=probe,
     )
 
 
@@ -906,4 +884,4 @@ def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Call
         prepared.put_optimizer("eval")
         objective.to(hardware.device)
         with prepared.attached():
-            return evaluate(prepared, objective, feed, Metrics(None))["loss"]  # type: ignore[index]
+            return evaluate(prepared, objective, feed, Metrics(None), probe=session.probe)["loss"]  # type: ignore[index]

@@ -11,9 +11,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from operator import add
+from operator import add, mul
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,20 +21,21 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import Layout, MicroBatch, process_of, tensors_in
-from .exchange import gather_objects
+from .batches import TARGET_NAMES, Layout, MicroBatch, process_of, tensors_in
 from .fetching import Rows
+from .randomness import preserved
 
 __all__ = [
     "Fault",
     "Forward",
     "Ledger",
-    "Metrics",
     "Objective",
     "Totals",
     "call_model",
     "check_loss",
+    "column_of",
     "inputs_of",
+    "keeps_nothing",
     "not_finite",
     "on_device",
     "split_batch",
@@ -42,7 +43,6 @@ __all__ = [
 
 Weight = int | float | Tensor
 _Name = TypeVar("_Name")
-TARGET_NAMES = ("labels", "label", "targets", "target")
 
 
 # --- one micro-batch --------------------------------------------------------------------------------------------------
@@ -135,19 +135,26 @@ class Objective:
     def __reduce__(self) -> Any:
         return type(self), (self.loss_fn, self.compute_loss, self.weight_fn)  # without what it knows of the data
 
+    def with_loss(self, loss_fn: Callable[[Any, Any], Tensor]) -> Objective:
+        """Return the same with a copy of its loss."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, loss_fn=loss_fn)
+        return other
+
     @property
     def may_leave_out(self) -> bool:
         """Whether it depends on the data if each sample weighs the same."""
         return self._divisor is not None and self.compute_loss is None
 
-    def weighs_evenly(self, rows: Rows | None) -> bool:
+    def weighs_evenly(self, rows: Rows | None, may_hold_others: bool = False) -> bool:
         """Return whether each sample weighs as much as any other, so that all processes know the weight of a batch.
 
         Args:
             rows: The data, where it is known. A loss that leaves targets out does so in some data only, and whether in
                 this is looked up if it is in memory (one read-back).
+            may_hold_others: Whether a micro-batch may hold more samples, or fewer, than it has indices.
         """
-        if self.compute_loss is not None or self.weight_fn is not None:
+        if self.compute_loss is not None or self.weight_fn is not None or may_hold_others:
             return False
         if self._divisor is None:
             return True
@@ -313,6 +320,11 @@ def _mute(forward: Forward, outputs: list[Tensor]) -> None:
             output.register_hook(functools.partial(_zero_where, is_empty))  # type: ignore[no-untyped-call]
 
 
+def keeps_nothing(loss_fn: Any) -> bool:
+    """Return whether a loss certainly keeps nothing from call to call."""
+    return _form_of(_unwrap_partial(loss_fn)[0]) is not None
+
+
 def _form_of(loss_fn: Any) -> Hashable | None:
     """Return what tells a loss from others; `None` if it is not torch's own and may keep, or refer to, what changes."""
     if isinstance(loss_fn, nn.Module):
@@ -369,10 +381,37 @@ def _divisor_of(loss_fn: Any) -> functools.partial[Weight] | None:
     if function in (F.cross_entropy, F.nll_loss):
         weight, ignore_index = keywords.get("weight"), keywords.get("ignore_index", -100)
     elif isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)) and function.reduction == "mean":
+        if not _is_torchs(function) and _is_mean_of_samples(function):
+            return None
         weight, ignore_index = function.weight, function.ignore_index
     else:
         return None
     return functools.partial(_class_divisor, weight=weight, ignore_index=ignore_index, loss_fn=function)
+
+
+@torch.no_grad()
+def _is_mean_of_samples(loss_fn: nn.CrossEntropyLoss | nn.NLLLoss) -> bool:
+    """Return whether a subclass of torch's losses, on some made-up samples, is their mean; not what torch divides by.
+
+    Where both are the same, or it takes other outputs and targets than torch's, it is taken for what it inherits.
+    """
+    weight, ignored = loss_fn.weight, loss_fn.ignore_index
+    num_classes = 4 if weight is None else len(weight)
+    device = torch.device("cpu") if weight is None else weight.device
+    outputs = torch.linspace(-2, 1, 5 * num_classes, device=device).sin().view(5, num_classes).log_softmax(1)
+    targets = torch.arange(5, device=device) % num_classes
+    targets[1] = ignored
+    pieces = [(outputs[part], targets[part]) for part in (slice(0, 2), slice(2, 5))]
+    try:
+        own = copy.deepcopy(loss_fn)  # which may keep something from call to call
+        with preserved():
+            whole, *losses = (float(own(*pair)) for pair in ((outputs, targets), *pieces))
+    except Exception:
+        return False
+    divisors = [float(_class_divisor(labels, weight, ignored, loss_fn)) for _, labels in pieces]
+    as_torchs = sum(map(mul, losses, divisors)) / sum(divisors)
+    as_samples = (2 * losses[0] + 3 * losses[1]) / 5
+    return math.isclose(as_samples, whole, rel_tol=1e-4) and not math.isclose(as_torchs, whole, rel_tol=1e-4)
 
 
 def _class_divisor(targets: Any, weight: Tensor | None, ignore_index: int, loss_fn: Any) -> Weight:
@@ -446,7 +485,6 @@ class _Batch(NamedTuple):
     """The rows of one batch in a ledger: one for each of its micro-batches, on whichever process."""
 
     number: int
-    size: int
     layout: Layout
     first_row: int
 
@@ -471,7 +509,7 @@ class Ledger:
         self._device, self._metrics, self._copies = device, tuple(metrics), copies
         self._batches: list[_Batch] = []  # those since the last read
         self._num_rows = 0
-        self._open: list[tuple[Any, ...]] = []  # row, loss, weight, then a total per metric
+        self._open: list[tuple[Any, ...]] = []  # row, loss, weight, samples, then a total per metric
         self._blocks: list[tuple[list[int], Tensor]] = []  # rows, and their columns
         self._sums = [0.0] * (3 + len(self._metrics))  # of samples, loss x weight, weights, totals
         self._recent = 0.0, 0.0  # of loss x weight and weights since the last report
@@ -487,7 +525,7 @@ class Ledger:
         """
         if len(self._open) >= self._BLOCK:
             self._close()
-        self._batches.append(_Batch(number, size, layout, self._num_rows))
+        self._batches.append(_Batch(number, layout, self._num_rows))
         self._num_rows += min(size, layout.num_micro_batches)
 
     def add(self, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
@@ -503,7 +541,7 @@ class Ledger:
             loss, weight = forward.loss.detach(), forward.weight
             if self._copies:
                 loss, weight = loss.clone(), weight.clone() if isinstance(weight, Tensor) else weight
-            self._open.append((row, loss, weight, *totals))
+            self._open.append((row, loss, weight, micro_batch.num_samples, *totals))
 
     def drop(self) -> None:
         """Forget the batch under way, which will be done again."""
@@ -527,18 +565,18 @@ class Ledger:
         """Join the scalars that have come into one tensor, on the device."""
         if self._open:
             rows, losses, *others = zip(*self._open, strict=True)
-            joined = torch.stack([_column(column, losses[0].device) for column in (losses, *others)])
+            joined = torch.stack([column_of(column, losses[0].device) for column in (losses, *others)])
             self._blocks.append((list(rows), joined.to(self._device)))
             self._open = []
 
     def _table(self) -> Tensor:
-        """Return loss, weight and totals, shape `(columns, rows)`, of all processes; one exchange between them."""
+        """Return loss, weight, samples and totals, shape `(columns, rows)`, of all processes; one exchange."""
         self._close()
         blocks, self._blocks = self._blocks, []
         several = self._batches[-1].layout.num_processes > 1
         if blocks and not several:
             return torch.cat([block for _, block in blocks], dim=1)
-        table = torch.zeros(len(self._sums) - 1, self._num_rows, dtype=widest_float(self._device), device=self._device)
+        table = torch.zeros(len(self._sums), self._num_rows, dtype=widest_float(self._device), device=self._device)
         for rows, block in blocks:
             table[:, rows] = block
         if several:
@@ -549,9 +587,8 @@ class Ledger:
         """Add up what has come since the last read: one exchange, and one read-back."""
         if not self._batches:
             return
-        losses, weights, *totals = self._table().tolist()
+        losses, weights, sizes, *totals = self._table().tolist()
         products = [loss * weight if weight else 0.0 for loss, weight in zip(losses, weights, strict=True)]
-        sizes = [batch.size for batch in self._batches]
         columns = sizes, products, weights, *totals
         self._sums = [functools.reduce(add, column, total) for total, column in zip(self._sums, columns, strict=True)]
         recent_product, recent_weight = self._recent
@@ -621,145 +658,10 @@ def on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype | 
     return value.to(device, dtype, non_blocking=True)
 
 
-def _column(numbers: Sequence[Any], device: torch.device) -> Tensor:
+def column_of(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Return plain numbers, and scalars wherever they are, as one tensor on the device."""
     dtype = widest_float(device)
     if not any(isinstance(number, Tensor) for number in numbers):
         return on_device(torch.tensor(numbers, dtype=torch.float64), device)
     scalars = [on_device(number, device, None if isinstance(number, Tensor) else dtype) for number in numbers]
     return torch.stack(scalars).to(dtype)
-
-
-# --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-class Metrics:
-    """The user's metrics over one evaluation.
-
-    Args:
-        metrics: Name -> `(outputs, targets) -> per-sample values or their mean`, or a torchmetrics object.
-
-    Raises:
-        TypeError: A metric that is neither.
-        ValueError: A name that is taken.
-    """
-
-    def __init__(self, metrics: Mapping[str, Any] | None) -> None:
-        if metrics is not None and (not isinstance(metrics, Mapping) or hasattr(metrics, "compute")):
-            raise TypeError(f"metrics must be a dictionary of names and metrics, got {type(metrics).__name__}.")
-        self._functions: dict[str, Callable[[Any, Any], Any]] = {}
-        self._objects: dict[str, Any] = {}
-        for name, metric in (metrics or {}).items():
-            if name in ("loss", "train_loss", "test_loss"):
-                raise ValueError(f"The name {name!r} of a metric is taken by the trainer's own numbers.")
-            if hasattr(metric, "items"):
-                raise TypeError(f"The metric {name!r} is a collection: give each of its metrics a name of its own.")
-            if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
-                self._objects[name] = metric
-            elif callable(metric):
-                self._functions[name] = metric
-            else:
-                raise TypeError(f"The metric {name!r} must be callable or a torchmetrics object, got {metric!r}.")
-        self.names = tuple(metrics or ())
-
-    @property
-    def functions(self) -> list[Any]:
-        """The user's functions and objects."""
-        return [*self._functions.values(), *self._objects.values()]
-
-    def better(self, name: str) -> Literal["min", "max"] | None:
-        """Return whether less or more of a metric is better, where the metric says so itself."""
-        higher = getattr(self._objects.get(name), "higher_is_better", None)
-        return None if higher is None else "max" if higher else "min"
-
-    @property
-    def totalled(self) -> tuple[str, ...]:
-        """Names of those whose totals go through the ledger."""
-        return tuple(self._functions)
-
-    def check_merging(self) -> None:
-        """Refuse, before anything is trained, objects whose states cannot be merged over processes.
-
-        Raises:
-            TypeError: With the name of the metric.
-        """
-        for name, metric in self._objects.items():
-            try:
-                one, other = copy.deepcopy(metric), copy.deepcopy(metric)
-                one.merge_state(other)
-                mergeable = all(callable(reduce) for reduce in getattr(one, "_reductions", {}).values())
-            except (AttributeError, RuntimeError):
-                mergeable = False
-            if not mergeable:
-                raise TypeError(
-                    f"The metric {name!r} cannot be merged over processes ({type(metric).__name__} of torchmetrics; "
-                    "1.6 or newer can merge most). Give a function of (outputs, targets), or use one process."
-                )
-
-    def check_bitwise(self) -> None:
-        """Refuse objects that keep their own sums, whose last bits depend on who adds what.
-
-        Raises:
-            TypeError: With the name of the metric.
-        """
-        for name, metric in self._objects.items():
-            raise TypeError(
-                f"The metric {name!r} is a {type(metric).__name__} object, which adds up in an order of its own: with "
-                "bitwise=True give a function of (outputs, targets) that returns one value per sample."
-            )
-
-    def reset(self, device: torch.device) -> None:
-        """Begin an evaluation."""
-        for name, metric in self._objects.items():
-            metric.reset()
-            self._objects[name] = metric.to(device) if hasattr(metric, "to") else metric
-
-    def totals(self, forward: Forward, num_samples: int) -> list[float | Tensor]:
-        """Return the sum of each metric over the samples of a micro-batch, and update the objects."""
-        for metric in self._objects.values():
-            metric.update(forward.outputs, forward.targets)
-        return [
-            _total(name, function(forward.outputs, forward.targets), num_samples)
-            for name, function in self._functions.items()
-        ]
-
-    def merge(self, num_processes: int) -> dict[str, float]:
-        """Return the value of each object over all processes."""
-        return {
-            name: float((metric if num_processes == 1 else _merged(metric)).compute())
-            for name, metric in self._objects.items()
-        }
-
-
-def _total(name: str, result: Any, num_samples: int) -> float | Tensor:
-    if isinstance(result, (int, float)):
-        return result * num_samples
-    try:
-        value: Tensor = torch.as_tensor(result).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"The metric {name!r} must return one value per sample or their mean, got a {type(result).__name__}: give "
-            "each of its values a metric of its own."
-        ) from error
-    if value.ndim == 0:
-        return value * num_samples
-    if value.numel() != num_samples:
-        raise ValueError(
-            f"The metric {name!r} must return one value per sample or their mean: for {num_samples} samples it "
-            f"returned shape {tuple(value.shape)}."
-        )
-    return value.sum()  # whole numbers and booleans are counted exactly
-
-
-def _merged(metric: Any) -> Any:
-    # Only from processes that have seen samples: merging an empty state fails for some metrics.
-    parts = gather_objects(copy.deepcopy(metric).cpu() if metric.update_count else None)
-    first, *others = [part for part in parts if part is not None] or [copy.deepcopy(metric)]
-    for other in others:
-        first.merge_state(other)
-    first.distributed_available_fn = _nowhere  # compute() would add the processes once more
-    return first
-
-
-def _nowhere() -> bool:
-    return False

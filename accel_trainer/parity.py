@@ -231,6 +231,7 @@ def run_here(name: str, config: TrainConfig, records: bool, look_at: int | None)
         "optimizer": digest(dict(_named_tensors(states, ""))),
         "is_double": any(parameter.dtype == torch.float64 for parameter in trainer.model.parameters()),
         "trace": trainer.recorder.trace if trainer.recorder else None,
+        "doubts": list(trainer.doubts.values()),
     }
 
 
@@ -360,6 +361,8 @@ class Parity:
         of_metrics = _apart(reference["metrics"], result["metrics"], *reference["metrics"])
         if apart <= tolerance and of_metrics <= _METRIC_TOLERANCE[promise]:
             return True, f"within {promise} ({tolerance:g})", ""
+        if case.promise == "cut" and result["doubts"]:
+            return False, f"BROKEN: {max(apart, of_metrics):.1e}, no mean", " ".join(result["doubts"])
         if case.promise == "cut":
             return None, f"no promise: {max(apart, of_metrics):.1e}", _ON_THE_CUT
         explanation = self._explain(case, tolerance)

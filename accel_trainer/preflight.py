@@ -139,6 +139,10 @@ def _tell_run(page: _Page, trainer: Trainer) -> None:
     number = torch.distributed.get_world_size() if _is_group() else 1
     told = "their weights are equal bit for bit" if number > 1 else "there is nobody to differ from"
     page.say(True, "processes", f"{number}: {told}")
+    doubts = list(trainer.doubts.values())
+    page.say(
+        not doubts, "means", " ".join(doubts) or "loss and metrics do not depend on how batches are cut, as far as seen"
+    )
 
 
 def _tell_files(page: _Page, saved: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler, DataLoader
@@ -32,8 +33,10 @@ from .errors import NonFiniteError
 from .exchange import meet
 from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic, num_compilations
 from .history import History
-from .losses import Metrics, Objective, Totals
+from .losses import Objective, Totals
+from .means import MeanProbe
 from .memory import keep_data
+from .metrics import Metrics, metric_of
 from .randomness import preserved
 from .report import LivePage, keep_evaluation
 from .saving import Saver
@@ -59,6 +62,9 @@ class Trainer:
             number of steps of the run (of epochs, with `schedule_every="epoch"`).
         metrics: Name -> `(outputs, targets) -> per-sample values, shape (batch,), or their mean`, or a torchmetrics
             object; computed on the test set.
+        whole_metrics: Name -> `(outputs, targets) -> value`, or a dictionary or vector of values: for what is no mean
+            over samples, such as F1, R2 or a correlation. They are given the outputs and targets of the whole test set,
+            joined along the samples, in host memory, on the main process.
         callbacks: Observers of the run.
         config: The user's other choices.
         compute_loss: `(model, batch) -> loss` or `(loss, weight)`, for batches that are not (inputs, targets).
@@ -93,6 +99,7 @@ class Trainer:
         *,
         scheduler: LRScheduler | Callable[[Optimizer, int], LRScheduler] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        whole_metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
         callbacks: Iterable[Callback] = (),
         config: TrainConfig | None = None,
         compute_loss: Callable[[nn.Module, Any], Any] | None = None,
@@ -108,11 +115,12 @@ class Trainer:
             check_scheduler(scheduler, optimizer)
         if accelerator is not None and (isinstance(accelerator, Accelerator) or not callable(accelerator)):
             raise TypeError("accelerator must be a function that builds the Accelerator: lambda: Accelerator(...).")
-        if metrics and compute_loss is not None:
+        if (metrics or whole_metrics) and compute_loss is not None:
             raise ValueError("metrics need the model's outputs, which compute_loss keeps to itself: use loss_fn.")
         self.model, self.optimizer = model, optimizer
         self._objective = Objective(loss_fn, compute_loss, weight_fn)
-        self._metrics = Metrics(metrics)
+        self._metrics = Metrics(metrics, whole_metrics)
+        self._probe = MeanProbe()
         if self.config.bitwise:
             self._metrics.check_bitwise()
         if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
@@ -183,7 +191,7 @@ class Trainer:
             check_loader(test_loader, "test_loader")
         monitor = self.config.monitor
         known = ["test_loss", "train_loss", *(self._metrics.names if test_loader is not None else ())]
-        if monitor not in known:
+        if monitor not in known[:2] and metric_of(monitor, tuple(known[2:])) is None:
             hint = " (metrics are computed on the test loader)" if test_loader is None else ""
             raise ValueError(f"monitor must be one of {', '.join(known)}{hint}, got {monitor!r}.")
         return "train_loss" if test_loader is None else monitor
@@ -211,8 +219,7 @@ class Trainer:
         train_loader: DataLoader[Any],
         test_loader: DataLoader[Any] | None,
     ) -> loop.Run:
-        config, layout = self.config, hardware.layout(self.config.num_micro_batches)
-        announce = self._announcer(hardware)
+        config, announce = self.config, self._announcer(hardware)
         self._rewind(optimizer)
         identity = self._identity(train_loader, test_loader) | {"mode": self._mode(monitor)}
         found = resuming.find(config, hardware, identity, announce)
@@ -224,27 +231,28 @@ class Trainer:
 
         def on_recut(name: str, num_micro_batches: int) -> None:
             announce(loop.told_of_recut(name, num_micro_batches))
-            run = begun[0]()
-            if run is not None:
+            if (run := begun[0]()) is not None:
                 _write_config(run, identity)
 
         train_feed = self._feed(train_loader, hardware, "train_loader", on_recut)
         test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader", on_recut)
         checked_state(self.model)
         prepared = Prepared(hardware, self.model, optimizer, config.compile)
-        announce(_start_line(hardware, train_loader, layout, config))
+        for line in self._start_lines(hardware, train_loader, test_loader):
+            announce(line)
         self._keep_data({"train_loader": train_feed, "test_loader": test_feed}, hardware)
-        training = loop.assemble(config, prepared, self._objective, schedule, stopping, self.state, train_feed)
+        parts = (prepared, self._objective, schedule, stopping, self.state, train_feed)
+        training = loop.assemble(config, *parts, probe=self._probe if test_feed is None else None)
         self._attach_callbacks(training, found.folder, with_bar=announce is say and wants_bar())
-        parts = (stopping, self.state, self.history, training.clock)
         run = loop.Run(
             training=training,
             test_feed=test_feed,
             metrics=self._metrics,
             history=self.history,
-            saver=Saver(config, self.model, self._objective.modules, found.folder, hardware.is_main, *parts),
+            saver=self._saver(found.folder, hardware, training),
             folder=found.folder,
             page=None if found.folder is None else LivePage(found.folder.path, self.history),
+            probe=self._probe,
             monitor=monitor,
             mode=identity["mode"],
             announce=announce,
@@ -256,6 +264,23 @@ class Trainer:
             _write_config(run, identity)
             loop.write_page(run, "running")
         return run
+
+    def _saver(self, folder: RunFolder | None, hardware: Hardware, training: loop.Training) -> Saver:
+        where = (training.stopping, self.state, self.history, training.clock)
+        return Saver(self.config, self.model, self._objective.modules, folder, hardware.is_main, *where)
+
+    def _start_lines(
+        self, hardware: Hardware, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None
+    ) -> Iterator[str]:
+        """Yield what is to be said before the first step."""
+        config = self.config
+        yield _start_line(hardware, train_loader, hardware.layout(config.num_micro_batches), config)
+        if test_loader is None and self._metrics.names:
+            yield f"There is no test_loader: {', '.join(self._metrics.names)} cannot be computed."
+        is_free = config.num_micro_batches is None and not config.bitwise
+        has_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        if hardware.num_processes > 1 and is_free and has_norm:
+            yield _ON_BATCH_NORM
 
     def _keep_data(self, feeds: Mapping[str, Feed | None], hardware: Hardware) -> None:
         for name, feed in feeds.items():
@@ -331,6 +356,11 @@ class Trainer:
         if reason is not None:
             stopping.request(reason)
 
+    @property
+    def doubts(self) -> dict[str, str]:
+        """Loss and metrics that were found to be no means over samples, by name, and what is to be said of each."""
+        return dict(self._probe.doubts)
+
     # --- evaluate and predict -----------------------------------------------------------------------------------------
 
     def evaluate(self, loader: DataLoader[Any]) -> dict[str, float]:
@@ -352,7 +382,9 @@ class Trainer:
                 self._metrics.check_merging()
             feed = self._feed(loader, prepared.hardware, "loader")
             self._objective.to(prepared.hardware.device)
-            scores: dict[str, float] = loop.evaluate(prepared, self._objective, feed, self._metrics)  # type: ignore[assignment]
+            scores: dict[str, float] = loop.evaluate(  # type: ignore[assignment]
+                prepared, self._objective, feed, self._metrics, probe=self._probe
+            )
             if self._page is not None and prepared.hardware.is_main:
                 num_samples = None if is_stream(loader) else len(dataset_order(loader))
                 keep_evaluation(self._page, num_samples, self._epoch_held, scores)
@@ -458,6 +490,11 @@ def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layou
     source = "argument" if config.num_micro_batches else default
     return f"{told}; {describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})"
 
+
+_ON_BATCH_NORM = (
+    "The model has BatchNorm, which sees the micro-batch of its process: another number of processes trains another "
+    "model. A fixed num_micro_batches (the largest number of processes that you may use) makes it the same on all."
+)
 
 _LEAVING = ("SIGTERM", "SIGUSR1")  # what ends the program too
 

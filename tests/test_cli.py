@@ -45,6 +45,9 @@ class Initialise(Callback):  # when a run goes on, too
 def forgets(config):
     return make_run(config) | {"callbacks": [Initialise()]}
 
+def pairs(config):  # each sample against all others of its micro-batch
+    return make_run(config) | {"loss_fn": lambda outputs, targets: (outputs @ outputs.T).logsumexp(1).mean()}
+
 def fails(config):
     return make_run(config) | {"loss_fn": int("none")}
 
@@ -127,9 +130,9 @@ def test_check_tells_on_one_page_and_on_two_processes(module, tmp_path, capsys):
     assert main(["check", module, "--num_epochs", "7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[1].strip() or line for line in lines]
-    assert [line.split()[0] for line in lines] == ["ok"] * 6
-    assert "16 tensors of model and optimizer come back bit for bit" in lines[2]
-    assert re.search(r"about [\d.]+ m?s an epoch of 3 steps", lines[5])
+    assert [line.split()[0] for line in lines] == ["ok"] * 7
+    assert "16 tensors of model and optimizer come back bit for bit" in lines[3]
+    assert re.search(r"about [\d.]+ m?s an epoch of 3 steps", lines[6])
     assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -143,5 +146,7 @@ def test_check_fails_where_the_run_would(module, capsys):
     assert main(["check", module.replace("make_run", "differs")]) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("FAILED") and "nan" in printed
+    assert main(["check", module.replace("make_run", "pairs")]) == 1
+    assert re.search(r"FAILED +means +loss_fn is no mean over samples", capsys.readouterr().out)
     assert main(["check", module.replace("make_run", "forgets")]) == 1
     assert re.search(r"FAILED +save, load +.* came back different", capsys.readouterr().out)

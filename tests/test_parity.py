@@ -112,6 +112,13 @@ def test_the_command_fails_with_a_broken_promise_and_speaks_json(capsys):
     assert len(broken["weights"]) == 16 and broken["train_loss"] > 0
 
 
+def test_a_loss_that_is_no_mean_breaks_the_promise_on_the_cut(capsys):
+    assert main(["parity", f"{RUNS}:over_pairs", "--num_processes", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "no mean" in printed and "loss_fn is no mean over samples: over" in printed
+    assert "9 of 10 promises kept" in printed
+
+
 def test_json_has_no_bare_nan(capsys):
     options = ["--processes", "1", "--max_steps", "1", "--format", "json", "--timeout", "20"]
     assert main(["parity", f"{RUNS}:nan_on_test", *options]) == 0

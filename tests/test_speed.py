@@ -91,6 +91,7 @@ class Undecided(nn.Module):
     ],
     ids=lambda choices: " ".join(choices) or "plain",
 )
+@pytest.mark.filterwarnings("ignore:loss_fn is no mean")  # not with these weights
 def test_no_step_reads_a_tensor_back(choices):
     assert reads_per_step(**choices) == [0] * 9
 
