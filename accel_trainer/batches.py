@@ -18,7 +18,6 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakSet
-from zlib import crc32
 
 import numpy
 import torch
@@ -36,7 +35,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from .exchange import gather_objects, share_object
-from .fetching import Rows, divide, not_negative, pinned, rows_of
+from .fetching import Rows, divide, mark_of, not_negative, pinned, rows_of
 from .randomness import DATA, FETCH, ORDER, SeededIterator, derive_seed, seed_all
 
 __all__ = [
@@ -50,6 +49,7 @@ __all__ = [
     "cut",
     "describe_batch",
     "leaves_of",
+    "length_of",
     "num_batches",
     "process_of",
     "run_of",
@@ -417,9 +417,10 @@ class Feed:
             self.on_recut(layout.num_micro_batches)
 
     def check_same_everywhere(self, name: str) -> None:
-        """Refuse data that differs between the processes, as a split without a seed makes it.
+        """Refuse data that differs between the processes: a random split without a seed, or a part for each.
 
-        Compares lengths and the rows of a `Subset`; neither samples nor a sampler of the user's are touched.
+        Compares lengths, the rows of a `Subset`, and a few samples of tensors and tables; neither a sampler nor a
+        dataset of the user's own is touched.
 
         Args:
             name: How the user calls the loader, for the message.
@@ -427,17 +428,19 @@ class Feed:
         Raises:
             ValueError: The processes do not have the same data.
         """
-        if self.layout.num_processes == 1 or is_stream(self.loader):
+        if self.layout.num_processes == 1:
             return
         dataset = self.loader.dataset
-        length = len(dataset) if hasattr(dataset, "__len__") else None
-        rows = list(dataset.indices) if isinstance(dataset, Subset) else None
-        lengths, digests = zip(*gather_objects((length, crc32(repr(rows).encode()))), strict=True)
+        found = (None, "a part") if _is_part(dataset) else (length_of(dataset), mark_of(dataset))
+        lengths, marks = zip(*gather_objects(found), strict=True)
         if len(set(lengths)) > 1:
-            raise ValueError(f"{name} has datasets of different lengths on the processes: {list(lengths)}.")
-        if len(set(digests)) > 1:
             raise ValueError(
-                f"{name} has other samples on each process. Split and shuffle with a fixed seed, so that all agree."
+                f"{name} has datasets of different lengths on the processes: {list(lengths)}. {_UNDIVIDED}"
+            )
+        if len(set(marks)) > 1 or "a part" in marks:
+            raise ValueError(
+                f"{name} has other samples on each process. Split and shuffle with a fixed seed, so that all agree. "
+                f"{_UNDIVIDED}"
             )
 
     def micro_batches(self, epoch: int, first_batch: int = 0) -> Generator[MicroBatch]:
@@ -583,15 +586,27 @@ class Feed:
                         break
 
 
+_UNDIVIDED = "Do not divide the data over the processes (split_dataset_by_node): the trainer divides each batch."
+
+
 def _tell_epoch(dataset: Any, epoch: int) -> None:
     """Tell a stream, or the streams that it is made of, which epoch begins (0-based)."""
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
         return
+    for stream in _made_of(dataset):
+        _tell_epoch(stream, epoch)
+
+
+def _is_part(dataset: Any) -> bool:
+    """Return whether a stream of the `datasets` library, or one that it is made of, is what a process has of it."""
+    own = getattr(getattr(dataset, "_distributed", None), "world_size", 1)
+    return own > 1 or (isinstance(dataset, IterableDataset) and any(map(_is_part, _made_of(dataset))))
+
+
+def _made_of(dataset: Any) -> list[Dataset[Any]]:
     inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
-    for one in inner if isinstance(inner, (list, tuple)) else []:
-        if isinstance(one, Dataset):
-            _tell_epoch(one, epoch)
+    return [one for one in inner if isinstance(one, Dataset)] if isinstance(inner, (list, tuple)) else []
 
 
 class _End:
@@ -725,8 +740,13 @@ def is_stream(loader: DataLoader[Any]) -> bool:
 
 def num_batches(loader: DataLoader[Any]) -> int | None:
     """Return the batches of one pass over the data, `None` if the loader cannot say."""
+    return length_of(loader)
+
+
+def length_of(thing: Any) -> int | None:
+    """Return the length of a loader, dataset or sampler, `None` if it cannot say."""
     try:
-        return len(loader)
+        return len(thing)
     except (TypeError, NotImplementedError):
         return None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .batches import is_stream, num_batches, sampler_of
+from .batches import is_stream, length_of, num_batches, sampler_of
 from .callbacks import Callback
 from .checkpoints import RunFolder, Snapshot, newest_step
 from .config import TrainConfig
@@ -67,7 +67,10 @@ def identity_of(
     return {
         **{name: getattr(config, name) for name in _OF_THE_CONFIG},
         **_order_of(train_loader),
-        **{f"length of {name}'s dataset": _length(loader) for name, loader in loaders.items()},
+        **{
+            f"length of {name}'s dataset": length_of(getattr(loader, "dataset", None))
+            for name, loader in loaders.items()
+        },
         "metrics": list(metrics),
         "model": _name_of(model),
         **{name: _name_of(function) for name, function in functions.items()},
@@ -94,14 +97,6 @@ def _order_of(loader: DataLoader[Any] | None) -> dict[str, Any]:
         "sampler": " of ".join(_name_of(one) or "" for one in (outer, inner) if one is not None),
         "replacement": getattr(inner, "replacement", None),
     }
-
-
-def _length(loader: DataLoader[Any] | None) -> int | None:
-    dataset: Any = getattr(loader, "dataset", None)
-    try:
-        return len(dataset)
-    except (TypeError, NotImplementedError):  # a stream, or none
-        return None
 
 
 def _name_of(thing: Any) -> str | None:

@@ -4,14 +4,17 @@ import copy
 import math
 from functools import partial
 
+import datasets
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import (
     ChainDataset,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -809,6 +812,54 @@ def test_a_loader_that_iterates_by_itself_is_refused_with_the_remedy():
         ):
             call(OwnIteration(make_data(16), 8))
     assert trainer.fit(OwnMethod(make_data(16), 8)).num_epochs == 2
+
+
+def parts_of_processes(kind):
+    """Return what is said to data of which each process has a part of its own."""
+    rank = torch.distributed.get_rank()
+    inputs, targets = make_data(24).tensors
+    table = datasets.Dataset.from_dict({"x": inputs.tolist(), "labels": targets.tolist()})
+    stream = table.to_iterable_dataset()
+    made = {
+        "table": lambda: split_dataset_by_node(table, rank, 2).with_format("torch"),
+        "python table": lambda: split_dataset_by_node(table, rank, 2),
+        "stream": lambda: split_dataset_by_node(stream, rank, 2).with_format("torch"),
+        "changed stream": lambda: split_dataset_by_node(stream, rank, 2).shuffle(seed=1).map(lambda row: row),
+        "chain": lambda: ChainDataset([split_dataset_by_node(stream, rank, 2), stream]),
+        "tensors": lambda: TensorDataset(inputs[rank::2], targets[rank::2]),
+        "no seed": lambda: TensorDataset(inputs + rank, targets),
+        "subset": lambda: Subset(TensorDataset(inputs[rank::2], targets[rank::2]), range(10)),
+        "joined": lambda: ConcatDataset(
+            [TensorDataset(inputs, targets), TensorDataset(inputs[rank::2], targets[rank::2])]
+        ),
+        "whole table": lambda: table.with_format("torch"),
+        "whole stream": lambda: stream.with_format("torch"),
+        "whole": lambda: ConcatDataset(
+            [TensorDataset(inputs, targets), Subset(TensorDataset(inputs, targets), [3, 4])]
+        ),
+    }[kind]()
+    model = make_model()
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=quiet())
+    try:
+        return trainer.fit(DataLoader(made, batch_size=8)).num_epochs
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "kind",
+    ["table", "python table", "stream", "changed stream", "chain", "tensors", "no seed", "subset", "joined"],
+)
+def test_data_that_is_divided_over_the_processes_is_refused(kind):
+    for told in on_processes(2, parts_of_processes, kind):
+        assert "train_loader has other samples on each process" in told and "split_dataset_by_node" in told
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["whole table", "whole stream", "whole"])
+def test_data_that_is_not_divided_is_taken(kind):
+    assert on_processes(2, parts_of_processes, kind) == [2, 2]
 
 
 # --- predictions ------------------------------------------------------------------------------------------------------
