@@ -655,13 +655,16 @@ def count_samples(batch: Any, num_asked: int | None = None) -> int | None:
         parts = [batch[1], batch[0]]
     elif isinstance(batch, Mapping):
         named = [batch[name] for name in TARGET_NAMES if name in batch]
+        others = {name: one for name, one in batch.items() if name not in TARGET_NAMES}
         is_joined = all(isinstance(one, torch.Tensor) and one.ndim == 2 and len(one) == 1 for one in named)
         if named and is_joined and num_asked is not None:
             return num_asked  # sequences one after the other, in one row
-        parts = [*named, batch]
-    first = num_asked if num_asked is not None else next((len(one) for one in leaves_of(batch) if _is_array(one)), None)
-    counts = (_num_rows(part, num_asked) for part in parts)
-    return next((count for count in counts if count is not None), first)
+        parts = [*named, others]
+    counts = [count for part in parts if (count := _num_rows(part, num_asked)) is not None]
+    if num_asked is not None:
+        # What has as many as were asked for is complete; beside it may stand boxes, nodes, or several views of each.
+        return num_asked if num_asked in counts or not counts else counts[0]
+    return next(iter(counts), next((len(one) for one in leaves_of(batch) if _is_array(one)), None))
 
 
 def _is_pair(batch: Any) -> bool:

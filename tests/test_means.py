@@ -169,6 +169,61 @@ def test_all_processes_know_and_one_tells():
     assert on_processes(2, told_on_processes) == [(["loss_fn", "r2"], 2), (["loss_fn", "r2"], 0)]
 
 
+class Focal(nn.CrossEntropyLoss):
+    """Class weights, and the mean over the samples."""
+
+    def forward(self, outputs, targets):
+        loss = F.cross_entropy(outputs, targets, self.weight, ignore_index=self.ignore_index, reduction="none")
+        return ((1 - torch.exp(-loss)) ** 2 * loss).mean()
+
+
+class Doubled(nn.CrossEntropyLoss):
+    """Class weights, and what torch divides by."""
+
+    def forward(self, outputs, targets):
+        return 2 * super().forward(outputs, targets)
+
+
+class OfLogs(nn.NLLLoss):
+    """Its own way to torch's mean."""
+
+    def forward(self, outputs, targets):
+        loss = F.nll_loss(
+            outputs.log_softmax(1), targets, self.weight, ignore_index=self.ignore_index, reduction="none"
+        )
+        kept = targets != self.ignore_index
+        weight = kept.float() if self.weight is None else self.weight[targets.where(kept, 0)] * kept
+        return loss.sum() / weight.sum()
+
+
+class Annealed(Focal):
+    """It counts its calls, which nobody else's may change."""
+
+    num_calls = 0
+
+    def forward(self, outputs, targets):
+        self.num_calls += 1
+        return super().forward(outputs, targets)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 5.0, 20.0])])
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+@pytest.mark.parametrize("kind", [Focal, Doubled, OfLogs, Annealed])
+def test_a_subclass_of_torchs_losses_weighs_as_its_own_forward_does(kind, weight, ignore_index):
+    loss_fn, model = kind(weight, ignore_index=ignore_index), make_model()
+    inputs, targets = make_data(40).tensors
+    targets = targets.sort().values  # so that the micro-batches differ
+    with torch.no_grad():
+        whole = loss_fn(model(inputs), targets).item()
+    for cut in (1, 3, 8):
+        config = quiet(num_micro_batches=cut)
+        scores = Trainer(model, None, loss_fn, config=config).evaluate(
+            loader_of(TensorDataset(inputs, targets), 40, False)
+        )
+        assert scores["loss"] == pytest.approx(whole, rel=1e-5)
+    assert getattr(loss_fn, "num_calls", 13) == 13
+
+
 # --- compute_loss -----------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +526,9 @@ def test_packed_sequences_of_a_stream_count_as_sequences():
         ((torch.ones(4, 2), ["a", "b", "c", "d"]), None, 4),
         ((tuple(torch.ones(3, 8, 8) for _ in range(5)), tuple({"boxes": torch.ones(n, 4)} for n in range(5))), 5, 5),
         ((tuple(torch.ones(3, 8, 8) for _ in range(4)), tuple({"boxes": torch.ones(2, 4)} for _ in range(4))), None, 4),
+        ((torch.ones(4, 3, 8, 8), torch.ones(9, 6)), 4, 4),  # images, and boxes with the number of theirs
+        ((torch.ones(8, 2), torch.ones(4)), 4, 4),  # two views of each
+        ({"images": torch.ones(4, 3, 8, 8), "labels": torch.ones(0, 6)}, 4, 4),
         ({"inputs": torch.ones(6, 2), "mask": torch.ones(6)}, 8, 6),
         ({"nodes": torch.ones(30, 2), "edges": torch.ones(2, 90), "labels": torch.ones(4)}, 4, 4),
         ({"nodes": torch.ones(30, 2), "edges": torch.ones(2, 90)}, 4, 4),
