@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Layout, MicroBatch
 from .exchange import gather_objects
-from .losses import Forward, on_device
+from .losses import Forward, on_device, usable
 from .reductions import ChainSum, TreeSum, add_over_processes, share_from_main
 
 __all__ = ["Buffers", "FixedBuffers", "Gradients", "TreeGradients", "is_plain"]
@@ -105,8 +105,9 @@ class Gradients:
         """Add the gradient of one micro-batch."""
         loss = forward.loss
         if not self._plain and not self._is_mean:
-            self._weight = self._weight + forward.weight
-            loss = _weighted(loss, forward.weight)
+            weight = usable(forward.weight)
+            self._weight = self._weight + weight
+            loss = _weighted(loss, weight)
             if self._overlapped and micro_batch.piece.is_last and not self.weighs_samples:
                 self._begin_total()  # under way while the backward runs
         self._run_backward(loss, micro_batch)
@@ -230,7 +231,8 @@ class TreeGradients(Gradients):
         """
         if not micro_batch.piece.counts:
             return
-        self._run_backward(_weighted(forward.loss, forward.weight), micro_batch)
+        weight = usable(forward.weight)
+        self._run_backward(_weighted(forward.loss, weight), micro_batch)
         leaf: list[Tensor | None] = [parameter.grad for parameter in self.parameters]
         for name, gradient in zip(self._names, leaf, strict=True):
             if gradient is not None and gradient.layout != torch.strided:
@@ -238,7 +240,7 @@ class TreeGradients(Gradients):
                     f"bitwise=True needs dense gradients; {name} has a sparse one: use sparse=False there."
                 )
         if not self.weighs_samples:
-            leaf.append(self._as_weight(forward.weight).clone())
+            leaf.append(self._as_weight(weight).clone())
         self._sum.add(micro_batch.piece.index, leaf)
         self.clear()
 

@@ -273,6 +273,7 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
                 break
     totals = training.ledger.exchange()
     check_finite(training, totals.fault)
+    check_weight(training, totals)
     if training.probe is not None:
         training.probe.settle(training.hardware)
     return totals
@@ -619,6 +620,20 @@ def check_finite(training: Training, fault: Fault | None) -> None:
     )
     error.places = [recent[number] for number in (fault.batch, fault.batch - 1) if number in recent]
     raise error
+
+
+def check_weight(training: Training, totals: Totals) -> None:
+    """End the run, on all processes alike, when nothing of an epoch weighs anything.
+
+    Raises:
+        NonFiniteError: There is no mean then, and nothing to be learned.
+    """
+    is_empty = totals.num_samples and math.isnan(totals.loss) and totals.fault is None
+    if is_empty and training.config.on_nonfinite == "raise":
+        raise NonFiniteError(
+            f"Every micro-batch of epoch {training.state.epoch} weighs 0, by weight_fn or compute_loss, or since the "
+            "loss leaves all of its targets out: its train loss is the mean of nothing."
+        )
 
 
 def check_weights(training: Training) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "not_finite",
     "on_device",
     "split_batch",
+    "usable",
 ]
 
 Weight = int | float | Tensor
@@ -256,6 +257,11 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
+def usable(weight: Weight) -> Weight:
+    """Return a weight to compute with; one that is refused when it is read, negative until then, counts as 0."""
+    return weight.clamp_min(0) if isinstance(weight, Tensor) else weight
+
+
 def check_loss(loss: object, needs_grad: bool) -> None:
     """Refuse what is not a scalar loss to differentiate.
 
@@ -279,7 +285,8 @@ def _checked_weight(weight: Any, loss: Any) -> Weight:
         if weight.numel() != 1:
             raise ValueError(f"The weight of a micro-batch must be one number, got shape {tuple(weight.shape)}.")
         weight = weight.detach().reshape(())
-        return on_device(weight, loss.device) if isinstance(loss, Tensor) else weight
+        weight = on_device(weight, loss.device) if isinstance(loss, Tensor) else weight
+        return torch.where((weight >= 0) & (weight < _LARGEST_WEIGHT), weight, -1)  # found when it is read
     if not isinstance(weight, Real) or not 0 <= float(weight) < _LARGEST_WEIGHT:
         raise ValueError(f"The weight of a micro-batch must be a number of at least 0 and below 1e30, got {weight!r}.")
     return float(weight)
@@ -313,7 +320,7 @@ def _mute(forward: Forward, outputs: list[Tensor]) -> None:
         return  # refused a moment later
     if not isinstance(forward.weight, Tensor) and forward.weight > 0:
         return
-    is_empty = on_device(forward.weight, forward.loss.device) == 0
+    is_empty = ~(on_device(forward.weight, forward.loss.device) > 0)
     forward.loss = torch.where(is_empty, 0, forward.loss)
     for output in outputs:
         if output.requires_grad:
@@ -588,6 +595,10 @@ class Ledger:
         if not self._batches:
             return
         losses, weights, sizes, *totals = self._table().tolist()
+        if min(weights, default=0.0) < 0:
+            batch, process = self._place_of(next(row for row, weight in enumerate(weights) if weight < 0))
+            where = f"in batch {batch}, on process {process}"
+            raise ValueError(f"The weight of a micro-batch must be at least 0 and below 1e30; {where}, it was not.")
         products = [loss * weight if weight else 0.0 for loss, weight in zip(losses, weights, strict=True)]
         columns = sizes, products, weights, *totals
         self._sums = [functools.reduce(add, column, total) for total, column in zip(self._sums, columns, strict=True)]
@@ -598,11 +609,15 @@ class Ledger:
         self._batches, self._num_rows = [], 0
 
     def _first_fault(self, losses: list[float], weights: list[float]) -> Fault | None:
-        for batch, after in zip(self._batches, [*self._batches[1:], None], strict=True):
-            for row in range(batch.first_row, self._num_rows if after is None else after.first_row):
-                if weights[row] and not math.isfinite(losses[row]):
-                    return Fault(losses[row], batch.number, process_of(row - batch.first_row, batch.layout))
+        for row, (loss, weight) in enumerate(zip(losses, weights, strict=True)):
+            if weight and not math.isfinite(loss):
+                return Fault(loss, *self._place_of(row))
         return None
+
+    def _place_of(self, row: int) -> tuple[int, int]:
+        """Return the number of the batch that a row is of, and the process that has computed it."""
+        batch = next(batch for batch in reversed(self._batches) if batch.first_row <= row)
+        return batch.number, process_of(row - batch.first_row, batch.layout)
 
     def sums(self) -> list[float]:
         """Return what `restore` takes, the same on all processes; all call it at the same place."""

@@ -1,5 +1,7 @@
 """Sums that are no means are found, told, and computed of all outputs where asked; samples count as they come."""
 
+import contextlib
+import io
 import math
 import warnings
 from functools import partial
@@ -12,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from accel_trainer import Trainer, evaluate_model
+from accel_trainer import NonFiniteError, Trainer, evaluate_model
 from accel_trainer.batches import count_samples
 from support import correct, loader_of, make_data, make_model, on_processes, quiet
 
@@ -262,6 +264,69 @@ def test_labels_left_out_in_equal_numbers_are_told_too():
     assert told.startswith("Labels hold -100")
 
 
+INVALID = [math.inf, math.nan, -1.0, 1e38]
+
+
+@pytest.mark.filterwarnings("ignore:loss_fn is no mean")
+@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize("bitwise", [False, True])
+@pytest.mark.parametrize(
+    "weight", [*map(torch.tensor, INVALID), torch.tensor(-3), torch.tensor(1e308, dtype=torch.float64)]
+)
+def test_a_weight_that_no_mean_can_be_taken_with_moves_nothing(weight, bitwise, cut):
+    for how in (
+        {"weight_fn": lambda batch: weight},
+        {"compute_loss": lambda model, batch: (weighed(model, batch), weight)},
+    ):
+        model = make_model()
+        before = [one.tolist() for one in model.parameters()]
+        loss_fn = nn.CrossEntropyLoss() if "weight_fn" in how else None
+        config = quiet(num_micro_batches=cut, bitwise=bitwise)
+        trainer = Trainer(
+            model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), loss_fn, config=config, **how
+        )
+        with pytest.raises(ValueError, match="weight of a micro-batch must be at least 0.*in batch 1, on process 0"):
+            trainer.fit(loader_of(make_data(24), 8))
+        assert [one.tolist() for one in model.parameters()] == before
+        with pytest.raises(ValueError, match="weight of a micro-batch"):
+            trainer.evaluate(loader_of(make_data(24), 8))
+
+
+def weighed(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def with_one_bad_weight():
+    rank = torch.distributed.get_rank()
+    model = make_model()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        compute_loss=lambda model, batch: (weighed(model, batch), torch.tensor(-1.0 if rank else 1.0)),
+        config=quiet(),
+    )
+    with pytest.raises(ValueError, match="in batch 1, on process 1, it was not"):
+        trainer.fit(loader_of(make_data(24), 8))
+
+
+def test_the_process_whose_weight_it_was_is_named():
+    on_processes(2, with_one_bad_weight)
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, torch.tensor(0), torch.tensor(0.0)])
+def test_an_epoch_of_which_nothing_weighs_anything_is_an_error(weight):
+    def run(**choices):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = quiet(**choices)
+        trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), weight_fn=lambda batch: weight, config=config)
+        return trainer.fit(loader_of(make_data(24), 8))
+
+    with pytest.raises(NonFiniteError, match="Every micro-batch of epoch 1 weighs 0"):
+        run()
+    assert all(map(math.isnan, run(on_nonfinite="ignore").train_losses))
+
+
 # --- of all outputs at once -------------------------------------------------------------------------------------------
 
 
@@ -363,6 +428,24 @@ def test_metrics_without_a_test_loader_are_told(capsys):
         loader_of(make_data(8), 8)
     )
     assert "There is no test_loader: accuracy cannot be computed." in capsys.readouterr().out
+
+
+def told_at_the_start(kind, **choices):
+    model = make_model(kind=kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        Trainer(model, optimizer, nn.CrossEntropyLoss(), config=quiet(verbose=True, **choices)).fit(
+            loader_of(make_data(24), 8)
+        )
+    return printed.getvalue().count("The model has BatchNorm, which sees the micro-batch of its process")
+
+
+@pytest.mark.distributed
+def test_batchnorm_under_a_cut_by_processes_is_told_in_one_line():
+    assert on_processes(2, told_at_the_start, "batchnorm") == [1, 0]
+    assert on_processes(2, told_at_the_start, "plain") == [0, 0]
+    assert on_processes(2, partial(told_at_the_start, "batchnorm", num_micro_batches=2)) == [0, 0]
+    assert told_at_the_start("batchnorm") == 0
 
 
 # --- samples that a collate function leaves out, adds or joins --------------------------------------------------------
