@@ -279,7 +279,7 @@ def _parity(options: Namespace) -> int:
             rows
         )
     )
-    if len(rows) < len(cases) and not any(row.case.promise == "cut" and row.kept is None for row in rows):
+    if len(rows) < len(cases) and not any(row.case.promise == "cut" and not row.kept for row in rows):
         return 130
     return 1 if any(row.kept is False for row in rows) else 0
 

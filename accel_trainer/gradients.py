@@ -26,9 +26,9 @@ _NOTHING = nullcontext()
 class Gradients:
     """Turn the losses of micro-batches into the gradient of the weighted mean over the whole batch.
 
-    Backward runs on weight x loss; the sum over micro-batches and processes is divided by the total weight. Both are
-    left out with one process and one micro-batch, so that the gradient is bit for bit that of a plain loop, and where
-    the processes have one micro-batch each of the same size, whose mean is known to be that of the batch.
+    Backward runs on weight x loss; the sum over micro-batches and processes is divided by the total weight. Where all
+    micro-batches are of one size the weights are left out, and the sum is divided by their number: whether that is so
+    does not depend on the number of processes. One process and one micro-batch is bit for bit a plain loop.
 
     Over several processes `DistributedDataParallel` adds the gradients while the backward still runs. It needs every
     parameter to get a gradient on every process; where the first step shows that this is not so (or the user says
@@ -65,7 +65,7 @@ class Gradients:
         self._probed = find_unused
         self._overlaps = False  # whether DistributedDataParallel can add the gradients ...
         self._overlapped = False  # ... and does so in this batch
-        self._is_mean = False  # whether its mean over the processes is the gradient
+        self._is_mean = False  # whether its micro-batches weigh the same
         self._weight: Any = 0
         self._total: tuple[Tensor, Any] | None = None  # that of all processes, and its exchange
 
@@ -90,12 +90,10 @@ class Gradients:
             micro_batch: Which it is.
             hold: Send nothing before `finish`, since the batch may have to be done again.
         """
+        self._is_mean = self.weighs_samples and micro_batch.batch_size % self.layout.num_micro_batches == 0
         if self._alone:
             return _NOTHING
         self._overlapped = self._overlaps and not hold
-        share, rest = divmod(micro_batch.batch_size, self.layout.num_processes)
-        is_share = rest == 0 and micro_batch.num_samples == share
-        self._is_mean = self._overlapped and self.weighs_samples and is_share
         if self._overlapped and micro_batch.piece.is_last:
             return _NOTHING
         later: AbstractContextManager[Any] = self._accelerator.no_sync(self._prepared)
@@ -104,7 +102,8 @@ class Gradients:
     def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
         """Add the gradient of one micro-batch."""
         loss = forward.loss
-        if not self._plain and not self._is_mean:
+        is_one_of_equals = self._is_mean and micro_batch.piece.counts  # a stand-in weighs nothing
+        if not self._plain and not is_one_of_equals:
             weight = usable(forward.weight)
             self._weight = self._weight + weight
             loss = _weighted(loss, weight)
@@ -131,11 +130,15 @@ class Gradients:
             self._check_all_present()
         elif not self._alone:
             self._add_over_processes()
-        if not self._is_mean:
+        if self._is_mean:
+            total: float | Tensor = self.layout.num_micro_batches
+        else:
             total = batch_size if self.weighs_samples else self._total_weight()
-            self._divide(total / self.layout.num_processes if self._overlapped else total)
+        self._divide(total / self.layout.num_processes if self._overlapped else total)
 
     def _divide(self, total: float | Tensor) -> None:
+        if not isinstance(total, Tensor) and total == 1:
+            return
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_div_(gradients, total)

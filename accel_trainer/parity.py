@@ -15,7 +15,7 @@ import torch
 from .config import TrainConfig
 from .errors import ProcessFailedError
 from .launching import run_on_processes
-from .recording import Divergence, Place, Recorder, Trace, digest, first_divergence
+from .recording import Divergence, Place, Recorder, Trace, apart, digest, first_divergence
 from .run_functions import make_run
 from .trainer import Trainer
 
@@ -201,21 +201,21 @@ class _RecordingTrainer(Trainer):
         return run
 
 
-def run_here(name: str, config: TrainConfig, records: bool, look_at: int | None) -> dict[str, Any]:
+def run_here(name: str, config: TrainConfig, records: bool, how: dict[str, Any]) -> dict[str, Any]:
     """Run a case in this process, one of its group, and return what is compared.
 
     Args:
         name: Of the run function.
         config: Of the run.
         records: Whether to record the steps.
-        look_at: A step in which the output of every module is recorded too.
+        how: Further arguments of the recorder.
     """
     with contextlib.redirect_stdout(sys.stderr):
         arguments, loaders = make_run(name, config)
         imposed = {name: getattr(config, name) for name in _IMPOSED}
         chosen = replace(arguments.pop("config", config), **imposed)
         trainer = _RecordingTrainer(**arguments, config=chosen)
-        trainer.recorder = Recorder(look_at) if records else None
+        trainer.recorder = Recorder(**how) if records else None
         started = time.perf_counter()
         history = trainer.fit(loaders["train_loader"], loaders.get("test_loader"))
         seconds = time.perf_counter() - started
@@ -231,6 +231,7 @@ def run_here(name: str, config: TrainConfig, records: bool, look_at: int | None)
         "optimizer": digest(dict(_named_tensors(states, ""))),
         "is_double": any(parameter.dtype == torch.float64 for parameter in trainer.model.parameters()),
         "trace": trainer.recorder.trace if trainer.recorder else None,
+        "kept": trainer.recorder.kept if trainer.recorder else None,
         "doubts": list(trainer.doubts.values()),
     }
 
@@ -292,10 +293,10 @@ class Parity:
                 continue
             row = self._row(case, result, results, first.setdefault(case.run, result))
             yield row
-            if case.promise == "cut" and row.kept is None:
+            if case.promise == "cut" and not row.kept:
                 return  # nothing is promised of the cases that follow
 
-    def run(self, case: Case, records: bool = False, look_at: int | None = None) -> dict[str, Any]:
+    def run(self, case: Case, records: bool = False, **how: Any) -> dict[str, Any]:
         """Return what the main process of a case gives, with the records of all processes."""
         config = replace(
             self._config,
@@ -309,7 +310,7 @@ class Parity:
         results = run_on_processes(
             case.num_processes,
             run_here,
-            *(case.run, config, records, look_at),
+            *(case.run, config, records, how),
             environment=environment,
             timeout=self._timeout,
         )
@@ -362,11 +363,11 @@ class Parity:
         if apart <= tolerance and of_metrics <= _METRIC_TOLERANCE[promise]:
             return True, f"within {promise} ({tolerance:g})", ""
         if case.promise == "cut" and result["doubts"]:
-            return False, f"BROKEN: {max(apart, of_metrics):.1e}, no mean", " ".join(result["doubts"])
+            return False, f"BROKEN: {apart:.1e}, no mean", " ".join(result["doubts"])
         if case.promise == "cut":
             return None, f"no promise: {max(apart, of_metrics):.1e}", _ON_THE_CUT
         explanation = self._explain(case, tolerance)
-        if _SCALED_UP in explanation:
+        if _SCALED_UP in explanation or _MULTIPLIED in explanation:
             return None, f"no promise: {apart:.1e}", explanation
         verdict = (
             f"BROKEN: {apart:.1e} > {tolerance:g}" if apart > tolerance else f"BROKEN: a metric by {of_metrics:.1e}"
@@ -385,7 +386,8 @@ class Parity:
 
     def _run_both(self, case: Case, look_at: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what the reference of a case and the case itself give, recorded."""
-        return self.run(case.reference, True, look_at), self.run(case, True, look_at)  # type: ignore[arg-type]
+        reference: Case = case.reference  # type: ignore[assignment]
+        return self.run(reference, True, look_at=look_at), self.run(case, True, look_at=look_at)
 
     def _first_difference(self, case: Case, one: dict[str, Any], other: dict[str, Any], tolerance: float) -> str:
         if other["parted"] is not None:
@@ -398,7 +400,7 @@ class Parity:
         for bound in [10 * tolerance, tolerance, 0.1 * tolerance] if tolerance else [0.0]:
             found = first_divergence(one["trace"], other["trace"], bound, case.has_same_cut)
             if found is not None:
-                return self._told(case, found, bound, one["trace"])
+                return self._told(case, found, bound, one, other)
         names = [name for name in one["metrics"] if _apart(one["metrics"], other["metrics"], name) > tolerance]
         if names:
             return (
@@ -406,8 +408,14 @@ class Parity:
             )
         return "Run again, the two do not differ: something depends on time or on chance."
 
-    def _told(self, case: Case, found: Divergence, bound: float, one: Trace) -> str:
+    def _told(self, case: Case, found: Divergence, bound: float, one: dict[str, Any], other: dict[str, Any]) -> str:
         """Say where two runs part, and what to look at."""
+        if bound and found.place.kind in ("loss", "gradient") and found.place.step > 1:
+            step, difference = self._other_step(case, found.place.step, other)
+            if step is None:
+                return f"{_where(found)}: {_MULTIPLIED}. {_HINTS['multiplied']}"
+            if step > found.place.step:
+                return f"step {step}: from equal weights the gradient differs by {difference:.1e}. {_HINTS['gradient']}"
         if found.place.kind in ("loss", "gradient") and case.has_same_cut:
             # A fault of a module may be smaller in the loss than in what it does to the gradients.
             found = self._module(case, found.place.step, bound / 10) or found
@@ -417,11 +425,20 @@ class Parity:
             hint = "gradient, other cut"
         if kind == "weights" and found.place.step == 0:
             hint = "weights, at the start"
-        elif kind == "weights" and bound and _is_rounding(one, found.place):
+        elif kind == "weights" and bound and _is_rounding(one["trace"], other["trace"], found.place):
             return f"{_where(found)}: {_SCALED_UP} {name}. {_HINTS['weights, scaled up']}"
         size = "" if "batch" in kind else f" by {found.difference:.1e} (relative)"
         before = f" What comes before agrees to {bound:g}." if bound else " What comes before has the same bits."
         return f"{_where(found)}: {_NOUNS[kind].format(name or 'the model')} differs{size}.{before} {_HINTS[hint]}"
+
+    def _other_step(self, case: Case, first: int, other: dict[str, Any]) -> tuple[int | None, float]:
+        """Return the first of some steps in which the reference, given the weights of a case, finds other gradients."""
+        steps = range(first, first + _NUM_STEPS)
+        kept = self.run(case, True, keeps=range(first - 1, first + _NUM_STEPS - 1))["kept"]
+        again = self.run(case.reference, True, puts=kept)  # type: ignore[arg-type]
+        differences = {step: apart(again["trace"], other["trace"], step)[""] for step in steps}
+        wrong = (step for step, one in differences.items() if one > _SAME_STEP[other["is_double"]])
+        return next(((step, differences[step]) for step in wrong), (None, 0.0))
 
     def _module(self, case: Case, step: int, bound: float) -> Divergence | None:
         """Return the first module whose output differs in a step."""
@@ -430,6 +447,9 @@ class Parity:
         return found if found is not None and found.place.kind == "module" else None
 
 
+_NUM_STEPS = 8  # that are made again from equal weights
+_SAME_STEP = 2e-6, 1e-14  # gradients at equal weights, in single and in double precision
+_MULTIPLIED = "from equal weights both make the same step, but the run multiplies rounding"
 _SCALED_UP = "only rounding differs until the optimizer scales it up in"
 _ON_THE_CUT = (
     "The run depends on the cut already on one process, so other numbers of micro-batches are not compared. BatchNorm, "
@@ -457,6 +477,10 @@ _HINTS = {
     "buffer": "So do the gradients. Does something outside the forward change it?",
     "weights": "So do the gradients. Does the optimizer or a callback look at the process?",
     "weights, at the start": "Does make_run look at the process, or draw from a generator of its own?",
+    "multiplied": (
+        "A ReLU or max-pooling that switches does that, and so does BatchNorm over few samples: no fault, but no "
+        "promise of the last digits either. Use bitwise=True for those."
+    ),
     "weights, scaled up": (
         "Its true gradient is zero, as that of a bias before BatchNorm is, and an optimizer that divides by the "
         "gradient's size, such as Adam, makes full steps of the rest. Leave it out (bias=False), or use bitwise=True."
@@ -474,11 +498,11 @@ def _where(found: Divergence) -> str:
     return f"{'after ' if place.kind.startswith('test') else ''}step {place.step}{part}{others}"
 
 
-def _is_rounding(trace: Trace, place: Place) -> bool:
-    """Return whether the gradient of a parameter is nothing but rounding beside that of the others."""
-    gradients = {other.name: mark for other, mark in trace.items() if other[:2] == (place.step, "gradient")}
-    total = math.hypot(*(mark.norm for mark in gradients.values()))
-    return place.name in gradients and gradients[place.name].norm <= 1e-6 * total
+def _is_rounding(one: Trace, other: Trace, place: Place) -> bool:
+    """Return whether the gradient of a parameter is nothing but rounding: it differs, and those of others do not."""
+    differences = apart(one, other, place.step)
+    own = differences.get(place.name, 0.0)
+    return own > 1e-3 and own > 1000 * differences[""]
 
 
 _COMPARED = ("train_losses", "test_losses", "metrics", "weights", "optimizer")

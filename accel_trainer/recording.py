@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
 from hashlib import blake2b
@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from .batches import MicroBatch, tensors_in
 from .loop import Training
 from .losses import Forward
-from .weights import plain_name
+from .weights import copy_into, plain_name, plain_state
 
-__all__ = ["Divergence", "Mark", "Recorder", "Trace", "digest", "first_divergence"]
+__all__ = ["Divergence", "Mark", "Recorder", "Trace", "apart", "digest", "first_divergence"]
 
 # In the order in which one follows from the other within a step.
 KINDS = ("batch", "module", "loss", "gradient", "buffer", "weights", "test batch", "test loss")
@@ -66,6 +66,10 @@ def _memory(tensor: Tensor) -> bytes:
     return bytes(_on_host(tensor).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
+def _from_memory(dtype: torch.dtype, shape: torch.Size, memory: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(memory), dtype=dtype).view(shape) if memory else torch.empty(shape, dtype=dtype)
+
+
 def mark(tensor: Tensor) -> Mark:
     """Return the mark of a tensor; waits for its device."""
     values = _on_host(tensor)
@@ -82,16 +86,28 @@ def _signs(length: int) -> Tensor:
 
 
 class Recorder:
-    """Watch the steps of a training; it changes nothing.
+    """Watch the steps of a training; it changes nothing but what it is told to.
 
     Args:
         look_at: A step (1-based) in which the output of every module is marked too.
+        keeps: Steps after which weights and buffers are kept.
+        puts: Step -> what was kept so, to go on with after it.
+
+    Attributes:
+        trace: The marks.
+        kept: Step -> name of a weight or buffer -> dtype, shape and bytes.
     """
 
-    def __init__(self, look_at: int | None = None) -> None:
+    def __init__(
+        self,
+        look_at: int | None = None,
+        keeps: Container[int] = (),
+        puts: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.trace: Trace = {}
+        self.kept: dict[int, dict[str, Any]] = {}
         self._num_calls: Counter[Place] = Counter()
-        self._look_at = look_at
+        self._look_at, self._keeps, self._puts = look_at, keeps, puts or {}
 
     def attach(self, training: Training, optimizer: Optimizer) -> None:
         """Watch from here on."""
@@ -136,6 +152,10 @@ class Recorder:
     def _after_update(self, step: int, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             self._add(Place(step, "weights", -1, plain_name(name)), [parameter])
+        if step in self._keeps:
+            self.kept[step] = {name: (one.dtype, one.shape, _memory(one)) for name, one in plain_state(model).items()}
+        if step in self._puts:
+            copy_into(model, {name: _from_memory(*kept) for name, kept in self._puts[step].items()})
 
     def _add(self, place: Place, tensors: Iterable[Tensor]) -> None:
         marks = [mark(tensor) for tensor in tensors]
@@ -193,6 +213,16 @@ def first_divergence(one: Trace, other: Trace, tolerance: float, same_cut: bool)
         if differing:
             return Divergence(next(iter(differing)), len(differing) - 1, max(differing.values()))
     return None
+
+
+def apart(one: Trace, other: Trace, step: int) -> dict[str, float]:
+    """Return how far the gradient of each parameter differs in a step, relative to itself; under "" that of all."""
+    names = [place.name for place in one if place[:2] == (step, "gradient") and place in other]
+    pairs = {name: (one[place], other[place]) for name in names for place in [Place(step, "gradient", -1, name)]}
+    differences = {name: _difference(*pair, 1.0, 0.0) for name, pair in pairs.items()}
+    norms = {name: max(mark.norm for mark in pair) for name, pair in pairs.items()}
+    total = math.hypot(*(differences[name] * norms[name] for name in names))
+    return {**differences, "": total / max(math.hypot(*norms.values()), 1e-300)}
 
 
 def _groups(one: Trace, other: Trace, same_cut: bool) -> Iterator[tuple[str, list[Place]]]:

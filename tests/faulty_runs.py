@@ -294,3 +294,24 @@ def over_pairs(config):
         return torch.nn.functional.cross_entropy(5 * similar, torch.arange(len(outputs)))
 
     return sound(config, loss_fn=loss_fn)
+
+
+class Steep(nn.Module):
+    """Multiplies what differs in its inputs, as kinks do, and equal inputs by nothing."""
+
+    def forward(self, inputs):
+        return inputs + 0.1 * torch.sin(1e5 * inputs.detach())
+
+
+def multiplies_rounding(config):
+    model = nn.Sequential(nn.Linear(5, 8), Steep(), nn.Tanh(), nn.Linear(8, 3))
+    return sound(config, model, data=make_data(160))
+
+
+def multiplies_rounding_and_errs(config):
+    """The same, and from the fourth step on a gradient depends on the process."""
+    run = multiplies_rounding(config)
+    weight, steps = run["model"][3].weight, []
+    run["optimizer"].register_step_post_hook(lambda *_: steps.append(None))
+    weight.register_hook(lambda gradient: gradient * (1 + 1e-3 * (len(steps) >= 3) * (num_processes() - 1)))
+    return run

@@ -92,6 +92,16 @@ def test_dropout_and_batchnorm_with_a_fixed_cut(num_processes, dtype):
             assert_same(reference, result, dtype)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("batch_size", [12, 20])
+def test_two_equal_micro_batches_have_the_same_bits_on_one_process_and_on_two(batch_size):
+    case = dict(num_samples=60, batch_size=batch_size, num_micro_batches=2)
+    alone = train(**case)
+    for (other,) in on_processes(2, all_of, [case]):
+        assert other["train_losses"] == alone["train_losses"] and other["test_losses"] == alone["test_losses"]
+        assert all(torch.equal(tensor, alone["weights"][name]) for name, tensor in other["weights"].items())
+
+
 def plain_loop(model, optimizer, loss_fn, loader, num_epochs, max_grad_norm=None):
     """The oracle: a hand-written loop in the trainer's order of samples."""
     losses = []

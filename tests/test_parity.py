@@ -70,6 +70,18 @@ def test_rounding_that_the_optimizer_scales_up_is_told_apart():
     assert row.kept or "scales it up in 0.bias" in row.explanation
 
 
+def test_a_run_that_multiplies_rounding_is_told_from_one_with_a_fault():
+    first = Case(f"{RUNS}:multiplies_rounding", 1, 8)
+    cases = [first, replace(first, num_processes=2, promise="rounding", reference=first)]
+    row = list(Parity(CONFIG).rows(cases))[1]
+    assert row.kept is None and "from equal weights both make the same step" in row.explanation
+
+    cases = [replace(case, run=f"{RUNS}:multiplies_rounding_and_errs") for case in cases]
+    cases[1] = replace(cases[1], reference=cases[0])
+    row = list(Parity(CONFIG).rows(cases))[1]
+    assert row.kept is False and "step 4" in row.explanation
+
+
 @pytest.mark.parametrize(
     "function, told",
     [
@@ -113,10 +125,10 @@ def test_the_command_fails_with_a_broken_promise_and_speaks_json(capsys):
 
 
 def test_a_loss_that_is_no_mean_breaks_the_promise_on_the_cut(capsys):
-    assert main(["parity", f"{RUNS}:over_pairs", "--num_processes", "2"]) == 1
+    assert main(["parity", f"{RUNS}:over_pairs", "--processes", "2"]) == 1
     printed = capsys.readouterr().out
     assert "no mean" in printed and "loss_fn is no mean over samples: over" in printed
-    assert "9 of 10 promises kept" in printed
+    assert "1 of 7 promises broken" in printed
 
 
 def test_json_has_no_bare_nan(capsys):
