@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,6 +179,17 @@ class Objective:
         given = (self.loss_fn, self.compute_loss, self.weight_fn)
         return [_unwrap_partial(function)[0] for function in given if function is not None]
 
+    def state_outside(self) -> dict[str, str]:
+        """Return what these functions keep as plain attributes, by name: no process knows that of another."""
+        owners = [getattr(function, "__self__", function) for function in self.functions]
+        parts = [part for one in owners for part in (one.modules() if isinstance(one, nn.Module) else [one])]
+        return {
+            f"{type(part).__name__}.{name}": repr(value.tolist() if isinstance(value, Tensor) else value)
+            for part in parts
+            for name, value in getattr(part, "__dict__", {}).items()
+            if name != "training" and _is_small(value)
+        }
+
     @property
     def modules(self) -> list[nn.Module]:
         """Those of them that are modules, whose buffers change as those of the model do."""
@@ -250,6 +262,15 @@ class Objective:
 
     def _divided_by(self, targets: Any, weight: Weight, evenly: bool) -> Weight:
         return weight if self._divisor is None or evenly else self._divisor(targets)
+
+
+def _is_small(value: Any) -> bool:
+    """Return whether a value is a number, or a few of them: what a loss may count, or average."""
+    if isinstance(value, Tensor):
+        return value.numel() < 1000
+    if isinstance(value, (list, tuple, deque)):
+        return len(value) < 1000 and all(map(_is_small, value))
+    return type(value) in (bool, int, float)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -319,7 +319,7 @@ class Trainer:
         return resuming.identity_of(self.config, self.model, settings, functions, loaders, self._metrics.names)
 
     def _run(self, run: loop.Run) -> None:
-        history, state = self.history, self.state
+        history, state, kept = self.history, self.state, self._objective.state_outside()
         try:
             run.training.call("on_fit_start")
             history.stop_reason = loop.fit(run)
@@ -328,6 +328,7 @@ class Trainer:
             history.stop_reason = str(error)
             _record_fault(run, error)
             raise
+        self._tell_of_state(run, kept)
         # Right after the best epoch the model holds its weights already.
         run.training.prepared.put_optimizer("eval")
         holds_best = state.best_epoch == state.epoch == history.num_epochs
@@ -337,6 +338,18 @@ class Trainer:
         finish(run, holds_best)
         self._page = run.page
         run.training.call("on_fit_end")
+
+    def _tell_of_state(self, run: loop.Run, before: Mapping[str, str]) -> None:
+        """Warn of what the loss has changed in itself, where that is lost or differs between the processes."""
+        hardware = run.training.hardware
+        now = self._objective.state_outside()
+        changed = [name for name, value in now.items() if before.get(name) != value]
+        if changed and hardware.is_main and (hardware.num_processes > 1 or run.folder is not None):
+            warn(
+                f"The loss has changed {', '.join(changed)}, which is no buffer: each process has its own, and a run "
+                "that goes on begins with the first value again. Keep it with register_buffer in an nn.Module.",
+                stacklevel=4,
+            )
 
     def _rewind(self, optimizer: Optimizer) -> None:
         """Let a scheduler factory of a second run begin where that of the first did, not at its last learning rate.

@@ -57,9 +57,18 @@ def checked_state(model: nn.Module) -> dict[str, Tensor]:
     """Return `plain_state`, of which everything can be saved and restored.
 
     Raises:
-        TypeError: The model keeps an extra state that is not a tensor, which safetensors cannot hold.
+        TypeError: The model keeps an extra state that is not a tensor, which safetensors cannot hold, or leaves out
+            weights that are trained.
     """
     state = plain_state(model)
+    places = {one.data_ptr() for one in state.values() if isinstance(one, Tensor) and one.layout == torch.strided}
+    for name, parameter in model.named_parameters():
+        is_kept = not parameter.requires_grad or parameter.layout != torch.strided or not parameter.numel()
+        if not is_kept and parameter.data_ptr() not in places:
+            raise TypeError(
+                f"The model's state_dict() leaves out {name}, which is trained: best weights and checkpoints would "
+                "lack it. Give a model whose state_dict() is torch's own."
+            )
     own = {one.data_ptr() for one in (*model.parameters(), *model.buffers()) if one.layout == torch.strided}
     for name, value in state.items():
         if not isinstance(value, Tensor):

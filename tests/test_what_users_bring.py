@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from functools import partial
 
 import datasets
@@ -554,6 +555,67 @@ def test_the_buffers_of_a_loss_go_on(max_steps, tmp_path):
     expected = centred(num_epochs=4)
     centred(tmp_path / "run", num_epochs=4, max_steps=max_steps)
     assert centred(tmp_path / "run", num_epochs=4, resume=True) == expected
+
+
+class WithPlainState(nn.Module):
+    def __init__(self, **state):
+        super().__init__()
+        self.state = nn.Module()
+        vars(self.state).update(state)
+
+    def forward(self, outputs, targets):
+        for name, value in list(vars(self.state).items()):
+            if name in ("count", "mean"):
+                setattr(self.state, name, value + 1)
+            if name == "last":
+                value.append(1.0)
+        return F.cross_entropy(outputs, targets)
+
+
+class CallsAndCounts:
+    count = 0
+
+    def loss(self, model, batch):
+        self.count = self.count + 1
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "told"),
+    [
+        (WithPlainState(count=0), "Module.count"),
+        (WithPlainState(mean=torch.zeros(2), constant=3), "Module.mean"),
+        (WithPlainState(last=[0.0]), "Module.last"),
+        (WithPlainState(constant=3, table=torch.ones(3)), None),
+        (nn.CrossEntropyLoss(), None),
+        (CallsAndCounts().loss, "CallsAndCounts.count"),
+    ],
+)
+def test_a_state_of_a_loss_that_cannot_be_kept_is_told(loss_fn, told, tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = {"compute_loss": loss_fn} if hasattr(loss_fn, "__self__") else {"loss_fn": loss_fn}
+    for run_dir, expected in ((tmp_path / "run", told), (None, None)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(model, optimizer, **given, config=quiet(run_dir=run_dir)).fit(loader_of(make_data(8), 8))
+        assert [expected in str(one.message) for one in caught] == ([] if expected is None else [True])
+
+
+def test_a_model_whose_files_would_lack_trained_weights_is_refused():
+    class Leaves(nn.Linear):
+        def state_dict(self, *args, **kwargs):
+            return {name: one for name, one in super().state_dict(*args, **kwargs).items() if name != "bias"}
+
+    for is_trained in (True, False):
+        model = Leaves(5, 3)
+        model.bias.requires_grad_(is_trained)
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=quiet())
+        if is_trained:
+            with pytest.raises(TypeError, match="leaves out bias, which is trained"):
+                trainer.fit(loader_of(make_data(8), 8))
+        else:
+            assert trainer.fit(loader_of(make_data(8), 8)).num_epochs == 2
 
 
 class Drifting(nn.Module):
