@@ -310,6 +310,27 @@ def _end_workers() -> None:
 atexit.register(_end_workers)  # what is registered last, after multiprocessing, runs first
 
 
+def _read(iterator: Iterator[Any]) -> Generator[Any]:
+    """Yield what loader workers bring, and end them all where one has been killed.
+
+    The others may wait for a lock that it held, and are sheltered from the signal that would end them.
+    """
+    workers = getattr(getattr(iterator, "iterator", iterator), "_workers", ())
+    try:
+        yield from iterator
+    except (RuntimeError, OSError, EOFError):  # as the main process hears of it, by one way or another
+        _kill(workers)
+        raise
+    finally:
+        if any(worker.exitcode for worker in workers):
+            _kill(workers)
+
+
+def _kill(workers: Iterable[Any]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
 @contextmanager
 def _sheltered(loader: DataLoader[Any]) -> Iterator[None]:
     """Let the workers that a loader starts in this block be sheltered."""
@@ -337,6 +358,7 @@ class Feed:
         seed: The user's seed.
         pin_memory: Copy each micro-batch to page-locked memory, from which a device can copy while it computes.
         on_recut: Called with the new number of micro-batches; `None` where the cut is fixed.
+        may_be_pairs: Whether a batch of two is inputs and targets, rather than two samples.
 
     Attributes:
         rows: What fetches many samples at once, `None` where the data is not known to be rows. May be replaced by the
@@ -351,8 +373,10 @@ class Feed:
         seed: int,
         pin_memory: bool = False,
         on_recut: Callable[[int], None] | None = None,
+        may_be_pairs: bool = True,
     ) -> None:
         self.loader, self.layout, self.seed, self.on_recut = loader, layout, seed, on_recut
+        self._may_be_pairs = may_be_pairs
         self._pin_memory = pin_memory
         self.rows: Rows | None = None
         self.num_changes = 0
@@ -473,9 +497,8 @@ class Feed:
         with closing(fetched):
             for micro_batch in fetched:
                 if may_hold_others:
-                    micro_batch.num_held = count_samples(
-                        micro_batch.data, micro_batch.piece.stop - micro_batch.piece.start
-                    )
+                    num_asked = micro_batch.piece.stop - micro_batch.piece.start
+                    micro_batch.num_held = count_samples(micro_batch.data, num_asked, self._may_be_pairs)
                 yield micro_batch
                 if self.layout is not layout:
                     return micro_batch.batch_number
@@ -513,10 +536,11 @@ class Feed:
     def _from_workers(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
         planned: deque[MicroBatch] = deque()  # workers run ahead; what they were asked waits here
         self._requests.pending = self._asked(epoch, first_batch, planned)
-        for parcel in self._loader:  # type: ignore[union-attr]
-            micro_batch = planned.popleft()
-            micro_batch.data = parcel.data
-            yield micro_batch
+        with closing(_read(iter(self._loader))) as parcels:  # type: ignore[arg-type]
+            for parcel in parcels:
+                micro_batch = planned.popleft()
+                micro_batch.data = parcel.data
+                yield micro_batch
 
     def _planned(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
         """Yield the micro-batches with their indices in place of their data."""
@@ -560,7 +584,7 @@ class Feed:
         batches = None
         if is_reader:
             with _sheltered(self.loader):
-                read = SeededIterator(self.loader, derive_seed(self.seed, DATA, epoch))
+                read = _read(SeededIterator(self.loader, derive_seed(self.seed, DATA, epoch)))
             batches = itertools.islice(read, first_batch, None)
         for number in itertools.count(first_batch):
             batch = next(batches, _END) if batches is not None else None
@@ -568,7 +592,7 @@ class Feed:
                 batch = share_object(batch)
             if isinstance(batch, _End):
                 return
-            num_samples = count_samples(batch)
+            num_samples = count_samples(batch, may_be_pair=self._may_be_pairs)
             if num_samples is None:
                 raise TypeError(
                     "A batch of a stream must tell how many samples it holds: give its targets, or all of its tensors, "
@@ -637,34 +661,38 @@ def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
 TARGET_NAMES = ("labels", "label", "targets", "target")
 
 
-def count_samples(batch: Any, num_asked: int | None = None) -> int | None:
+def count_samples(batch: Any, num_asked: int | None = None, may_be_pair: bool = True) -> int | None:
     """Return the samples of a collated batch, by its targets, since those are what a loss is the mean over.
 
     Targets are the second of a pair, or the entry of a dictionary with such a name; where there are none, or they do
-    not tell, the inputs are asked.
+    not tell, the inputs are asked. What has as many rows, or columns, as were asked for is complete: beside it may
+    stand boxes, nodes, or several views of each. Without targets, more rows than that are parts of samples.
 
     Args:
         batch: Tensors, arrays and lists, in lists, tuples and dictionaries.
         num_asked: Samples that were to be in it; `None` if that is not known.
+        may_be_pair: Whether two are inputs and targets, rather than two samples.
 
     Returns:
         Where the batch does not tell, `num_asked`, or the length of the first tensor or array in it.
     """
-    parts = [batch]
-    if _is_pair(batch):
-        parts = [batch[1], batch[0]]
+    parts, has_targets = [batch], False
+    if may_be_pair and _is_pair(batch):
+        parts, has_targets = [batch[1], batch[0]], True
     elif isinstance(batch, Mapping):
         named = [batch[name] for name in TARGET_NAMES if name in batch]
-        others = {name: one for name, one in batch.items() if name not in TARGET_NAMES}
-        is_joined = all(isinstance(one, torch.Tensor) and one.ndim == 2 and len(one) == 1 for one in named)
-        if named and is_joined and num_asked is not None:
-            return num_asked  # sequences one after the other, in one row
-        parts = [*named, others]
+        parts = [*named, {name: one for name, one in batch.items() if name not in TARGET_NAMES}]
+        has_targets = bool(named)
     counts = [count for part in parts if (count := _num_rows(part, num_asked)) is not None]
-    if num_asked is not None:
-        # What has as many as were asked for is complete; beside it may stand boxes, nodes, or several views of each.
-        return num_asked if num_asked in counts or not counts else counts[0]
-    return next(iter(counts), next((len(one) for one in leaves_of(batch) if _is_array(one)), None))
+    arrays = [leaf for leaf in leaves_of(batch) if _is_array(leaf)]
+    if num_asked is None:
+        return next(iter(counts), next(map(len, arrays), None))
+    # One row may be sequences that were joined.
+    is_joined = bool(arrays) and all(one.ndim == 2 and len(one) == 1 and one.shape[1] > 1 for one in arrays)
+    is_complete = num_asked in counts or any(num_asked in one.shape[:2] for one in arrays)
+    if is_joined or is_complete or not counts or (counts[0] > num_asked and not has_targets):
+        return num_asked
+    return counts[0]
 
 
 def _is_pair(batch: Any) -> bool:

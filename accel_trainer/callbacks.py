@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a notebook without ipywidgets, where the bar is one of text
     from tqdm.auto import tqdm
 
-from .console import is_terminal, show
+from .console import Lenient, Styled, is_terminal, printable, show, warn
 from .errors import StopTraining
 from .launching import call_in_launcher
 from .picture import draw_losses
@@ -46,7 +46,11 @@ class Callback:
         """Before the first step; model and loaders are ready."""
 
     def on_epoch_start(self, trainer: Trainer) -> None:
-        """Before the first step of an epoch; `trainer.state.epoch` is its number."""
+        """Before the first step of an epoch; `trainer.state.epoch` is its number.
+
+        A run that goes on within an epoch does not call it again for that epoch: give the callback `state_dict` and
+        `load_state_dict` if it sets more than weights, groups of the optimizer, what is frozen, and modes.
+        """
 
     def on_step_end(self, trainer: Trainer) -> None:
         """After each optimizer update; `trainer.state.step` counts them."""
@@ -118,7 +122,11 @@ def check_callback(callback: object) -> None:
 
 def wants_bar() -> bool:
     """Return whether someone watches: a terminal or a notebook."""
-    return is_terminal(sys.stderr) or "notebook" in tqdm.__module__
+    return is_terminal(sys.stderr) or _bars_are_widgets()
+
+
+def _bars_are_widgets() -> bool:
+    return "notebook" in tqdm.__module__
 
 
 class ProgressBar(Callback):
@@ -146,6 +154,8 @@ class ProgressBar(Callback):
         options: dict[str, Any] = {"bar_format": shape, "postfix": [""], "leave": False, "dynamic_ncols": True}
         done = trainer.state.position % self._num_steps if self._num_steps else 0
         label = f"Epoch {trainer.state.epoch}/{trainer.config.num_epochs}"
+        if not _bars_are_widgets():
+            options["file"] = Lenient(sys.stderr)
         self._bar = tqdm(total=self._num_steps, initial=done, desc=label, mininterval=0.2, **options)
         self._next = 0.0
 
@@ -233,6 +243,13 @@ class LiveCurve(Callback):
 
 def show_losses(name: str, train_losses: list[float], test_losses: list[float], best_epoch: int | None) -> None:
     """Show the losses in the notebook of this process, in place of what was shown under that name before."""
+    try:
+        _display_losses(name, train_losses, test_losses, best_epoch)
+    except Exception as error:  # whatever a library says of a picture, it is no error of the training
+        warn(f"Could not draw the losses: {error!r}.")
+
+
+def _display_losses(name: str, train_losses: list[float], test_losses: list[float], best_epoch: int | None) -> None:
     from IPython.display import display
 
     picture = io.BytesIO()
@@ -252,7 +269,7 @@ def styled(text: str, style: str) -> str:
     """Return a text in a colour where it goes to a terminal that is not asked to be plain (NO_COLOR), else as it is."""
     if not is_terminal(sys.stdout) or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
         return text
-    return f"{_STYLES[style]}{text}{_PLAIN}"
+    return Styled(f"{_STYLES[style]}{printable(text)}{_PLAIN}")
 
 
 def say(text: str) -> None:

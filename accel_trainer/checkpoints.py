@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .console import warn
+from .console import printable, warn
 from .errors import CheckpointError
 from .history import History, checked, decode, encode, with_checksum
 from .weights import check_seal, flush, metadata_of, read_weights, save_tensors, seal_of
@@ -40,6 +40,10 @@ _BEST = "best/model.safetensors"
 _KNOWN = (*_NEEDED, "progress.safetensors", _BEST)
 _STEP = re.compile(r"step_(\d{8,})")
 _NOTES = ("preempted.json", "nonfinite.json")  # of how a run has ended
+_RECORDS = ("config.json", "environment.json", "history.jsonl", "evaluations.json", "trackers.json", "report.html")
+_FILES = (*_RECORDS, "losses.png", *_NOTES, _BEST)  # all that a run writes, beside its checkpoints
+# Worth nothing to anybody: of systems, and of a safetensors file whose write was cut short.
+_LITTER = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|@eaDir|\.nfs.*|\.tmp\w{6}")
 _LARGEST_JSON = 2**28  # bytes: more is not ours
 _LOCK_SECONDS = 10.0  # for the last of a run that was told to leave
 
@@ -150,13 +154,18 @@ def _write(path: Path, content: bytes) -> None:
 
 def _put_in_place(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file beside, then put it in its place."""
-    beside = path.with_name(path.name + ".part")
-    _remove(beside)
+    beside = _beside(path)
+    beside.unlink(missing_ok=True)
     try:
         write(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """Return where a file is written before it is put in its place; nobody else uses such a name."""
+    return path.with_name(f".{path.name}.part")
 
 
 def write_whole(path: Path, content: bytes, flushed: bool = True) -> None:
@@ -222,7 +231,7 @@ def fault_of(path: Path) -> str | None:
             for place in [path / name, *(path / name).parents][: name.count("/") + 1]:
                 _check_kind(place, stat.S_ISREG if place == path / name else stat.S_ISDIR)
             if (path / name).stat().st_size != expected["size"]:
-                return f"{name} has {(path / name).stat().st_size} bytes in place of {expected['size']}"
+                return f"{name} has {(path / name).stat().st_size} bytes in place of {expected['size']!r}"
             if _describe(path / name) != expected:
                 return f"the checksum of {name} does not match"
     except FileNotFoundError as error:
@@ -248,6 +257,29 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_checkpoint(path: Path) -> None:
+    """Remove what this package has written into a checkpoint, and the folder, unless it holds files of others."""
+    if path.is_symlink() or not path.is_dir():
+        _remove(path)
+        return
+    for name in (_MANIFEST, *_KNOWN):
+        (path / name).unlink(missing_ok=True)
+    for folder in (path / "best", path):
+        for litter in [one for one in folder.glob("*") if _LITTER.fullmatch(one.name)]:
+            _remove(litter)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    if path.exists():
+        step = path.name.strip(".").partition(".")[0]
+        os.rename(path, _free_name(path.with_name(f"{step}_others")))
+
+
+def _free_name(path: Path) -> Path:
+    """Return a path that does not exist yet: this one with a number."""
+    numbered = (path.with_name(f"{path.name}_{number}") for number in itertools.count(1))
+    return next(one for one in numbered if not os.path.lexists(one))
 
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:
@@ -311,6 +343,8 @@ class RunFolder:
         self._failing: set[str] = set()
         self._lock: _Lock | None = None
         self._resume = bool(resume)
+        parts = (self.path, self.best_path.parent, self._checkpoints, self.path / ".lock")
+        self._of_others = [] if self._is_begun() else [part for part in parts if os.path.lexists(part)]
         self.resumed: Checkpoint | None = None
         self.best: dict[str, Any] | None = None
         self.aside: Path | None = None
@@ -327,13 +361,25 @@ class RunFolder:
         if resume is True and self.resumed is None:
             raise FileNotFoundError(f'run_dir {self.path} has no checkpoint to go on from. resume="auto" begins anew.')
 
+    def _is_begun(self) -> bool:
+        """Whether a run has come as far as its first file here."""
+        return (self.path / "history.jsonl").exists() or bool(steps_in(self._checkpoints))
+
     def _check_unused(self) -> None:
-        for name in ("config.json", "history.jsonl", "best", "checkpoints"):
-            if (self.path / name).exists():
-                raise FileExistsError(
-                    f'run_dir {self.path} holds a run already ({name}). Continue it with resume="auto", give another '
-                    "run_dir, or remove the folder."
-                )
+        self._check_files(*_FILES, "best", "checkpoints")
+
+    def _check_files(self, *names: str) -> None:
+        """Refuse to write over what is there."""
+        found = next((name for name in names if os.path.lexists(self.path / name)), None)
+        if found is not None and self._is_begun():
+            raise FileExistsError(
+                f'run_dir {self.path} holds a run already ({found}). Continue it with resume="auto", give another '
+                "run_dir, or remove the folder."
+            )
+        if found is not None:
+            raise FileExistsError(
+                f"run_dir {self.path} holds {found}, which the run would write over. Give it a folder of its own."
+            )
 
     def _check_unfinished(self) -> None:
         """Refuse to begin anew where a run has come to its end, though its checkpoints are gone."""
@@ -354,8 +400,7 @@ class RunFolder:
         """Keep what a run that was cut short before its first checkpoint has left, in a folder of its own."""
         if not self._holds_epochs():
             return
-        number = next(number for number in itertools.count(1) if not (self.path / f"earlier_{number}").exists())
-        aside = self.path / f"earlier_{number}"
+        aside = _free_name(self.path / "earlier")
         (aside / "best").mkdir(parents=True)
         for name in ("config.json", "environment.json", "history.jsonl", _BEST, *_NOTES):
             if (self.path / name).exists():
@@ -393,17 +438,26 @@ class RunFolder:
     def _check_same_run(self, identity: Mapping[str, Any]) -> None:
         """Refuse to begin anew, for want of a checkpoint, in the folder of another run."""
         if not (self.path / "config.json").exists():
-            return  # the run before did not come as far
+            self._check_own()  # the run before did not come as far
+            return
         try:
             before = decode(checked(_read_json(self.path / "config.json", as_written=True)))["identity"]
             changed = [name for name in before if before[name] != decode(encode(identity)).get(name)]
         except _UNREADABLE:
             changed = ["its config.json and ours"]
         if changed:
+            told = printable(", ".join(changed))
             raise FileExistsError(
-                f"run_dir {self.path} holds another run, without a checkpoint ({', '.join(changed)} differ). Give "
-                "another run_dir, or remove the folder."
+                f"run_dir {self.path} holds another run, without a checkpoint ({told} differ). Give another run_dir, "
+                "or remove the folder."
             )
+
+    def _check_own(self) -> None:
+        """Refuse to write over files that no run has left: the first that one leaves is its history."""
+        try:
+            History.load(self.path)
+        except (FileNotFoundError, ValueError):
+            self._check_files(*_FILES)
 
     def _take_lock(self) -> None:
         """Let no second run write here; the system gives the lock back when this process ends, however that is."""
@@ -438,28 +492,30 @@ class RunFolder:
         if steps_in(self._checkpoints):
             return
         with suppress(OSError):
-            for name in ("config.json", "environment.json", "history.jsonl", "preempted.json", "report.html", ".lock"):
-                _remove(self.path / name)
-            for name in ("best", "checkpoints", ""):
-                if (self.path / name).is_dir():
-                    (self.path / name).rmdir()
+            for name in (*_RECORDS, "preempted.json", ".lock"):
+                if self.path / name not in self._of_others:
+                    (self.path / name).unlink(missing_ok=True)
+            for folder in (self.best_path.parent, self._checkpoints, self.path):
+                if folder.is_dir() and folder not in self._of_others:
+                    folder.rmdir()
 
     # --- which checkpoint ---------------------------------------------------------------------------------------------
 
     def _clean(self) -> None:
         """Remove what a crash has left half done."""
         with suppress(OSError):
-            files = ("config.json", "environment.json", "history.jsonl", "report.html", "evaluations.json")
-            names = [*files, _BEST, *_NOTES]
-            halves = [self.path / f"{name}.part" for name in names]
-            for path in [*halves, self.path / "losses.part.png", *self._checkpoints.glob(".step_*.part")]:
-                _remove(path)
+            for name in _FILES:
+                _beside(self.path / name).unlink(missing_ok=True)
+            for path in self.best_path.parent.glob(".tmp??????") if self._is_begun() else ():
+                path.unlink()
+            for path in self._checkpoints.glob(".step_*.part"):
+                _remove_checkpoint(path)
             for path in self._checkpoints.glob(".step_*.old"):
                 in_place = self._checkpoints / path.name[1 : -len(".old")]
                 if _STEP.fullmatch(in_place.name) and not os.path.lexists(in_place):
                     os.rename(path, in_place)  # its successor had not come
                 else:
-                    _remove(path)
+                    _remove_checkpoint(path)
 
     def _newest(self) -> Checkpoint | None:
         for _, path in steps_in(self._checkpoints):
@@ -538,13 +594,13 @@ class RunFolder:
         self.check_room(snapshot.num_bytes)
         path = self._checkpoints / _name(snapshot.step)
         beside, aside = (self._checkpoints / f".{path.name}.{ending}" for ending in ("part", "old"))
-        _remove(beside)
+        _remove_checkpoint(beside)
         try:
             best = self.best_path if self.best_path.exists() else None
             others = [one / _BEST for _, one in steps_in(self._checkpoints)]
             _write_checkpoint(beside, snapshot, history, best, others)
             if os.path.lexists(path):  # of the same step, but not as far: the epoch has ended since
-                _remove(aside)
+                _remove_checkpoint(aside)
                 os.rename(path, aside)
             try:
                 os.rename(beside, path)
@@ -555,9 +611,9 @@ class RunFolder:
             flush(self._checkpoints)
         finally:
             with suppress(OSError):
-                _remove(beside)
+                _remove_checkpoint(beside)
         with suppress(OSError):
-            _remove(aside)
+            _remove_checkpoint(aside)
             self._remove_others(snapshot.step)
         return path
 
@@ -569,7 +625,7 @@ class RunFolder:
             if path not in wanted:
                 aside = self._checkpoints / f".{path.name}.part"  # a kill in between leaves nothing half there
                 os.rename(path, aside)
-                _remove(aside)
+                _remove_checkpoint(aside)
 
     @property
     def history(self) -> bytes:
@@ -624,7 +680,7 @@ class RunFolder:
         """Draw `losses.png`."""
 
         def draw() -> None:
-            beside = self.path / "losses.part.png"
+            beside = self.path / ".losses.part.png"  # its ending chooses the format
             history.plot(beside)
             os.replace(beside, self.path / "losses.png")
 

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from .config import TrainConfig
 from .console import complain, show
@@ -38,7 +39,10 @@ _RUN = "your run function, as my_module:make_run or path/to/script.py:make_run"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 for what is not as it should be, 2 for wrong arguments."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except UnicodeDecodeError as error:
+        return _fail(f"--config names a file that is no text: {error}.")
     if options.command in _BY_ONE and os.environ.get("RANK", "0") != "0":
         return 0
     try:
@@ -55,8 +59,36 @@ def _is_told(error: Exception) -> bool:
     return Path(raised.filename).parent == Path(__file__).parent and str(raised.line).startswith("raise ")
 
 
+_LARGEST_CONFIG = 2**16  # characters
+_DEEPEST_CONFIG = 10  # lists and dictionaries in one another
+
+
+def _load_plain(text: str) -> Any:
+    """Return what YAML holds, without references: a few lines of them stand for any amount of data.
+
+    Raises:
+        YAMLError: There are some, or it is too large, or too deep.
+    """
+    if len(text) > _LARGEST_CONFIG:
+        raise yaml.YAMLError(f"it has more than {_LARGEST_CONFIG} characters")
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"references such as *{event.anchor} are not taken")
+        if depth > _DEEPEST_CONFIG:
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST_CONFIG} deep")
+    return get_loader("yaml")(text)
+
+
+set_loader("plain yaml", _load_plain, (yaml.YAMLError,))
+
+
 class _Parser(ArgumentParser):
     """Tell a wrong argument in one line, with the nearest right one; on several processes once."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"parser_mode": "plain yaml"} | options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
@@ -179,7 +211,10 @@ def _evaluate(options: Namespace) -> int:
 
     record = RunRecord.load(options.run_dir)
     asked = {name: value for name, value in record.asked.items() if name in TrainConfig.__dataclass_fields__}
-    config = TrainConfig(**asked | {"run_dir": None, "resume": False, "checkpoint_every": None})
+    try:
+        config = TrainConfig(**asked | {"run_dir": None, "resume": False, "checkpoint_every": None})
+    except ValueError as error:
+        raise ValueError(f"{record.path / 'config.json'} cannot be used: {error}") from error
     trainer, loaders = _made(options.run, config)
     name = options.loader or next(one for one in ("final_loader", "test_loader", "train_loader") if one in loaders)
     if name not in loaders:
@@ -204,7 +239,8 @@ def _check(options: Namespace) -> int:
     from .preflight import check
 
     _check_run_function(options.run)
-    return check(options.run, _config_of(options, run_dir=None, resume=False, checkpoint_every=None), options.run_dir)
+    run_dir = None if options.run_dir is None else os.path.expanduser(options.run_dir)
+    return check(options.run, _config_of(options, run_dir=None, resume=False, checkpoint_every=None), run_dir)
 
 
 # --- report, runs -----------------------------------------------------------------------------------------------------
@@ -212,11 +248,13 @@ def _check(options: Namespace) -> int:
 
 def _report(options: Namespace) -> int:
     from .checkpoints import write_whole
-    from .report import RunRecord, render
+    from .report import RunRecord, is_page, render
 
     records = [RunRecord.load(one) for one in options.runs]
     default = records[0].path / "report.html" if len(records) == 1 else Path("report.html")
-    output = Path(options.output) if options.output else default
+    output = Path(options.output).expanduser() if options.output else default
+    if output == Path("report.html") and output.exists() and not is_page(output):
+        raise FileExistsError(f"{output} is there already and no page of this command: give another name as --output.")
     try:
         write_whole(output, render(records).encode("utf-8", "replace"))
     except OSError as error:
@@ -226,18 +264,18 @@ def _report(options: Namespace) -> int:
 
 
 def _runs(options: Namespace) -> int:
-    from .report import runs_in
+    from .report import runs_in, seen_from
 
-    records = runs_in(options.folder)
+    folder = os.path.expanduser(options.folder)
+    records = runs_in(folder, left_out=complain)
     cells = [("run", "state", "epochs", "best epoch", "best value", "changed", "how it ended")]
     for record in records:
         history, of = record.history, record.asked.get("num_epochs", "?")
         best = "-" if history.best_value is None else f"{record.monitor} {history.best_value:.5g}"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.changed))
-        name = os.path.relpath(record.path, options.folder)
-        epochs = f"{history.num_epochs}/{of}"
+        name, epochs = seen_from(record.path, folder), f"{history.num_epochs}/{of}"
         cells.append((name, record.state, epochs, str(history.best_epoch or "-"), best, when, record.told))
-    show("\n".join(_aligned(cells)) if records else f"No runs in {options.folder}.")
+    show("\n".join(_aligned(cells)) if records else f"No runs in {folder}.")
     return 0
 
 

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from typing import Any
 
-__all__ = ["complain", "is_terminal", "show", "warn"]
+__all__ = ["Lenient", "Styled", "complain", "is_terminal", "pass_on", "printable", "show", "warn"]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
+
+
+class Styled(str):
+    """A text with colours of this package's own, which are shown; others would be left out."""
+
+
+def printable(text: str) -> str:
+    r"""Return a text with question marks in place of what would steer a terminal, as a file may hold it.
+
+    Example:
+        >>> printable("a run \x1b[2J that clears the screen")
+        'a run ?[2J that clears the screen'
+    """
+    return _CONTROL.sub("?", text)
 
 
 def is_terminal(stream: Any) -> bool:
@@ -19,12 +36,17 @@ def is_terminal(stream: Any) -> bool:
 
 def show(text: str, end: str = "\n") -> None:
     """Write a line to standard output."""
-    _write(sys.stdout, text + end)
+    _write(sys.stdout, (text if isinstance(text, Styled) else printable(text)) + end)
+
+
+def pass_on(text: str) -> None:
+    """Write to standard output what another process has written, as it is."""
+    _write(sys.stdout, text)
 
 
 def complain(text: str) -> None:
     """Write a line to the standard error output."""
-    _write(sys.stderr, text + "\n")
+    _write(sys.stderr, printable(text) + "\n")
 
 
 def warn(text: str, stacklevel: int = 2) -> None:
@@ -34,6 +56,7 @@ def warn(text: str, stacklevel: int = 2) -> None:
         text: What.
         stacklevel: Whose line is named, as of `warnings.warn`: 1 is that of the call.
     """
+    text = printable(text)
     try:
         warnings.warn(text, stacklevel=stacklevel + 1)
     except Warning:  # the user wants them as errors
@@ -52,3 +75,27 @@ def _write(stream: Any, text: str) -> None:
         stream.flush()
     except (AttributeError, OSError, ValueError):  # no stream, a reader that is gone, a closed one
         pass
+
+
+class Lenient:
+    """A stream for a library that writes to it by itself: what it does not take is left out.
+
+    Args:
+        stream: What is written to.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write as far as that goes."""
+        _write(self._stream, text)
+
+    def flush(self) -> None:
+        """Do nothing: each write is flushed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self._stream is getattr(other, "_stream", other)

@@ -42,14 +42,25 @@ def describe_environment(hardware: str) -> dict[str, Any]:
 
 
 _HIDDEN = "***"
-_SECRET = re.compile(
-    r"token|passw|passphrase|secret|api[-_]?key|access[-_]?key|private[-_]?key|credential", re.IGNORECASE
+# Parts of names; what tokenizers are told is no secret.
+_NAMES = (
+    r"token(?!i[sz]|s|[-_](?:id|len|type|dim|drop|count))|passw|passphrase|passcode|pass(?![a-z]|[-_][a-z])"
+    r"|(?<![a-z])(?:pwd|pat|sig)(?![a-z])|secret|credential|signature|auth(?!ors?(?![a-z]))|cookie|webhook"
+    r"|(?:api|access|private|account|encryption|signing|wandb|hf|hub|openai)[-_]?key"
+)
+_SECRET = re.compile(_NAMES, re.IGNORECASE)
+# Such a name and its value within a text: an address, a header, JSON, code. The lengths bound the time that it takes.
+_PAIRS = re.compile(
+    rf"((?:{_NAMES})[\w.-]{{0,40}}[\"']?\s?[:=]\s?)"
+    r"(?:\"[^\"]{0,200}\"|'[^']{0,200}'|(?:(?:bearer|basic)\s)?[^\s\"'&;,)\]}]+)",
+    re.IGNORECASE,
 )
 # User and password in an address, and keys whose makers let one know them: of Hugging Face, OpenAI, GitHub, GitLab,
-# Slack, AWS, Google; and JSON web tokens.
+# Slack, AWS, Google, NVIDIA and others; and JSON web tokens.
 _SHAPES = re.compile(
-    r"(?<=://)[^/@\s]+(?=@)|\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza)[\w-]{12,}"
-    r"|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
+    r"(?<=://)(?:[^/\s]{1,200}|[^/\s]{0,99}:(?!\d+/)\S{1,99})(?=@)|\b[\w.+-]{1,40}:[^\s:@/]{1,99}(?=@[\w.-])"
+    r"|\b(?:hf_|api_org_|sk-|sk_live_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza|ya29\.|nvapi-|gsk_|xai-"
+    r"|dckr_pat_|pypi-)[\w-]{12,}|(?<=hooks\.slack\.com/services/)\S+|\beyJ[\w-]{4,200}\.[\w-]{4,4000}\.[\w-]+"
 )
 
 
@@ -67,7 +78,7 @@ def masked(command: Sequence[str]) -> list[str]:
         is_option = argument.startswith("-")
         if hides_next and not is_option:
             shown.append(_HIDDEN)
-        elif is_pair and _SECRET.search(name):
+        elif is_pair and _SECRET.search(name) and _IS_NAME.fullmatch(name):
             shown.append(f"{name}={_HIDDEN}")
         else:
             shown.append(_without_secrets(argument))
@@ -75,8 +86,11 @@ def masked(command: Sequence[str]) -> list[str]:
     return shown
 
 
+_IS_NAME = re.compile(r"[\w.-]+")
+
+
 def _without_secrets(text: str) -> str:
-    return _SHAPES.sub(_HIDDEN, text)
+    return _SHAPES.sub(_HIDDEN, _PAIRS.sub(rf"\1{_HIDDEN}", text))
 
 
 def _matters(variable: str) -> bool:
@@ -94,12 +108,12 @@ def _git_commit() -> str | None:
     """Return the commit of the working folder, marked when there are uncommitted changes; `None` without git."""
     try:
         commit, changes = (
-            subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            subprocess.run(["git", *arguments], capture_output=True, timeout=5, check=True).stdout.strip()
             for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + (" with changes" if changes else "")
+    return commit.decode() + (" with changes" if changes else "")
 
 
 def free_memory() -> float:

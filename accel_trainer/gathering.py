@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor
 
 from .batches import MicroBatch, tensors_in
@@ -15,6 +15,8 @@ from .exchange import gather_on_main
 from .hardware import Hardware
 
 __all__ = ["Gathered", "of_samples"]
+
+_HOST = torch.device("cpu")
 
 
 class Gathered:
@@ -36,7 +38,11 @@ class Gathered:
 
     def add(self, micro_batch: MicroBatch, outputs: Any) -> None:
         """Take in the outputs of a micro-batch; the copy is under way while the device goes on."""
-        self._waiting.append((micro_batch.place, send_to_device(outputs, torch.device("cpu"), non_blocking=True)))
+        is_here = self._hardware.device.type == "cpu"  # where a model may write its next outputs to the same memory
+        copies = (
+            recursively_apply(torch.clone, outputs) if is_here else send_to_device(outputs, _HOST, non_blocking=True)
+        )
+        self._waiting.append((micro_batch.place, copies))
 
     def after(self, micro_batch: MicroBatch) -> None:
         """Let the processes meet after every so many batches, of which all have as many."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Layout, MicroBatch
+from .console import warn
 from .exchange import gather_objects
 from .losses import Forward, on_device, usable
 from .reductions import ChainSum, TreeSum, add_over_processes, share_from_main
@@ -322,6 +323,7 @@ class Buffers:
         self._roots, self._sum, self._any_process = roots, changes, any_process
         self._shapes: dict[_Owner, torch.Size | None] = {}  # of each buffer at first; `None` where it is not plain
         self._settled: set[nn.Module] = set()  # what they make in a forward is their own
+        self._late: dict[_Owner, Tensor] = {}  # those that a forward has made, as they were
         self._missing = torch.empty(0)  # in place of a buffer that has been set to None
         self._has_begun = False  # a batch, whose start these are:
         self._start, self._start_of_counted, self._counted_after = _Copies(), _Copies(), _Copies()
@@ -360,6 +362,20 @@ class Buffers:
         self._look()
         self._settled = {module for root in self._roots for module in root.modules()}
         self._forget()
+
+    def _tell_of_late_ones(self) -> None:
+        """Warn of running statistics that a forward has made where there was `None`: each process has its own."""
+        for module, name in _owners_of_buffers(self._roots):
+            buffer = module._buffers[name]
+            is_late = (module, name) in self._shapes and self._shapes[module, name] is None
+            if is_late and is_plain(buffer) and _averages(buffer):  # type: ignore[arg-type]
+                before, now = self._late.get((module, name)), buffer.clone()  # type: ignore[union-attr]
+                self._late[module, name] = now
+                if before is not None and before.shape == now.shape and not torch.equal(before, now):
+                    warn(
+                        f"The buffer {name!r} of {type(module).__name__} is None at first and changes as the run goes "
+                        "on: every process has its own. Register it with values from the start, and it is shared."
+                    )
 
     def _forget(self) -> None:
         self._has_begun = False
@@ -476,6 +492,8 @@ class Buffers:
 
     def share(self) -> None:
         """Make the buffers those of the main process, before an evaluation and a save."""
+        if max(self.layout.num_processes, self.layout.num_micro_batches) > 1:
+            self._tell_of_late_ones()
         if self.layout.num_processes > 1 and self._owners:
             are_caches = self._any_process(*(not self._is_steady(place) for place in range(len(self._owners))))
             share_from_main([now for now, is_cache in zip(self._now(), are_caches, strict=True) if not is_cache])

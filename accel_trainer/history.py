@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 from zlib import crc32
 
@@ -100,7 +101,7 @@ class History:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the losses into an image file; its ending chooses the format."""
-        draw_losses(path, self.train_losses, self.test_losses, self.best_epoch)
+        draw_losses(Path(path).expanduser(), self.train_losses, self.test_losses, self.best_epoch)
 
     def overfitting(self) -> str | None:
         """Return a sentence when the test loss has clearly risen since its lowest, else `None`.
@@ -141,15 +142,20 @@ class History:
         for number, line in enumerate(lines, start=1):
             try:
                 history._take_in(decode(checked(json.loads(line))))
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is no line of a history: {error!r}.") from error
         return history
 
     def _take_in(self, row: dict[str, Any]) -> None:
         if "epoch" in row:
-            self.record(metrics=row["metrics"], **{name: row.get(name) for name in SERIES})
-        for name in ("best_epoch", "best_value", "stop_reason"):
-            setattr(self, name, row.get(name))
+            metrics = {name: float(value) for name, value in row["metrics"].items()}
+            values = {name: float(row[name]) for name in SERIES if name in row or name == "train_loss"}
+            self.record(metrics=metrics, **values)
+        best_epoch, best_value, stop_reason = (row.get(name) for name in ("best_epoch", "best_value", "stop_reason"))
+        if type(best_epoch) not in (int, NoneType) or type(stop_reason) not in (str, NoneType):
+            raise TypeError(f"best_epoch {best_epoch!r}, stop_reason {stop_reason!r}")
+        self.best_epoch, self.stop_reason = best_epoch, stop_reason
+        self.best_value = None if best_value is None else float(best_value)
 
 
 def _goes_on(line: str) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from .console import show
+from .console import pass_on
 from .errors import ProcessFailedError
 
 __all__ = ["call_in_launcher", "launch", "run_on_processes"]
@@ -53,24 +53,26 @@ def run_on_processes(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "accel_trainer.trainer"])
-    port = str(_free_port())
     lifeline, _held = context.Pipe(duplex=False)
+    alarm, held_until_failure = context.Pipe(duplex=False)
     start_method = multiprocessing.get_start_method()  # of the loader workers; a child's own would be the server's
     processes: dict[Any, Any] = {}
     try:
-        for rank in range(num_processes):
-            variables = _variables(rank, num_processes, port) | dict(environment or {})
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_child, args=(sender, start_method, variables, lifeline if on_message else None, function, args)
-            )
-            process.start()
-            processes[receiver] = process
-            sender.close()
+        with _loopback_socket() as listener:
+            port = str(listener.getsockname()[1])
+            for rank in range(num_processes):
+                variables = _variables(rank, num_processes, port) | dict(environment or {})
+                receiver, sender = context.Pipe(duplex=False)
+                own = listener if rank == 0 and num_processes > 1 else None
+                link = _Link(sender, alarm, lifeline if on_message else None, own)
+                process = context.Process(target=_child, args=(link, start_method, variables, function, args))
+                process.start()
+                processes[receiver] = process
+                sender.close()
         deadline = None if timeout is None else time.monotonic() + timeout
         if on_message is None:
-            return _collect(processes, deadline)
-        return _collect_interruptibly(processes, deadline, on_message)
+            return _collect(processes, deadline, held_until_failure)
+        return _collect_interruptibly(processes, deadline, held_until_failure, on_message)
     except BaseException:
         for process in processes.values():
             process.kill()
@@ -78,6 +80,13 @@ def run_on_processes(
     finally:
         for process in processes.values():
             process.join()
+
+
+def _loopback_socket() -> socket.socket:
+    """Return a socket with a free port, which only processes of this machine reach."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    return listener
 
 
 def launch(function: Callable[..., Any], *args: Any, num_processes: int | None = None) -> Any:
@@ -134,7 +143,7 @@ def _call(sent: bytes) -> bytes | None:
 def _show(message: Any) -> None:
     """Show what a launched process has printed or drawn."""
     if isinstance(message, str):
-        show(message, end="")
+        pass_on(message)
     else:
         function, *args = message
         function(*args)
@@ -175,6 +184,7 @@ class _Channel(io.TextIOBase):
 
 
 _channel: _Channel | None = None  # in a launched process
+_store: Any = None  # in the main one of those
 
 
 def call_in_launcher(function: Callable[..., Any], *args: Any) -> bool:
@@ -190,10 +200,50 @@ def call_in_launcher(function: Callable[..., Any], *args: Any) -> bool:
     return True
 
 
-def _end_with_launcher(lifeline: Connection) -> None:
-    """End this process when the one that has launched it is gone, which alone holds the other end."""
-    lifeline.poll(None)
-    os._exit(1)
+@dataclass(frozen=True)
+class _Link:
+    """What ties a launched process to the one that has launched it.
+
+    Attributes:
+        sender: Takes what it has to tell, and its result.
+        alarm: Closed once another process has failed.
+        lifeline: Closed once the launching process is gone; `None` if that does not matter.
+        listener: Where the main process keeps the store of the group; `None` on the others.
+    """
+
+    sender: Connection
+    alarm: Connection
+    lifeline: Connection | None
+    listener: socket.socket | None
+
+    def watch(self) -> None:
+        """End this process when the launching one is gone, or when it may wait for a group that will never be whole."""
+        self.alarm.poll(None)
+        if not _is_grouped():
+            os._exit(1)
+        if self.lifeline is not None:
+            self.lifeline.poll(None)
+            os._exit(1)
+
+
+def _is_grouped() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _keep_store(listener: socket.socket) -> Any:
+    """Return the store of a group, which lasts as long as it is held.
+
+    The one that torch would open for the main process listens on every address of the machine, and trusts whoever
+    comes; by its port it finds this one and takes it.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    address, port = listener.getsockname()
+    descriptor = listener.detach()
+    return TCPStore(
+        address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
+    )
 
 
 # A launcher's variables tell of its group: one would make the new processes wait for a store that nobody keeps.
@@ -206,14 +256,9 @@ def _variables(rank: int, num_processes: int, port: str) -> dict[str, str]:
         return own
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    return own | {name: str(value) for name, value in group.items()} | address
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    inward = {} if loopback is None else {"GLOO_SOCKET_IFNAME": loopback}
+    return inward | own | {name: str(value) for name, value in group.items()} | address
 
 
 @dataclass(frozen=True)
@@ -225,18 +270,13 @@ class _Failure:
 
 
 def _child(
-    sender: Connection,
-    start_method: str,
-    variables: dict[str, str],
-    lifeline: Connection | None,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    link: _Link, start_method: str, variables: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    global _channel
-    if lifeline is not None:
+    global _channel, _store
+    threading.Thread(target=link.watch, daemon=True).start()
+    if link.lifeline is not None:
         os.setpgid(0, 0)  # interrupted once, by the one that has launched it
-        threading.Thread(target=_end_with_launcher, args=(lifeline,), daemon=True).start()
-        _channel = _Channel(sender)
+        _channel = _Channel(link.sender)
         sys.stdout = sys.stderr = _channel
     os.environ.clear()
     os.environ.update(variables)
@@ -245,6 +285,8 @@ def _child(
         import torch
 
         torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+    if link.listener is not None:
+        _store = _keep_store(link.listener)
     try:
         outcome = function(*args)
     except BaseException as error:
@@ -252,9 +294,9 @@ def _child(
         outcome = _Failure(text, isinstance(error, ProcessFailedError))
     if _channel is not None:
         _channel.flush()
-    (_channel or sender).send(outcome)
+    (_channel or link.sender).send(outcome)
     if _channel is None:
-        sender.close()
+        link.sender.close()
 
 
 @dataclass(frozen=True)
@@ -265,7 +307,7 @@ class _Message:
 
 
 def _collect_interruptibly(
-    processes: dict[Any, Any], deadline: float | None, on_message: Callable[[Any], None]
+    processes: dict[Any, Any], deadline: float | None, held: Connection, on_message: Callable[[Any], None]
 ) -> list[Any]:
     """Return the results; the first interrupt or SIGTERM goes to the processes, which are still waited for.
 
@@ -275,14 +317,14 @@ def _collect_interruptibly(
     outcomes: dict[Any, Any] = {}
     try:
         with _sigterm_raised():
-            return _collect(processes, deadline, outcomes, on_message)
+            return _collect(processes, deadline, held, outcomes, on_message)
     except (KeyboardInterrupt, _Terminated) as error:
         number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
     for process in processes.values():
         if process.is_alive():
             os.kill(process.pid, number)
     try:
-        return _collect(processes, deadline, outcomes, on_message)
+        return _collect(processes, deadline, held, outcomes, on_message)
     except ProcessFailedError as error:
         raise KeyboardInterrupt("interrupted") from error
     finally:
@@ -314,10 +356,14 @@ def _sigterm_raised() -> Iterator[None]:
 def _collect(
     processes: dict[Any, Any],
     deadline: float | None,
+    held: Connection,
     outcomes: dict[Any, Any] | None = None,
     on_message: Callable[[Any], None] | None = None,
 ) -> list[Any]:
-    """Return the results in the order of the processes; wait for the others a little when one has failed."""
+    """Return the results in the order of the processes.
+
+    When one has failed, `held` is let go, which tells the others, and they are waited for a little.
+    """
     outcomes = {} if outcomes is None else outcomes
     while len(outcomes) < len(processes):
         left = None if deadline is None else max(deadline - time.monotonic(), 0)
@@ -332,6 +378,7 @@ def _collect(
                 continue
             outcomes[pipe] = received
             if isinstance(outcomes[pipe], _Failure):
+                held.close()
                 grace = time.monotonic() + _GRACE_SECONDS
                 deadline = grace if deadline is None else min(deadline, grace)
     failures = [outcome for outcome in outcomes.values() if isinstance(outcome, _Failure)]
@@ -346,7 +393,7 @@ def _collect(
 def _received(pipe: Any, process: Any) -> Any:
     try:
         return pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):  # between two messages, or within one
         process.join(timeout=1.0)
         code = process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"

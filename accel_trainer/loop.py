@@ -78,7 +78,7 @@ class Training:
         infinite: Names of buffers and frozen weights that were not finite at the start, such as masks.
         num_gone: Parameters of the optimizer that have left the model.
         num_graphs_before: Graphs that the process had compiled before the run.
-        probe: Looks whether the loss is a mean, where no evaluation does.
+        probe: Looks whether the loss is a mean.
         batches: Number of each batch since the last report -> its pass over the data and place there.
     """
 
@@ -274,8 +274,6 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
     totals = training.ledger.exchange()
     check_finite(training, totals.fault)
     check_weight(training, totals)
-    if training.probe is not None:
-        training.probe.settle(training.hardware)
     return totals
 
 
@@ -532,9 +530,10 @@ def _each(micro_batches: Iterable[MicroBatch], then: Callable[[], None]) -> Iter
 
 def evaluate_epoch(run: Run) -> dict[str, float] | None:
     """Return the scores of the test set, none without one; `None` if the run ends within it."""
-    if run.test_feed is None:
-        return {}
     training = run.training
+    if run.test_feed is None:
+        run.probe.settle(training.hardware)
+        return {}
     with training.clock.measured("evaluation_seconds"):
         parts = training.prepared, training.objective, run.test_feed, run.metrics
         return evaluate(*parts, training.stopping, run.probe)

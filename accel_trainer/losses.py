@@ -36,7 +36,7 @@ __all__ = [
     "check_loss",
     "column_of",
     "inputs_of",
-    "keeps_nothing",
+    "may_leave_traces",
     "not_finite",
     "on_device",
     "split_batch",
@@ -305,7 +305,10 @@ def _checked_weight(weight: Any, loss: Any) -> Weight:
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(f"The weight of a micro-batch must be one number, got shape {tuple(weight.shape)}.")
+        if weight.is_complex():
+            raise ValueError(f"The weight of a micro-batch must be a real number, got {weight.dtype}.")
         weight = weight.detach().reshape(())
+        weight = weight.float() if weight.element_size() < 4 else weight  # a sum of such would overflow
         weight = on_device(weight, loss.device) if isinstance(loss, Tensor) else weight
         return torch.where((weight >= 0) & (weight < _LARGEST_WEIGHT), weight, -1)  # found when it is read
     if not isinstance(weight, Real) or not 0 <= float(weight) < _LARGEST_WEIGHT:
@@ -348,9 +351,24 @@ def _mute(forward: Forward, outputs: list[Tensor]) -> None:
             output.register_hook(functools.partial(_zero_where, is_empty))  # type: ignore[no-untyped-call]
 
 
-def keeps_nothing(loss_fn: Any) -> bool:
-    """Return whether a loss certainly keeps nothing from call to call."""
-    return _form_of(_unwrap_partial(loss_fn)[0]) is not None
+_WRITES = {f"{verb}_{what}" for verb in ("STORE", "DELETE") for what in ("GLOBAL", "SUBSCR", "ATTR")}
+_CHANGES = {"add", "append", "clear", "extend", "insert", "pop", "popleft", "remove", "setdefault", "update", "write"}
+
+
+def may_leave_traces(function: Any) -> bool:
+    """Return whether a function may change something that outlives its call, as far as its code tells."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if code is None and not isinstance(function, (nn.Module, BuiltinFunctionType)):
+        code = getattr(type(function).__call__, "__code__", None)
+    codes = [code] if code is not None else []
+    for code in codes:  # those of inner functions too
+        codes += [inner for inner in code.co_consts if hasattr(inner, "co_code")]
+        for one in dis.get_instructions(code):
+            is_outer = one.opname == "STORE_DEREF" and one.argval in code.co_freevars
+            is_change = one.opname in ("LOAD_METHOD", "LOAD_ATTR") and one.argval in _CHANGES
+            if one.opname in _WRITES or is_outer or is_change:
+                return True
+    return False
 
 
 def _form_of(loss_fn: Any) -> Hashable | None:

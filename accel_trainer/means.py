@@ -8,17 +8,18 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from .batches import TARGET_NAMES, MicroBatch, take
 from .console import warn
 from .exchange import gather_objects
 from .hardware import Hardware, Prepared
-from .losses import Forward, Objective, column_of, keeps_nothing, split_batch
+from .losses import Forward, Objective, column_of, may_leave_traces, split_batch
 from .metrics import Metrics, total_of
 from .randomness import preserved
 
@@ -57,7 +58,7 @@ class MeanProbe:
     def __init__(self) -> None:
         self.is_done = False
         self.doubts: dict[str, str] = {}
-        self._num_looks = 0
+        self._num_looks, self._has_looked_within_training = 0, False
         self._measured: list[_Measured] = []
         self._left_out: list[Tensor] = []  # whether labels hold -100, which weigh nothing to most losses
 
@@ -78,20 +79,22 @@ class MeanProbe:
         if objective.compute_loss is None:
             self._look_at_loss(objective, micro_batch, forward)
             for name, metric in metrics.functions.items():
-                self._measure(name, partial(_mean_of, name, metric), micro_batch, forward)
+                if _leaves_no_trace(metric):
+                    self._measure(name, partial(_mean_of, name, metric), micro_batch, forward)
         else:
             self._look_at_labels(micro_batch, forward)
-            if self._num_looks == 1:
+            if self._num_looks == 1 and _leaves_no_trace(objective.compute_loss):
                 with prepared.stance(is_full=False):  # halves are worth no graphs of their own
                     self._measure(_COMPUTED, partial(_computed, objective, prepared.model), micro_batch, forward)
 
     def look_within_training(self, objective: Objective, micro_batch: MicroBatch, forward: Forward) -> None:
-        """Look at the loss over the first micro-batch that is trained on, if that leaves no trace."""
-        if self._num_looks or not self._is_due(micro_batch):
+        """Look at the loss over the first micro-batch that is trained on."""
+        if self._has_looked_within_training or self.is_done or micro_batch.num_samples < 2:
             return
+        self._has_looked_within_training = True
         if objective.compute_loss is not None:
             self._look_at_labels(micro_batch, forward)
-        elif forward.outputs is not None and _leaves_no_trace(objective.loss_fn):
+        elif forward.outputs is not None:
             self._look_at_loss(objective, micro_batch, forward)
 
     def _is_due(self, micro_batch: MicroBatch) -> bool:
@@ -104,7 +107,8 @@ class MeanProbe:
             own = objective.with_loss(_copy_of(objective.loss_fn))
             return lambda part, outputs: _pair(own(_Answers(outputs), part, False))
 
-        self._measure(_LOSS, make, micro_batch, forward)
+        if all(map(_leaves_no_trace, objective.functions)):
+            self._measure(_LOSS, make, micro_batch, forward)
 
     def _look_at_labels(self, micro_batch: MicroBatch, forward: Forward) -> None:
         is_weighed = isinstance(forward.weight, Tensor) or forward.weight != micro_batch.num_samples
@@ -121,27 +125,22 @@ class MeanProbe:
         number = micro_batch.num_samples
         halves = [(0, number // 2), (number // 2, number)]
         try:
-            outputs = [None if forward.outputs is None else take(forward.outputs, *half, number) for half in halves]
-            data = [take(micro_batch.data, *half, number) for half in halves]
-            parts = [
-                replace(micro_batch, data=one, num_held=end - start)
-                for one, (start, end) in zip(data, halves, strict=True)
-            ]
+            parts = [_part(micro_batch, forward.outputs, *half, number) for half in halves]
             with preserved(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the user has been told already
                 function = make()
-                whole, again = (function(micro_batch, forward.outputs) for _ in range(2))
-                pieces = [function(*pair) for pair in zip(parts, outputs, strict=True)]
+                pairs = [(micro_batch, forward.outputs)] * 2 + parts
+                whole, again, *pieces = (function(*_copied(*pair)) for pair in pairs)
         except Exception:
             return
         values, weights = zip(whole, again, *pieces, strict=True)
-        told = number, _tolerance_of(forward), _hint_of(forward) if name == _LOSS else ""
+        told = number, _tolerance_of(forward, *values), _hint_of(forward) if name == _LOSS else ""
         self._measured.append(_Measured(name, *told, values, weights))
 
     def settle(self, hardware: Hardware) -> None:
         """Come to a verdict, on all processes alike, and warn; all call it at the same place. One read-back."""
-        if self.is_done:
-            return
+        if self.is_done or not hardware.any_process(self._num_looks > 0 or self._has_looked_within_training)[0]:
+            return  # of single samples nothing can be said
         self.is_done = True
         first_last = reversed(_read(self._measured, hardware.device))
         found = {one.name: text for one in first_last if (text := _doubt(one)) is not None}
@@ -202,6 +201,18 @@ def _read(measured: list[_Measured], device: torch.device) -> list[_Measured]:
     ]
 
 
+def _part(micro_batch: MicroBatch, outputs: Any, start: int, stop: int, number: int) -> tuple[MicroBatch, Any]:
+    data = take(micro_batch.data, start, stop, number)
+    of_part = None if outputs is None else take(outputs, start, stop, number)
+    return replace(micro_batch, data=data, num_held=stop - start), of_part
+
+
+def _copied(micro_batch: MicroBatch, outputs: Any) -> tuple[MicroBatch, Any]:
+    """Return copies, in case that a function writes to what it is given."""
+    copy_of = partial(recursively_apply, torch.clone)
+    return replace(micro_batch, data=copy_of(micro_batch.data)), copy_of(outputs)
+
+
 class _Answers(nn.Module):
     """A model whose outputs are known."""
 
@@ -231,13 +242,17 @@ def _mean_of(name: str, metric: Callable[[Any, Any], Any]) -> _Function:
     return measured
 
 
-def _leaves_no_trace(loss_fn: Any) -> bool:
-    return keeps_nothing(loss_fn) or (isinstance(loss_fn, nn.Module) and not _has_parameters(loss_fn))
+def _leaves_no_trace(function: Any) -> bool:
+    """Return whether a function may be called more often than the user has it called; of an object a copy may be."""
+    while isinstance(function, partial):
+        function = function.func
+    is_copied = not isinstance(function, (FunctionType, MethodType)) and not _has_parameters(function)
+    return is_copied or not may_leave_traces(function)
 
 
 def _copy_of(function: Any) -> Any:
     """Return a function whose calls leave no trace in the user's, as far as that can be; no copy of a whole model."""
-    is_plain = isinstance(function, (FunctionType, BuiltinFunctionType))
+    is_plain = isinstance(function, (FunctionType, BuiltinFunctionType, MethodType))
     return function if is_plain or _has_parameters(function) else copy.deepcopy(function)
 
 
@@ -245,9 +260,11 @@ def _has_parameters(function: Any) -> bool:
     return isinstance(function, nn.Module) and next(function.parameters(), None) is not None
 
 
-def _tolerance_of(forward: Forward) -> float:
+def _tolerance_of(forward: Forward, *values: Any) -> float:
     """Return how far apart rounding may bring two values, relative: more where a model is asked once more."""
-    tensors = [one for one in (forward.loss, forward.outputs) if isinstance(one, Tensor) and one.is_floating_point()]
+    tensors = [
+        one for one in (forward.loss, forward.outputs, *values) if isinstance(one, Tensor) and one.is_floating_point()
+    ]
     if any(one.element_size() < 4 for one in tensors):
         return 0.05
     return 1e-4 if forward.outputs is not None else 1e-2

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def _fit(name: str, config: TrainConfig, watch: _Watch) -> tuple[Trainer, dict[s
     callbacks = [*of_trainer.pop("callbacks", ()), watch]
     trainer = Trainer(**{"loss_fn": None} | of_trainer | {"config": own, "callbacks": callbacks})
     test_loader = loaders.get("test_loader")
-    trainer.fit(loaders["train_loader"], None if test_loader is None else _first_batches(test_loader))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is no mean over samples|Labels hold -100")  # a line of the page tells it
+        trainer.fit(loaders["train_loader"], None if test_loader is None else _first_batches(test_loader))
     return trainer, loaders
 
 

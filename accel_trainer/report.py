@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .checkpoints import is_in_use, write_whole
 from .console import warn
 from .history import SERIES, History, checked, decode, encode, flattened, with_checksum
 
-__all__ = ["LivePage", "RunRecord", "keep_evaluation", "page_of", "render", "runs_in"]
+__all__ = ["LivePage", "RunRecord", "is_page", "keep_evaluation", "page_of", "render", "runs_in", "seen_from"]
 
 _SECONDS = ("data_seconds", "compute_seconds", "evaluation_seconds", "saving_seconds")
 _MANY_EPOCHS = 5_000  # of one chart; of more, every second, third, ... is shown
@@ -65,7 +66,7 @@ class RunRecord:
 
         Raises:
             FileNotFoundError: It is no run folder.
-            ValueError: A file of it is no JSON.
+            ValueError: A file of it is not as this package writes it; the message names it.
         """
         path = Path(run_dir).expanduser().absolute()
         history = History.load(path) if history is None else history
@@ -98,16 +99,41 @@ class RunRecord:
         return f"{done}; it ended without a word, killed perhaps" if self.state == "broken" else done
 
 
+# What the parts of a file have to be.
+_KINDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "config.json": {"asked": (dict,), "resolved": (dict,), "identity": (dict,)},
+    "environment.json": {"versions": (dict,)},
+    "evaluations.json": {"num_samples": (int, NoneType), "epoch": (int, NoneType), "scores": (dict,)},
+}
+
+
 def _read(path: Path, default: Any) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if type(content) is not type(default):
             raise ValueError(f"it holds a {type(content).__name__}, not a {type(default).__name__}")
-        return decode([checked(one) for one in content] if isinstance(content, list) else checked(content))
+        parts = [_checked_parts(one, path.name) for one in (content if isinstance(content, list) else [content])]
+        return parts if isinstance(content, list) else parts[0]
     except FileNotFoundError:
         return default
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def _checked_parts(content: Any, file: str) -> dict[str, Any]:
+    parts: dict[str, Any] = decode(checked(content))
+    for name, kinds in _KINDS[file].items():
+        if not isinstance(parts.get(name, ...), kinds):
+            raise ValueError(f"its {name} is {parts.get(name)!r}")
+    return parts
+
+
+def seen_from(path: Path, folder: str | os.PathLike[str] = ".") -> str:
+    """Return a path as seen from a folder; the whole, where that is gone or on another drive."""
+    try:
+        return os.path.relpath(path, folder)
+    except (OSError, ValueError):
+        return str(path)
 
 
 def _state_of(path: Path, history: History) -> str:
@@ -120,22 +146,27 @@ def _state_of(path: Path, history: History) -> str:
     return "broken" if history.stop_reason is None else "finished"
 
 
-def runs_in(folder: str | os.PathLike[str]) -> list[RunRecord]:
-    """Return the runs in a folder and below it, the newest first; what cannot be read is left out.
+def runs_in(folder: str | os.PathLike[str], left_out: Callable[[str], object] = lambda told: None) -> list[RunRecord]:
+    """Return the runs in a folder and below it, the newest first.
+
+    Args:
+        folder: To look through.
+        left_out: Is told of each that cannot be read, and why.
 
     Raises:
         FileNotFoundError: There is no such folder.
     """
-    if not Path(folder).expanduser().is_dir():
-        raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}.")
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
     records = []
-    for path in Path(folder).expanduser().rglob("history.jsonl"):
+    for path in folder.rglob("history.jsonl"):
         if path.parent.parent.name == "checkpoints":
             continue
         try:
             records.append(RunRecord.load(path.parent))
-        except (OSError, ValueError, TypeError, AttributeError):
-            continue
+        except (OSError, ValueError) as error:
+            left_out(f"{path.parent} is left out: {error}")
     return sorted(records, key=lambda record: record.changed, reverse=True)
 
 
@@ -177,7 +208,7 @@ class LivePage:
         started = time.perf_counter()
         try:
             text = render([RunRecord.load(self._run_dir, self._history, state)])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # a file that someone else has changed
+        except ValueError as error:  # a file that someone else has changed
             raise OSError(f"a file beside it cannot be read: {error!r}") from error
         write_whole(self.path, text.encode("utf-8", "replace"), flushed=False)
         ended = time.perf_counter()
@@ -209,11 +240,20 @@ def keep_evaluation(page: LivePage, num_samples: int | None, epoch: int | None, 
         kept = [with_checksum(encode(one)) for one in [*others, entry]]
         write_whole(path, (json.dumps(kept, indent=2) + "\n").encode())
         page.write(page.state)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a library says of the page, it is no error of the evaluation
         warn(f"Could not write {path}: {error}.", stacklevel=3)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
+
+
+_MARK = '<meta name="generator" content="accel_trainer">'
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page that `render` has made."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return _MARK in file.read(1000)
 
 
 @functools.cache
@@ -240,7 +280,7 @@ def render(records: Sequence[RunRecord]) -> str:
 
     is_one = len(records) == 1
     if len({record.name for record in records}) < len(records):
-        records = [replace(record, name=os.path.relpath(record.path)) for record in records]
+        records = [replace(record, name=seen_from(record.path)) for record in records]
     is_running = any(record.state == "running" for record in records)
     data: dict[str, Any] = {"charts": _charts(records[0]) if is_one else _overlays(records), "is_running": is_running}
     if is_one:
@@ -248,6 +288,7 @@ def render(records: Sequence[RunRecord]) -> str:
     # In a script, nothing but "</" and "<!" could end it.
     text = json.dumps(data, allow_nan=False, default=str).replace("<", "\\u003c")
     page: str = _template().render(
+        mark=Markup(_MARK),
         title=records[0].name if is_one else " / ".join(record.name for record in records),
         runs=records,
         is_running=is_running,
@@ -341,6 +382,7 @@ def _cards(record: RunRecord) -> list[tuple[str, str]]:
         cards += [(f"final {name}", _number(value)) for name, value in last["scores"].items()]
     if history.epoch_seconds:
         cards.append(("time", duration(sum(history.epoch_seconds))))
+    if history.samples_per_second:
         cards.append(("samples per second", f"{history.samples_per_second[-1]:,.0f}"))
     return cards
 
@@ -351,7 +393,7 @@ def _number(value: Any) -> str:
 
 def duration(seconds: float) -> str:
     """Return seconds as people say them: `0.042 s`, `4.2 s`, `3 min 05 s`, `2 h 03 min`."""
-    if seconds < 1:
+    if seconds < 1 or not math.isfinite(seconds):
         return f"{seconds:.2g} s"
     if seconds < 60:
         return f"{seconds:.1f} s"

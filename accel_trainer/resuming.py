@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .batches import is_stream, length_of, num_batches, sampler_of
-from .callbacks import Callback
+from .callbacks import Callback, Callbacks
 from .checkpoints import RunFolder, Snapshot, newest_step
 from .config import TrainConfig
-from .console import warn
+from .console import printable, warn
 from .errors import CheckpointError
 from .exchange import gather_objects, host_group, share_object
 from .gradients import is_plain
@@ -122,7 +122,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], source: st
     """
     names = [*before, *(name for name in now if name not in before)]
     changes = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        f"{printable(name)} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in names
         if before.get(name) != now.get(name)
     ]
@@ -165,6 +165,7 @@ def capture(run: Run, identity: Mapping[str, Any], callbacks: Sequence[Callback]
         "run": asdict(state),
         "told": _told(run),
         "num_micro_batches": _found_by_memory(run),
+        "evaluating": [plain_name(name) for name, module in model.named_modules() if not module.training],
         "frozen": [plain_name(name) for name, one in model.named_parameters() if not one.requires_grad],
     }
     packed = {name: pack(value, progress, name) for name, value in content.items()}
@@ -375,14 +376,29 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
         done = training.state
         within = f", {done.position} batches of pass {done.data_pass} over the data done"
         run.announce(f"Going on from {found.source}: step {done.step}, epoch {done.epoch}{within}.")
-        if not _take_best(run, best):
-            beside = {}
+        with _understood(str(found.source)):
+            beside = beside if _take_best(run, best) else {}
+        if done.epoch > run.history.num_epochs:
+            _tell_of_epoch_start(run, callbacks)
         if is_stream(training.feed.loader) and done.position:
             run.announce(f"train_loader is a stream: {done.position} batches are read to be passed over.")
     if folder is not None:
         _check_room(run, folder)
     run.saver.start(partial(capture, run, identity, callbacks), beside)
     training.before_batch = run.saver.before_batch
+
+
+def _tell_of_epoch_start(run: Run, callbacks: Sequence[Callback]) -> None:
+    """Name the callbacks whose `on_epoch_start` has been called for the epoch under way, and leaves nothing here."""
+    stateful = list(_stateful(callbacks).values())
+    names = [
+        type(one).__name__ for one in callbacks if Callbacks([one]).listens("on_epoch_start") and one not in stateful
+    ]
+    if names:
+        run.announce(
+            f"Going on within an epoch: on_epoch_start of {', '.join(names)} is not called again. What it sets beside "
+            "weights, optimizer and modes is lost unless state_dict and load_state_dict keep it."
+        )
 
 
 def _take_best(run: Run, best: Mapping[str, Any] | None) -> bool:
@@ -449,6 +465,8 @@ def restore(run: Run, snapshot: Snapshot, history: History) -> None:
     for one in fields(history):
         setattr(run.history, one.name, getattr(history, one.name))
     _restore_model(training.prepared.plain, snapshot.tensors["model.safetensors"], progress, content["frozen"])
+    for name, module in training.prepared.plain.named_modules():
+        module.training = plain_name(name) not in content["evaluating"]
     for place, loss in enumerate(training.objective.modules):
         _restore_buffers(loss, _under(f"loss {place}/", progress))
     _restore_schedule_and_optimizer(run, content["schedule"], snapshot)
@@ -468,10 +486,15 @@ def restore(run: Run, snapshot: Snapshot, history: History) -> None:
 def _restore_state(state: RunState, saved: Mapping[str, Any]) -> None:
     for one in fields(state):
         value = saved[one.name]
-        is_known = value is None or type(value) is type(one.default) or one.default is None
+        kinds = (int, float, str) if one.default is None else (type(one.default),)
+        is_known = (value is None and one.default is None) or (type(value) in kinds and _is_finite_in_64_bits(value))
         if not is_known or (type(value) is int and value < 0):
             raise ValueError(f"{one.name} is {value!r}")
         setattr(state, one.name, value)
+
+
+def _is_finite_in_64_bits(value: Any) -> bool:
+    return not isinstance(value, int) or abs(value) < 2**63
 
 
 def _restore_model(
@@ -542,6 +565,8 @@ def _restore_optimizer(run: Run, saved: Mapping[str, Any], tensors: Mapping[str,
         unpack({key: value for key, value in group.items() if key != "params"}, tensors)
         for group in saved["param_groups"]
     ]
+    for group, own in zip(optimizer.param_groups, settings, strict=False):  # a newer torch may have more of them
+        own |= {key: one for key, one in group.items() if key != "params" and key not in own}
     for group, own in list(zip(saved["param_groups"], settings, strict=True))[len(optimizer.param_groups) :]:
         optimizer.add_param_group({"params": [parameters[name] for name in group["params"]]} | own)
     of_program = [{key: one for key, one in group.items() if callable(one)} for group in optimizer.param_groups]

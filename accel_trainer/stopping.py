@@ -214,7 +214,8 @@ class _Listener:
             name = "Ctrl-C" if is_interrupt else number.name
             self._stopping.request(f"interrupted ({name})", name)
             again = " Ctrl-C again leaves at once." if is_interrupt else ""
-            if os.environ.get("RANK", "0") == "0":
+            # Without a standard error output from the start, that number is a file's by now.
+            if os.environ.get("RANK", "0") == "0" and sys.__stderr__ is not None:
                 with suppress(OSError):  # the terminal may be gone
                     os.write(2, f"\n{name}: stopping after this step.{again}\n".encode())
 

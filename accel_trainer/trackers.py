@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .callbacks import Callback
+from .checkpoints import write_whole
 from .console import warn
 from .history import flattened
 
@@ -48,8 +49,10 @@ class Trackers(Callback):
     def __init__(
         self, names: Sequence[str], project: str, run_dir: Path | None, config: Mapping[str, Any], is_resumed: bool
     ) -> None:
-        self._names, self._project, self._config, self._is_resumed = dict.fromkeys(names), project, config, is_resumed
+        self._names, self._config, self._is_resumed = dict.fromkeys(names), config, is_resumed
+        self._project = _in_utf8(project)
         self._run_dir = None if run_dir is None else Path(run_dir).absolute()
+        self._run_name = None if run_dir is None else _in_utf8(Path(run_dir).name)
         self._trackers: dict[str, Any] = {}
         self._ids: dict[str, str] = {}
         self._told_loss = math.nan
@@ -130,12 +133,12 @@ class Trackers(Callback):
             return self._project if self._run_dir is not None else f"{self._project}/{time.strftime('%Y%m%d-%H%M%S')}"
         unique = uuid.uuid4().hex
         if name == "trackio":  # knows runs by their names
-            return f"{self._run_dir.name if self._run_dir is not None else self._project}-{unique[:8]}"
+            return f"{self._run_name or self._project}-{unique[:8]}"
         return unique[:21] if name in ("wandb", "swanlab") else unique
 
     def _options(self, name: str, run_id: str, goes_on: bool, step: int) -> dict[str, Any]:
         """Return what Accelerate's class of a tracker takes, so that a run which goes on stays one run."""
-        run_name = None if self._run_dir is None else self._run_dir.name
+        run_name = self._run_name
         folder = Path("runs") if self._run_dir is None else self._run_dir / "trackers"
         if self._run_dir is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -164,6 +167,7 @@ class Trackers(Callback):
         os.environ[_MLFLOW_URI] = f"sqlite:///{self._run_dir / 'trackers' / 'mlflow.db'}"
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
+        values = {_in_utf8(name): _in_utf8(value) for name, value in values.items()}
         words = {name: value for name, value in values.items() if isinstance(value, str)}
         numbers = {name: value for name, value in values.items() if name not in words}
         for name, tracker in list(self._trackers.items()):
@@ -213,15 +217,13 @@ def _read_ids(run_dir: Path | None) -> dict[str, str]:
         return {}
     try:
         found = json.loads((run_dir / "trackers.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {name: str(run_id) for name, run_id in found.items()} if isinstance(found, dict) else {}
 
 
 def _write_ids(run_dir: Path, ids: Mapping[str, str]) -> None:
-    written = run_dir / "trackers.json.new"
-    written.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-    os.replace(written, run_dir / "trackers.json")
+    write_whole(run_dir / "trackers.json", (json.dumps(ids, indent=2) + "\n").encode())
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,6 +235,11 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     kinds = (bool, int, float, str)
     return {
-        name: next((kind(value) for kind in kinds if isinstance(value, kind)), str(value))
+        _in_utf8(name): _in_utf8(next((kind(value) for kind in kinds if isinstance(value, kind)), str(value)))
         for name, value in flattened(values).items()
     }
+
+
+def _in_utf8(value: Any) -> Any:
+    """Return a text with question marks for what UTF-8 cannot hold, such as a name in an older alphabet."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

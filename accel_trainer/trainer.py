@@ -242,7 +242,7 @@ class Trainer:
             announce(line)
         self._keep_data({"train_loader": train_feed, "test_loader": test_feed}, hardware)
         parts = (prepared, self._objective, schedule, stopping, self.state, train_feed)
-        training = loop.assemble(config, *parts, probe=self._probe if test_feed is None else None)
+        training = loop.assemble(config, *parts, probe=self._probe)
         self._attach_callbacks(training, found.folder, with_bar=announce is say and wants_bar())
         run = loop.Run(
             training=training,
@@ -331,7 +331,8 @@ class Trainer:
         self._tell_of_state(run, kept)
         # Right after the best epoch the model holds its weights already.
         run.training.prepared.put_optimizer("eval")
-        holds_best = state.best_epoch == state.epoch == history.num_epochs
+        may_have_changed = "on_epoch_end" in run.training.watched
+        holds_best = state.best_epoch == state.epoch == history.num_epochs and not may_have_changed
         if self.config.restore_best and state.best_epoch is not None and not holds_best and not leaves:
             holds_best = run.saver.restore_best(run.training.hardware.num_processes)
         self._epoch_held = state.best_epoch if holds_best else state.epoch
@@ -458,7 +459,8 @@ class Trainer:
         layout = hardware.layout(self.config.num_micro_batches)
         is_fixed = self.config.num_micro_batches is not None or self.config.bitwise
         noted = None if is_fixed else functools.partial(on_recut or tell, name)
-        feed = Feed(loader, layout, self.config.seed, hardware.device.type == "cuda", noted)
+        may_be_pairs = self._objective.compute_loss is None
+        feed = Feed(loader, layout, self.config.seed, hardware.device.type == "cuda", noted, may_be_pairs)
         feed.check_same_everywhere(name)
         return feed
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .console import printable
 from .history import decode, encode
 
 __all__ = [
@@ -76,6 +77,8 @@ def checked_state(model: nn.Module) -> dict[str, Tensor]:
                 f"The model's state {name!r} is a {type(value).__name__}, and weights are saved as tensors only. "
                 "Keep it in a buffer, or leave it out of get_extra_state()."
             )
+        if not _is_utf8(name):
+            raise TypeError(f"The model's state {name!r} has a name that safetensors files cannot hold.")
         if value.dtype in (torch.complex128, torch.complex32):
             raise TypeError(f"The model's state {name!r} is {value.dtype}, which safetensors files cannot hold.")
         if value.layout == torch.strided and value.numel() and value.data_ptr() not in own:
@@ -192,16 +195,22 @@ def metadata_of(path: Path) -> dict[str, Any]:
 @contextmanager
 def _in_utf8(path: Path) -> Iterator[Path]:
     """Yield a name of a file that safetensors takes: in a folder of an older system's alphabet it takes none."""
-    try:
-        str(path).encode()
+    if _is_utf8(str(path)):
         yield path
         return
-    except UnicodeEncodeError:
-        folder = os.open(path.parent, os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         yield Path(f"/dev/fd/{folder}/{path.name}")
     finally:
         os.close(folder)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def flush(path: Path) -> None:
@@ -243,7 +252,7 @@ def check_fit(state: Mapping[str, Tensor], model: nn.Module, source: str) -> Non
         ),
     ]
     if problems:
-        raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
+        raise ValueError(printable(f"{source} does not fit the model: {'; '.join(problems)}."))
 
 
 @torch.no_grad()

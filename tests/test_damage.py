@@ -1,6 +1,7 @@
 """Nothing on the disk is taken on trust: damaged files are refused or replaced, and what is said comes from them."""
 
 import errno
+import hashlib
 import json
 import random
 import re
@@ -12,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from accel_trainer import Callback, TrainConfig, Trainer, load_best
-from accel_trainer.checkpoints import RunFolder, steps_in
+from accel_trainer import Callback, CheckpointError, TrainConfig, Trainer, load_best
+from accel_trainer.checkpoints import RunFolder, fault_of, steps_in
 from accel_trainer.cli import main
-from accel_trainer.history import History
-from accel_trainer.report import RunRecord
+from accel_trainer.history import History, checked, with_checksum
+from accel_trainer.report import RunRecord, render
 from accel_trainer.saving import Saver, finish_writes
 from accel_trainer.weights import metadata_of
 from support import loader_of, make_data, quiet
@@ -145,6 +146,152 @@ def test_no_flipped_bit_of_any_file_changes_how_a_run_goes_on(tmp_path):
             assert history.best_epoch == 5 and weight_of(load_best(Scripted(), tmp_path / "run")) == 5.0
             shutil.rmtree(tmp_path / "run")
     assert outcomes == {((5.0, 4.0, 4.5, 4.25, 3.0, 3.5), 5.0)}
+
+
+# --- content that makes no sense --------------------------------------------------------------------------------------
+
+ESCAPE = "\x1b[2J"
+SHAPES = [None, True, -1, 2.5, 10**400, "nan", ESCAPE, [], {}, [[None]], {ESCAPE: ESCAPE}]
+RECORDS = ("config.json", "environment.json", "evaluations.json", "history.jsonl")
+
+
+def places(value, path=()):
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def put(value, path, shape):
+    """Return plain data with another thing at a place in it; without what is there, for an `Ellipsis`."""
+    if not path:
+        return None if shape is ... else shape
+    if path[1:] or shape is not ...:
+        new = {path[0]: put(value[path[0]], path[1:], shape)}
+        return value | new if isinstance(value, dict) else [new.get(key, item) for key, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if key != path[0]}
+    return [item for key, item in enumerate(value) if key != path[0]]
+
+
+def sealed(content):
+    if isinstance(content, list):
+        return [with_checksum(one) if isinstance(one, dict) else one for one in content]
+    return with_checksum(content) if isinstance(content, dict) else content
+
+
+def senseless(path, dice, number):
+    """Yield the text of a file with something else in one place each time, under a right checksum."""
+    parts = path.read_text().splitlines(keepends=True) if path.suffix == ".jsonl" else [path.read_text()]
+    cases = []
+    for line in {0, len(parts) - 1}:
+        content = json.loads(parts[line])
+        if path.name != "manifest.json":
+            content = list(map(checked, content)) if isinstance(content, list) else checked(content)
+        cases += [(line, put(content, place, shape)) for place in places(content) for shape in (*SHAPES, ...)]
+    for line, changed in dice.sample(cases, min(number, len(cases))):
+        changed = changed if path.name == "manifest.json" else sealed(changed)
+        yield "".join([*parts[:line], json.dumps(changed) + "\n", *parts[line + 1 :]])
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_of_any_shape_is_shown_or_refused_by_its_name(name, whole, tmp_path, capsys):
+    for run in ("bad", "good"):
+        shutil.copytree(whole, tmp_path / run)
+    shown = 0
+    for number, text in enumerate(senseless(whole / name, random.Random(4), 200)):
+        (tmp_path / "bad" / name).write_text(text)
+        try:
+            record = RunRecord.load(tmp_path / "bad")
+        except ValueError as error:
+            assert name in str(error)
+        else:
+            render([record])
+            render([record, RunRecord.load(whole)])
+            shown += 1
+        if number % 5 == 0 or name == "history.jsonl":
+            assert main(["runs", str(tmp_path)]) == 0
+            printed = capsys.readouterr()
+            assert "good" in printed.out and ("bad" in printed.out or "bad is left out: " in printed.err)
+            assert ESCAPE not in printed.out + printed.err
+    assert 0 < shown < 200
+
+
+def test_a_line_of_a_history_needs_a_train_loss_and_nothing_else(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    row = checked(json.loads((whole / "history.jsonl").read_text().splitlines()[0]))
+    for names, is_taken in ((["samples_per_second"], True), (["train_loss"], False), ([*row][3:-2], True)):
+        left = {name: value for name, value in row.items() if name not in names or name == "metrics"}
+        left |= {"epoch_seconds": "nan"} if "epoch_seconds" in left else {}
+        (tmp_path / "run/history.jsonl").write_text(json.dumps(with_checksum(left)) + "\n")
+        if is_taken:
+            assert RunRecord.load(tmp_path / "run").history.train_losses == [row["train_loss"]]
+            render([RunRecord.load(tmp_path / "run")])
+        else:
+            with pytest.raises(ValueError, match="history.jsonl, line 1 is no line of a history: KeyError"):
+                RunRecord.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("text", ["", "[" * 10**5, '{"a":' * 900 + "1" + "}" * 900, "\0", '"' + "9" * 5000, "9" * 5000])
+def test_a_record_that_no_json_reads_is_refused_by_its_name(name, text, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(text + "\n" if text else "\n")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run" / name))):
+        RunRecord.load(tmp_path / "run")
+
+
+def test_a_run_with_senseless_choices_is_evaluated_under_no_others(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "runs.py").write_text(RUNS)
+    config = checked(json.loads((whole / "config.json").read_text()))
+    for choice, value in (("num_epochs", ESCAPE), ("mode", [[]]), ("trackers", {"a": 1}), ("project", None)):
+        changed = with_checksum(put(config, ("asked", choice), value))
+        (tmp_path / "run/config.json").write_text(json.dumps(changed))
+        assert main(["evaluate", f"{tmp_path / 'runs.py'}:run", str(tmp_path / "run")]) == 2
+        told = capsys.readouterr().err
+        assert "run/config.json cannot be used: " in told and choice in told and ESCAPE not in told
+
+
+def test_what_another_run_calls_itself_is_told_without_its_escapes(whole, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = checked(json.loads((whole / "config.json").read_text()))
+    changed = with_checksum(config | {"identity": {ESCAPE: 1}})
+    (tmp_path / "run/config.json").write_text(json.dumps(changed))
+    with pytest.raises(FileExistsError, match=r"another run, without a checkpoint \(\?\[2J differ\)"):
+        scripted([5.0], tmp_path / "run", resume="auto")
+
+
+def test_what_is_wrong_with_a_checkpoint_is_told_without_escapes(whole, tmp_path):
+    checkpoint = tmp_path / "step_00000004"
+    shutil.copytree(whole / "checkpoints/step_00000004", checkpoint)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for place in places(manifest):
+        for changed in (put(manifest, place, ESCAPE), put(manifest, place, {ESCAPE: ESCAPE})):
+            (checkpoint / "manifest.json").write_text(json.dumps(changed))
+            assert ESCAPE not in (fault_of(checkpoint) or "")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "history.jsonl"])
+def test_a_checkpoint_of_any_shape_is_gone_on_from_or_refused(name, whole, tmp_path):
+    checkpoint = "checkpoints/step_00000004"
+    refused = 0
+    for text in senseless(whole / checkpoint / name, random.Random(5), 60):
+        shutil.copytree(whole, tmp_path / "run")
+        for step in (2, 3):
+            shutil.rmtree(tmp_path / f"run/checkpoints/step_0000000{step}")
+        (tmp_path / "run" / checkpoint / name).write_text(text)
+        if name != "manifest.json":
+            manifest = json.loads((whole / checkpoint / "manifest.json").read_text())
+            manifest["files"][name] = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+            (tmp_path / "run" / checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            scripted([5.0, 4.0, 4.5, 4.25, 4.1], tmp_path / "run", resume=True)
+        except CheckpointError as error:
+            assert ESCAPE not in str(error)
+            refused += 1
+        shutil.rmtree(tmp_path / "run")
+    assert 10 < refused < 60
 
 
 # --- the best weights -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import math
 import warnings
 from functools import partial
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from accel_trainer import NonFiniteError, Trainer, evaluate_model
@@ -154,6 +155,60 @@ def test_looking_changes_nothing():
     assert loss_fn.calls == 9
 
 
+def test_functions_that_leave_traces_are_called_as_often_as_asked():
+    seen, calls, beta = [], 0, [0.0]
+
+    def collects(outputs, targets):
+        seen.extend(outputs[:, 0].tolist())
+        return (outputs - targets).abs()[:, 0]
+
+    def counts(outputs, targets):
+        nonlocal calls
+        calls += 1
+        return F.mse_loss(outputs, targets)
+
+    def anneals(outputs, targets):
+        beta[0] += 0.1
+        return beta[0] * F.mse_loss(outputs, targets)
+
+    def writes(outputs, targets):  # into what it is given
+        outputs.sub_(targets)
+        return outputs.abs()[:, 0]
+
+    for loss_fn in (counts, anneals):
+        seen.clear()
+        assert warnings_of(loss_fn, {"collects": collects}) == []
+        assert len(seen) == 80  # 40 in each of two epochs
+    assert calls == 12 and beta[0] == pytest.approx(1.2)  # 3 batches in training and test, in two epochs
+    model = nn.Identity()
+    trainer = Trainer(model, None, nn.L1Loss(), metrics={"written": writes}, config=quiet())
+    inputs = torch.arange(8.0)[:, None]
+    assert trainer.evaluate(loader_of(TensorDataset(inputs, torch.ones(8, 1)), 4))["written"] == pytest.approx(2.75)
+
+
+def test_what_is_first_seen_in_single_samples_is_looked_at_later():
+    trainer = Trainer(nn.Linear(5, 1), None, rmse, config=quiet())
+    trainer.evaluate(loader_of(regression(), 1))
+    assert not trainer.doubts
+    with pytest.warns(UserWarning, match="loss_fn is no mean"):
+        trainer.evaluate(loader_of(regression(), 8))
+
+
+def test_half_precision_within_a_metric_is_no_reason_to_warn():
+    assert warnings_of(nn.MSELoss(), {"half": lambda o, t: (o - t).abs().half().mean()}) == []
+
+
+def test_labels_that_only_the_train_set_leaves_out_are_told():
+    inputs, targets = make_data(40).tensors
+    partly = targets.clone()
+    partly[1::3] = -1
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, lambda o, t: F.cross_entropy(o, t, ignore_index=-1), config=quiet())
+    with pytest.warns(UserWarning, match="loss_fn is no mean"):
+        trainer.fit(loader_of(TensorDataset(inputs, partly), 10, False), loader_of(TensorDataset(inputs, targets), 10))
+
+
 def test_the_tutorial_function_tells_too():
     with pytest.warns(UserWarning, match="loss_fn is no mean"):
         evaluate_model(loader_of(regression(), 8), nn.Linear(5, 1), rmse)
@@ -290,6 +345,19 @@ def test_a_weight_that_no_mean_can_be_taken_with_moves_nothing(weight, bitwise, 
         assert [one.tolist() for one in model.parameters()] == before
         with pytest.raises(ValueError, match="weight of a micro-batch"):
             trainer.evaluate(loader_of(make_data(24), 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float16, torch.bool])
+def test_weights_of_a_small_type_are_added_without_overflow(dtype):
+    data = TensorDataset(torch.ones(8, 1), torch.full((8, 1), 3.0))
+    weight = torch.tensor({torch.int16: 20000, torch.float16: 30000.0, torch.bool: True}.get(dtype, 100), dtype=dtype)
+    for cut in (1, 2, 8):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        config = quiet(num_epochs=1, num_micro_batches=cut)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        Trainer(model, optimizer, nn.MSELoss(), weight_fn=lambda batch: weight, config=config).fit(loader_of(data, 8))
+        assert model.weight.item() == pytest.approx(0.6)
 
 
 def weighed(model, batch):
@@ -598,6 +666,56 @@ def test_packed_sequences_of_a_stream_count_as_sequences():
     )
     loader = DataLoader(Sequences(lengths), batch_size=2, collate_fn=collate)
     assert Trainer(model, None, nn.MSELoss(), config=quiet()).evaluate(loader)["loss"] == pytest.approx(expected / 5)
+
+
+def test_lists_of_two_samples_are_no_pairs():
+    data = [{"x": torch.full((5,), float(index))} for index in range(5)]
+    others = [torch.full((5,), float(index)) for index in range(5)]
+
+    def mean(model, batch):
+        return torch.stack([model(one["x"] if isinstance(one, dict) else one).mean() for one in batch]).mean()
+
+    for samples in (data, others):
+        for size, cut in itertools.product((1, 2, 3, 5), (1, 2)):
+            trainer = Trainer(nn.Identity(), None, compute_loss=mean, config=quiet(num_micro_batches=cut))
+            assert trainer.evaluate(DataLoader(samples, batch_size=size, collate_fn=list))["loss"] == pytest.approx(2.0)
+
+
+def test_sequences_may_come_time_first():
+    data = [(torch.full((length + 1,), float(length)), torch.zeros(length + 1)) for length in range(6)]
+
+    def collate(items):
+        return tuple(pad_sequence([item[place] for item in items], padding_value=math.nan) for place in (0, 1))
+
+    def loss_fn(outputs, targets):
+        return outputs.nanmean(0).mean()
+
+    for cut in (1, 2, 3):
+        trainer = Trainer(
+            nn.Identity(), None, loss_fn, metrics={"m": lambda o, t: o.nanmean(0)}, config=quiet(num_micro_batches=cut)
+        )
+        scores = trainer.evaluate(DataLoader(data, batch_size=4, collate_fn=collate))
+        assert scores["loss"] == pytest.approx(2.5) and scores["m"] == pytest.approx(2.5)
+
+
+class Reuses(nn.Module):
+    """Its outputs lie in memory that the next call writes to."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = torch.zeros(8, 3)
+
+    def forward(self, inputs):
+        return torch.mul(inputs, 2, out=self.memory[: len(inputs)])
+
+
+def test_outputs_in_memory_that_is_written_to_again_are_kept():
+    inputs = torch.randn(20, 3)
+    data = TensorDataset(inputs, torch.zeros(20, 3))
+    mean = {"mean": lambda outputs, targets: outputs.mean()}
+    trainer = Trainer(Reuses(), None, nn.MSELoss(), whole_metrics=mean, config=quiet())
+    assert torch.equal(trainer.predict(loader_of(data, 8)), 2 * inputs)
+    assert trainer.evaluate(loader_of(data, 8))["mean"] == pytest.approx(2 * inputs.mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(

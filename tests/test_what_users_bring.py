@@ -656,6 +656,84 @@ def test_the_loss_of_the_best_epoch_has_its_own_buffers():
     assert losses.index(min(losses)) < 5 and evaluated == pytest.approx(min(losses), rel=1e-6)
 
 
+def test_what_a_callback_leaves_after_the_best_epoch_is_not_what_is_given_back():
+    class Shrinks(Callback):
+        def on_epoch_end(self, trainer):
+            trainer.model[0].weight.data.mul_(0.5)
+
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Shrinks()], config=quiet(num_epochs=3))
+    loader = loader_of(make_data(24), 8)
+    history = trainer.fit(loader, loader)
+    assert history.best_epoch == 3 and trainer.evaluate(loader)["loss"] == pytest.approx(history.best_value, rel=1e-6)
+
+
+class Freezes(Callback):
+    """Puts a layer into evaluation mode for good."""
+
+    def on_epoch_start(self, trainer):
+        if trainer.state.epoch == 2:
+            trainer.model[1].eval()
+
+
+@pytest.mark.parametrize("max_steps", [5, 6, 8])
+def test_modes_that_a_callback_has_set_go_on(max_steps, tmp_path):
+    def run(run_dir, **choices):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+        config = quiet(num_epochs=4, run_dir=run_dir, resume="auto", **choices)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Freezes()], config=config)
+        return trainer.fit(loader_of(make_data(24), 8)).train_losses, model[1].training
+
+    run(tmp_path / "parts", max_steps=max_steps)
+    assert run(tmp_path / "parts") == run(tmp_path / "whole") and run(tmp_path / "other")[1]
+
+
+def test_a_callback_that_is_not_called_again_is_named(tmp_path, capsys):
+    def run(max_steps):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = quiet(run_dir=tmp_path / "run", resume="auto", max_steps=max_steps, verbose=True)
+        trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Freezes()], config=config)
+        trainer.fit(loader_of(make_data(24), 8))
+        return capsys.readouterr().out
+
+    assert "not called again" not in run(4)
+    assert "on_epoch_start of Freezes is not called again" in run(None)
+
+
+class Late(nn.Module):
+    """Running statistics, or a table, that the first forward makes."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.kind = nn.Linear(5, 3), kind
+        self.register_buffer("late", None)
+
+    def forward(self, inputs):
+        if self.late is None:
+            self.late = torch.zeros(5)
+        if self.training and self.kind == "statistics":
+            self.late = 0.5 * self.late + 0.5 * inputs.mean(0)
+        return self.layer(inputs - self.late)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cut", "is_told"), [("statistics", 2, True), ("statistics", 1, False), ("table", 2, False)]
+)
+def test_statistics_that_begin_as_nothing_are_told(kind, cut, is_told):
+    model = Late(kind)
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=quiet(num_micro_batches=cut)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(loader_of(make_data(24), 8))
+    assert [("'late' of Late is None at first" in str(one.message)) for one in caught] == [True] * is_told
+
+
 class Grows(Callback):
     """Gives the model layers and buffers on the way."""
 
