@@ -139,15 +139,18 @@ class MeanProbe:
 
     def settle(self, hardware: Hardware) -> None:
         """Come to a verdict, on all processes alike, and warn; all call it at the same place. One read-back."""
-        if self.is_done or not hardware.any_process(self._num_looks > 0 or self._has_looked_within_training)[0]:
-            return  # of single samples nothing can be said
-        self.is_done = True
+        if self.is_done:
+            return
         first_last = reversed(_read(self._measured, hardware.device))
         found = {one.name: text for one in first_last if (text := _doubt(one)) is not None}
         if self._left_out and torch.stack(self._left_out).any():
             found.setdefault(_COMPUTED, _ON_LABELS)
         self._measured, self._left_out = [], []
-        for of_process in reversed(gather_objects(found)):
+        have_looked, founds = zip(
+            *gather_objects((self._num_looks > 0 or self._has_looked_within_training, found)), strict=True
+        )
+        self.is_done = any(have_looked)  # of single samples nothing can be said
+        for of_process in reversed(founds):
             self.doubts |= of_process
         if hardware.is_main:
             for text in self.doubts.values():

@@ -329,12 +329,10 @@ class Trainer:
             _record_fault(run, error)
             raise
         self._tell_of_state(run, kept)
-        # Right after the best epoch the model holds its weights already.
         run.training.prepared.put_optimizer("eval")
-        may_have_changed = "on_epoch_end" in run.training.watched
-        holds_best = state.best_epoch == state.epoch == history.num_epochs and not may_have_changed
-        if self.config.restore_best and state.best_epoch is not None and not holds_best and not leaves:
-            holds_best = run.saver.restore_best(run.training.hardware.num_processes)
+        holds_best = False
+        if self.config.restore_best and state.best_epoch is not None and not leaves:
+            holds_best = run.saver.restore_best(run.training.hardware.num_processes)  # a callback may have changed them
         self._epoch_held = state.best_epoch if holds_best else state.epoch
         finish(run, holds_best)
         self._page = run.page
