@@ -468,7 +468,7 @@ def _hinted() -> Iterator[None]:
     """Say what to do about an error of torch that does not."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         hint = next((hint for text, hint in _HINTS.items() if text in str(error)), None)
         if hint is None:
             raise
@@ -476,6 +476,10 @@ def _hinted() -> Iterator[None]:
 
 
 _HINTS = {
+    "'DistributedDataParallel' object": (
+        "On several processes compute_loss is given the model in a wrapper, which adds up the gradients of what it is "
+        "called with: call it as model(...), not a part or a method of it (its forward may choose by an argument)."
+    ),
     "Expected to have finished reduction": (
         "A step left some parameters without a gradient in its last micro-batch, though the first step gave every "
         "parameter one. Set find_unused_parameters=True in TrainConfig."

@@ -618,6 +618,24 @@ def test_a_model_whose_files_would_lack_trained_weights_is_refused():
             assert trainer.fit(loader_of(make_data(8), 8)).num_epochs == 2
 
 
+def calls_a_part():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(
+        model,
+        optimizer,
+        compute_loss=lambda model, batch: F.cross_entropy(model[-1](model[:-1](batch[0])), batch[1]),
+        config=quiet(),
+    )
+    with pytest.raises(RuntimeError, match="call it as model"):
+        trainer.fit(loader_of(make_data(24), 8))
+
+
+@pytest.mark.distributed
+def test_a_part_of_the_model_that_is_called_on_several_processes_is_told():
+    on_processes(2, calls_a_part)
+
+
 class Drifting(nn.Module):
     """A model whose outputs drift away by a buffer that its files leave out."""
 
