@@ -367,7 +367,7 @@ def evaluate(
     for memory in until_it_fits(hardware, feed):
         metrics.reset(hardware.device)
         ledger = Ledger(hardware.device, metrics.totalled, prepared.copies_losses)
-        gathered = Gathered(hardware, is_bounded=True)
+        gathered = Gathered(hardware, is_bounded=True) if metrics.whole else None
         with evaluation_pass(prepared, feed, objective.modules) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.is_first:
@@ -381,12 +381,12 @@ def evaluate(
                     with memory.attempt(micro_batch):
                         forward = evaluated(prepared, objective, micro_batch, evenly)
                         ledger.add(micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))
-                        if metrics.whole:
+                        if gathered is not None:
                             gathered.add(micro_batch, pair_of_samples(forward, micro_batch.num_samples))
                         if probe is not None:
                             probe.look(objective, metrics, prepared, micro_batch, forward)
                         del forward  # two outputs in memory are one too many
-                if metrics.whole:
+                if gathered is not None:
                     gathered.after(micro_batch)
     totals = ledger.exchange()
     if probe is not None:
@@ -394,7 +394,7 @@ def evaluate(
     if stopping is not None and not totals.num_samples:
         raise ValueError("test_loader yields no batch (a stream that can be read once only is used up after a pass).")
     values = totals.metrics | metrics.merge(hardware.num_processes)
-    if metrics.whole:
+    if gathered is not None:
         outputs, targets = gathered.joined() or (None, None)
         values |= hardware.from_main(lambda: metrics.of_all(outputs, targets))
     return {"loss": totals.loss, **metrics.in_order(values)}

@@ -357,9 +357,13 @@ _CHANGES = {"add", "append", "clear", "extend", "insert", "pop", "popleft", "rem
 
 def may_leave_traces(function: Any) -> bool:
     """Return whether a function may change something that outlives its call, as far as its code tells."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, nn.Module):
+        function = type(function).forward
+    elif not hasattr(function, "__code__") and not hasattr(function, "__func__"):
+        function = type(function).__call__
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if code is None and not isinstance(function, (nn.Module, BuiltinFunctionType)):
-        code = getattr(type(function).__call__, "__code__", None)
     codes = [code] if code is not None else []
     for code in codes:  # those of inner functions too
         codes += [inner for inner in code.co_consts if hasattr(inner, "co_code")]

@@ -83,7 +83,7 @@ class MeanProbe:
                     self._measure(name, partial(_mean_of, name, metric), micro_batch, forward)
         else:
             self._look_at_labels(micro_batch, forward)
-            if self._num_looks == 1 and _leaves_no_trace(objective.compute_loss):
+            if self._num_looks == 1 and not may_leave_traces(objective.compute_loss):
                 with prepared.stance(is_full=False):  # halves are worth no graphs of their own
                     self._measure(_COMPUTED, partial(_computed, objective, prepared.model), micro_batch, forward)
 
@@ -107,7 +107,8 @@ class MeanProbe:
             own = objective.with_loss(_copy_of(objective.loss_fn))
             return lambda part, outputs: _pair(own(_Answers(outputs), part, False))
 
-        if all(map(_leaves_no_trace, objective.functions)):
+        leaves_by_weight = objective.weight_fn is not None and may_leave_traces(objective.weight_fn)
+        if _leaves_no_trace(objective.loss_fn) and not leaves_by_weight:
             self._measure(_LOSS, make, micro_batch, forward)
 
     def _look_at_labels(self, micro_batch: MicroBatch, forward: Forward) -> None:
@@ -246,17 +247,21 @@ def _mean_of(name: str, metric: Callable[[Any, Any], Any]) -> _Function:
 
 
 def _leaves_no_trace(function: Any) -> bool:
-    """Return whether a function may be called more often than the user has it called; of an object a copy may be."""
-    while isinstance(function, partial):
-        function = function.func
-    is_copied = not isinstance(function, (FunctionType, MethodType)) and not _has_parameters(function)
-    return is_copied or not may_leave_traces(function)
+    """Return whether a function may be called more often than the user has it called; of an object its copy is."""
+    inner = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    return _is_copied(inner) or not may_leave_traces(inner)
 
 
 def _copy_of(function: Any) -> Any:
-    """Return a function whose calls leave no trace in the user's, as far as that can be; no copy of a whole model."""
-    is_plain = isinstance(function, (FunctionType, BuiltinFunctionType, MethodType))
-    return function if is_plain or _has_parameters(function) else copy.deepcopy(function)
+    """Return a function whose calls leave no trace in the user's, as far as that can be."""
+    return copy.deepcopy(function) if _is_copied(function) else function
+
+
+def _is_copied(function: Any) -> bool:
+    """Return whether a function is an object that can have a copy; a whole model has none."""
+    return not isinstance(function, (FunctionType, BuiltinFunctionType, MethodType)) and not _has_parameters(function)
 
 
 def _has_parameters(function: Any) -> bool:

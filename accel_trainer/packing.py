@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "same_bits", "unpack"]
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
@@ -111,3 +111,11 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         pairs = {unpack(key, tensors): unpack(item, tensors) for key, item in content}
         return Counter(pairs) if tag == "$counter" else pairs
     raise ValueError(f"{tag} is not known.")
+
+
+def same_bits(one: Tensor, other: Tensor | None) -> bool:
+    """Return whether two tensors, wherever they are, are of one form and equal bit for bit."""
+    if other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    bits = (tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*bits)

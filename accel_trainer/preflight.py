@@ -21,7 +21,7 @@ from .callbacks import Callback
 from .config import TrainConfig
 from .console import show
 from .environment import free_memory
-from .packing import pack
+from .packing import pack, same_bits
 from .report import duration
 from .run_functions import make_run
 from .trainer import Trainer
@@ -149,17 +149,9 @@ def _tell_run(page: _Page, trainer: Trainer) -> None:
 
 
 def _tell_files(page: _Page, saved: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
-    wrong = [name for name in saved if name not in loaded or not _same_bits(saved[name], loaded[name])]
+    wrong = [name for name in saved if not same_bits(saved[name], loaded.get(name))]
     told = f"{len(saved)} tensors of model and optimizer come back bit for bit"
     page.say(not wrong, "save, load", told if not wrong else f"{', '.join(wrong[:3])} came back different")
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return bool(
-        torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
-    )
 
 
 def _tell_room(page: _Page, written: Path, config: TrainConfig, run_dir: Path) -> None:

@@ -28,7 +28,7 @@ from .gradients import is_plain
 from .hardware import Hardware, counts_on_device
 from .history import History
 from .loop import Run
-from .packing import pack, unpack
+from .packing import pack, same_bits, unpack
 from .reductions import share_from_main
 from .saving import finish_writes
 from .state import RunState
@@ -611,18 +611,12 @@ def _restore_own_form(optimizer: Optimizer, saved: Any, tensors: Mapping[str, Te
     optimizer.load_state_dict(unpack(saved, {name: tensor.clone() for name, tensor in tensors.items()}))
     found: dict[str, Tensor] = {}
     is_same = pack(optimizer.state_dict(), found, "own") == saved
-    wrong = [name for name, tensor in found.items() if not _are_equal(tensor, tensors.get(name))]
+    wrong = [name for name, tensor in found.items() if not same_bits(tensor, tensors.get(name))]
     if wrong or not is_same:
         raise CheckpointError(
             f"The optimizer {type(optimizer).__name__} does not take back the state that it gave: after loading it "
             f"state_dict gives another {wrong[0] if wrong else 'form'}. A run with it cannot be resumed."
         )
-
-
-def _are_equal(one: Tensor, other: Tensor | None) -> bool:
-    if other is None or one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.cpu().contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
 
 
 def _placed(value: Any, parameter: Tensor, on_device: bool) -> Any:

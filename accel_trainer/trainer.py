@@ -38,7 +38,7 @@ from .means import MeanProbe
 from .memory import keep_data
 from .metrics import Metrics, metric_of
 from .randomness import preserved
-from .report import LivePage, keep_evaluation
+from .report import LivePage, keep_evaluation, seen_from
 from .saving import Saver
 from .schedules import Schedule, check_scheduler, settings_of
 from .state import RunState
@@ -630,10 +630,7 @@ def _files_told(folder: RunFolder) -> Iterator[str]:
 
 def _short(path: Path) -> str:
     """Return a path as seen from the working folder, where that is shorter."""
-    try:
-        return min(str(path), os.path.relpath(path), key=len)
-    except (OSError, ValueError):  # the working folder is gone, or on another drive
-        return str(path)
+    return min(str(path), seen_from(path), key=len)
 
 
 _MANY_GRAPHS = 8  # one each for training and evaluation, and some for a model in parts, are as it should be

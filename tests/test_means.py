@@ -186,6 +186,42 @@ def test_functions_that_leave_traces_are_called_as_often_as_asked():
     assert trainer.evaluate(loader_of(TensorDataset(inputs, torch.ones(8, 1)), 4))["written"] == pytest.approx(2.75)
 
 
+class CountsCalls:
+    """An object that cannot be copied for a look, since it computes with the model, or beside the loss."""
+
+    def __init__(self, function):
+        self.function, self.num_calls = function, 0
+
+    def __call__(self, *args):
+        self.num_calls += 1
+        return self.function(*args)
+
+
+class HoldsModel(nn.Module):
+    num_calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(5, 1)
+
+    def forward(self, outputs, targets):
+        self.num_calls += 1
+        return F.mse_loss(outputs, targets) + self.model.weight.square().sum()
+
+
+def test_objects_that_count_are_called_as_often_as_asked():
+    loader = loader_of(regression(), 16)
+    computes = CountsCalls(lambda model, batch: F.mse_loss(model(batch[0]), batch[1]))
+    weighs, holds = CountsCalls(lambda batch: len(batch[0])), HoldsModel()
+    for counter, given in (
+        (computes, {"compute_loss": computes}),
+        (weighs, {"loss_fn": nn.MSELoss(), "weight_fn": weighs}),
+        (holds, {"loss_fn": holds}),
+    ):
+        Trainer(nn.Linear(5, 1), None, **given, config=quiet()).evaluate(loader)
+        assert counter.num_calls == 3
+
+
 def test_what_is_first_seen_in_single_samples_is_looked_at_later():
     trainer = Trainer(nn.Linear(5, 1), None, rmse, config=quiet())
     trainer.evaluate(loader_of(regression(), 1))
