@@ -554,7 +554,11 @@ def record(run: Run, train: Totals, test: dict[str, float]) -> float:
     )
     if run.monitor == "train_loss":
         return train.loss
-    return history.test_losses[-1] if run.monitor == "test_loss" else scores[run.monitor]
+    if run.monitor == "test_loss":
+        return history.test_losses[-1]
+    if run.monitor not in scores:
+        raise ValueError(f"monitor must be one of {', '.join(scores)} here, got {run.monitor!r}.")
+    return scores[run.monitor]
 
 
 def report_epoch(run: Run) -> None:

@@ -664,7 +664,9 @@ def _record_fault(run: loop.Run, error: NonFiniteError) -> None:
             samples = training.feed.indices_of(data_pass, number)
             note[name] = {"data_pass": data_pass, "number": number, "samples": samples}
         run.folder.write_json("nonfinite.json", note)
-    scores = {} if run.test_feed is None else {"loss": math.nan, **dict.fromkeys(run.metrics.names, math.nan)}
+    names = ["loss", *(run.history.metrics or run.metrics.names)]  # parts of metrics are known after an epoch
+    names += [run.monitor] if run.monitor not in ("test_loss", "train_loss", *names) else []
+    scores = {} if run.test_feed is None else dict.fromkeys(names, math.nan)
     loop.record(run, Totals(math.nan, {}, 0, None), scores)
     loop.report_epoch(run)
     finish(run, is_failed=True)

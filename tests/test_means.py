@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from accel_trainer import NonFiniteError, Trainer, evaluate_model
+from accel_trainer import Callback, NonFiniteError, Trainer, evaluate_model
 from accel_trainer.batches import count_samples
 from support import correct, loader_of, make_data, make_model, on_processes, quiet
 
@@ -501,6 +501,29 @@ def test_whole_metrics_are_refused_where_they_cannot_be():
     trainer = Trainer(model, None, loss_fn, whole_metrics={"text": lambda outputs, targets: "good"}, config=quiet())
     with pytest.raises(TypeError, match="'text' must return numbers, got a str"):
         trainer.evaluate(loader_of(make_data(8), 8))
+
+
+def test_a_part_that_a_metric_does_not_return_is_told_by_those_that_it_does():
+    with pytest.raises(ValueError, match="monitor must be one of accuracy, f1/macro.*here, got 'f1/micro'"):
+        whole_scores(monitor="f1/micro", mode="max")
+
+
+@pytest.mark.parametrize("fault_at", [1, 2])
+def test_a_fault_is_named_where_a_part_of_a_metric_is_monitored(fault_at):
+    class Breaks(Callback):
+        def on_epoch_start(self, trainer):
+            if trainer.state.epoch == fault_at:
+                trainer.model[0].weight.data.fill_(math.nan)
+
+    model = make_model()
+    config = quiet(num_epochs=2, monitor="f1/macro", mode="max")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(
+        model, optimizer, nn.CrossEntropyLoss(), whole_metrics={"f1": f1}, callbacks=[Breaks()], config=config
+    )
+    with pytest.raises(NonFiniteError):
+        trainer.fit(loader_of(make_data(24), 8), loader_of(make_data(24), 8))
+    assert math.isnan(trainer.history.metrics["f1/macro"][-1]) and trainer.history.num_epochs == fault_at
 
 
 def test_outputs_that_would_fill_the_memory_end_in_an_error(monkeypatch):
