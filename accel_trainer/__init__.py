@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from .callbacks import Callback
     from .config import TrainConfig
     from .errors import CheckpointError, HardwareError, NonFiniteError, ProcessFailedError, StopTraining
+    from .functions import evaluate_model, train_model
     from .history import History
-    from .launching import launch
-    from .loop import evaluate_model, train_model
+    from .storage.weights import load_best
+    from .tools.launching import launch
     from .trainer import Trainer
-    from .weights import load_best
 
 __all__ = [
     "Callback",
@@ -53,10 +53,10 @@ _HOMES = {
     "History": "history",
     "TrainConfig": "config",
     "Trainer": "trainer",
-    "evaluate_model": "loop",
-    "launch": "launching",
-    "load_best": "weights",
-    "train_model": "loop",
+    "evaluate_model": "functions",
+    "launch": "tools.launching",
+    "load_best": "storage.weights",
+    "train_model": "functions",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -10,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["TRACKER_NAMES", "TrainConfig", "check_tracker_names"]
+from .base.console import nearest
 
 _CHOICES = {
     "mode": ("min", "max"),
@@ -207,9 +206,6 @@ def _check_count(name: str, value: object, optional: bool) -> None:
 def check_tracker_names(names: Iterable[str]) -> None:
     """Refuse trackers that Accelerate does not know.
 
-    Args:
-        names: Names of trackers.
-
     Raises:
         ValueError: Not a list of names, or an unknown one; the message names the nearest.
     """
@@ -217,6 +213,7 @@ def check_tracker_names(names: Iterable[str]) -> None:
         raise ValueError(f"trackers must be a list of names, such as ['tensorboard'], got {names!r}.")
     for name in names:
         if name not in TRACKER_NAMES:
-            nearest = difflib.get_close_matches(name, TRACKER_NAMES, n=1, cutoff=0.0)[0]
             known = ", ".join(TRACKER_NAMES)
-            raise ValueError(f"trackers must be among {known}, got {name!r}; did you mean {nearest!r}?")
+            raise ValueError(
+                f"trackers must be among {known}, got {name!r}; did you mean {nearest(name, TRACKER_NAMES, 0.0)!r}?"
+            )

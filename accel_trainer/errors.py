@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["CheckpointError", "HardwareError", "NonFiniteError", "ProcessFailedError", "StopTraining"]
-
 
 class StopTraining(Exception):
     """Raise it in a callback to end the run, on all processes, at the same step.
@@ -37,12 +35,15 @@ class HardwareError(RuntimeError):
 class NonFiniteError(ArithmeticError):
     """A train loss or the weights became infinite or not a number, and `on_nonfinite="raise"`.
 
-    Attributes:
+    Args:
+        message: What was found, and where.
         places: Pass over the data, 1-based, and number in it, 0-based, of the batch and of the one before, whose
             gradient may be the cause; empty if they are not known.
     """
 
-    places: Sequence[tuple[int, int]] = ()
+    def __init__(self, message: str, places: Sequence[tuple[int, int]] = ()) -> None:
+        super().__init__(message)
+        self.places = tuple(places)
 
 
 class ProcessFailedError(RuntimeError):

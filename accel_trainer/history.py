@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any
-from zlib import crc32
 
-from .picture import draw_losses
-
-__all__ = ["SERIES", "History"]
+from .base.codec import checked, unpack
 
 # Name of a value of one epoch -> the attribute of `History` that has all of them.
 SERIES = {
@@ -89,6 +85,18 @@ class History:
         for name, value in (metrics or {}).items():
             self.metrics.setdefault(name, []).append(value)
 
+    def note_best(self, epoch: int | None, value: float | None) -> None:
+        """Take in which epoch is the best so far, and its monitored value."""
+        self.best_epoch, self.best_value = epoch, value
+
+    def end(self, reason: str) -> None:
+        """Take in why the run has ended."""
+        self.stop_reason = reason
+
+    def restore(self, other: History) -> None:
+        """Go on from what another has recorded."""
+        self.__dict__.update(vars(other))
+
     def last(self) -> dict[str, Any]:
         """Return what was recorded for the last epoch, by name."""
         values = {name: getattr(self, series) for name, series in SERIES.items()}
@@ -101,6 +109,8 @@ class History:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the losses into an image file; its ending chooses the format."""
+        from .view.picture import draw_losses
+
         draw_losses(Path(path).expanduser(), self.train_losses, self.test_losses, self.best_epoch)
 
     def overfitting(self) -> str | None:
@@ -141,7 +151,7 @@ class History:
         lines += [broken_off] if _goes_on(broken_off) else []
         for number, line in enumerate(lines, start=1):
             try:
-                history._take_in(decode(checked(json.loads(line))))
+                history._take_in(unpack(checked(json.loads(line))))
             except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is no line of a history: {error!r}.") from error
         return history
@@ -164,65 +174,3 @@ def _goes_on(line: str) -> bool:
         return json.JSONDecoder().raw_decode(line)[1] < len(line)
     except (ValueError, RecursionError):
         return False
-
-
-def encode(value: Any) -> Any:
-    """Return plain data as JSON can hold it: nan and infinities become the words `float()` reads back."""
-    if isinstance(value, dict):
-        return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def decode(value: Any) -> Any:
-    """Undo `encode`."""
-    if isinstance(value, dict):
-        return {key: decode(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [decode(item) for item in value]
-    return float(value) if value in ("nan", "inf", "-inf") else value
-
-
-def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return encoded content together with a checksum of it, by which damage is seen when it is read."""
-    return {**content, _CHECKSUM: _checksum_of(content)}
-
-
-def checked(content: Any) -> dict[str, Any]:
-    """Return what `with_checksum` was given.
-
-    Raises:
-        ValueError: It is not as it was written.
-    """
-    if not isinstance(content, dict) or _CHECKSUM not in content:
-        raise ValueError("it carries no checksum")
-    rest = {name: value for name, value in content.items() if name != _CHECKSUM}
-    if content[_CHECKSUM] != _checksum_of(rest):
-        raise ValueError("its checksum does not match: it is damaged, or has been changed")
-    return rest
-
-
-_CHECKSUM = "checksum"
-
-
-def _checksum_of(content: Mapping[str, Any]) -> str:
-    return f"{crc32(json.dumps(content).encode()):08x}"
-
-
-def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values as one level, the names joined by dots.
-
-    Example:
-        >>> flattened({"seed": 0, "versions": {"torch": "2.13.0"}})
-        {'seed': 0, 'versions.torch': '2.13.0'}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{inner}": one for inner, one in flattened(value).items()}
-        else:
-            flat[name] = value
-    return flat

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-__all__ = ["RunState"]
+from typing import Any
 
 
 @dataclass
-class RunState:
+class TrainState:
     """The position of a run and what it has decided so far.
 
     Attributes:
@@ -38,7 +38,20 @@ class RunState:
     recent_loss: float = math.nan
     finished: str | None = None
 
-    def judge(self, value: float, mode: str, min_delta: float) -> bool:
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Stand where a run stood: a value for each attribute."""
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def start_epoch(self) -> None:
+        """Count the next epoch."""
+        self.epoch += 1
+
+    def note_best(self, epoch: int | None, value: float | None) -> None:
+        """Take another epoch as the best so far."""
+        self.best_epoch, self.best_value = epoch, value
+
+    def update_best(self, value: float, mode: str, min_delta: float) -> bool:
         """Take in the monitored value of this epoch and return whether it is the best so far.
 
         A value that is not a number never improves.

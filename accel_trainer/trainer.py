@@ -6,11 +6,9 @@ import functools
 import math
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,32 +19,46 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler, DataLoader
 
-from . import loop, resuming
-from .batches import Feed, Layout, check_loader, dataset_order, describe_batch, is_stream, num_batches, sampler_of
-from .callbacks import HOOKS, Callback, Callbacks, LiveCurve, ProgressBar, in_notebook, say, styled, wants_bar
-from .checkpoints import RunFolder
-from .clock import advice
+from .base.clock import advice
+from .base.console import warn
+from .base.exchange import meet
+from .callbacks import Callback, Callbacks
 from .config import TrainConfig
-from .console import warn
-from .environment import describe_environment
+from .data.cut import Layout, describe_batch
+from .data.micro_batches import MicroBatchLoader
+from .data.order import check_loader, dataset_order, is_stream, num_batches, sampler_of
+from .data.randomness import generators_kept
+from .data.workers import like_loader
+from .devices.agreement import Stopping, shared_failure
+from .devices.arithmetic import fixed_arithmetic
+from .devices.checks import check_model, check_optimizer
+from .devices.compiled import num_compilations
+from .devices.environment import describe_environment
+from .devices.hardware import Hardware
+from .devices.memory import keep_data
+from .devices.prepared import Prepared
 from .errors import NonFiniteError
-from .exchange import meet
-from .hardware import Hardware, Prepared, check_model, check_optimizer, fixed_arithmetic, num_compilations
+from .evaluation import evaluate, predict, training_mode
 from .history import History
-from .losses import Objective, Totals
-from .means import MeanProbe
-from .memory import keep_data
-from .metrics import Metrics, metric_of
-from .randomness import preserved
-from .report import LivePage, keep_evaluation, seen_from
-from .saving import Saver
-from .schedules import Schedule, check_scheduler, settings_of
-from .state import RunState
-from .stopping import Stopping, shared_failure
-from .trackers import Trackers
-from .weights import checked_state
-
-__all__ = ["Trainer"]
+from .loop import fit, record
+from .numbers.loss_table import Totals
+from .numbers.means import MeanProbe
+from .numbers.metrics import Metrics, metric_of
+from .numbers.objective import Objective
+from .numbers.schedules import Schedule, check_scheduler, settings_of
+from .run import Run, Training, make_training
+from .state import TrainState
+from .storage.identity import identity_of
+from .storage.resume import begin, find
+from .storage.run_folder import RunFolder
+from .storage.saver import Saver, finish_writes, seconds_between_saves
+from .storage.weights import checked_state
+from .view.notebook import LiveCurve, in_notebook
+from .view.progress import ProgressBar
+from .view.report import LivePage, keep_evaluation
+from .view.reporter import Reporter
+from .view.screen import recut_message, say, wants_bar
+from .view.trackers import Trackers
 
 
 class Trainer:
@@ -126,14 +138,14 @@ class Trainer:
         if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
             raise TypeError(f"callbacks must be a list of Callback objects, got {callbacks!r}.")
         self._callbacks = list(callbacks)
-        Callbacks(self._callbacks)
+        Callbacks(self._callbacks)  # refuses what would never be called
         self._scheduler = scheduler
         self._make_accelerator = accelerator
         self._settings_at_first = [] if optimizer is None else settings_of(optimizer)
         self._settings_before: list[dict[str, Any]] = []
         self._settings_after: list[dict[str, Any]] | None = None
         self.history = History()
-        self.state = RunState()
+        self.state = TrainState()
         self._page: LivePage | None = None
         self._epoch_held: int | None = None  # whose weights the model has
         self._trackers: Trackers | None = None
@@ -164,17 +176,19 @@ class Trainer:
         """
         if self.optimizer is None:
             raise ValueError("fit needs an optimizer; this Trainer was made without one.")
-        self.history, self.state, self._page, self._trackers = History(), RunState(), None, None
+        self.history, self.state, self._page, self._trackers = History(), TrainState(), None, None
         with self._session() as (hardware, board):
             monitor = self._check_fit(train_loader, test_loader)
             if hardware.num_processes > 1:
                 self._metrics.check_merging()
-            stopping = Stopping(board, self.config.time_limit_seconds, hardware.any_process)
-            with preserved(*hardware.generators), loop.training_mode(self.model), stopping.on_signals():
-                run = self._prepare_run(hardware, stopping, monitor, self.optimizer, train_loader, test_loader)
+            seconds = seconds_between_saves(self.config.checkpoint_every) if hardware.is_main else None
+            stopping = Stopping(board, self.config.time_limit_seconds, hardware.any_process, seconds)
+            stopping.before_leaving(functools.partial(finish_writes, timeout=20.0))
+            with generators_kept(*hardware.generators), training_mode(self.model), stopping.on_signals():
+                parts = self._prepare(hardware, stopping, monitor, train_loader, test_loader)
                 try:
-                    with run.training.prepared.attached(), _closed_at_the_end(run):
-                        self._run(run)
+                    with parts.run.training.prepared.attached(), _closed_at_the_end(parts):
+                        self._fit(parts)
                 finally:
                     if self._trackers is not None:
                         self._trackers.close()
@@ -210,64 +224,51 @@ class Trainer:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_trackers": None}  # connections of this process
 
-    def _prepare_run(
+    def _prepare(
         self,
         hardware: Hardware,
         stopping: Stopping,
         monitor: str,
-        optimizer: Optimizer,
         train_loader: DataLoader[Any],
         test_loader: DataLoader[Any] | None,
-    ) -> loop.Run:
-        config, announce = self.config, self._announcer(hardware)
-        self._rewind(optimizer)
+    ) -> _Parts:
+        """Put the parts of a run together, where it begins or goes on."""
+        config, announce, optimizer = self.config, self._announcer(hardware), self.optimizer
+        self._rewind(optimizer)  # type: ignore[arg-type]
         identity = self._identity(train_loader, test_loader) | {"mode": self._mode(monitor)}
-        found = resuming.find(config, hardware, identity, announce)
-        num_steps = _num_steps(config, train_loader)
-        schedule = Schedule(self._scheduler, optimizer, config.schedule_every, num_steps, config.num_epochs)
-
-        # Not the run itself: in a circle it would hold the data on the device until the garbage is collected.
-        begun: list[weakref.ref[loop.Run]] = []
-
-        def on_recut(name: str, num_micro_batches: int) -> None:
-            announce(loop.told_of_recut(name, num_micro_batches))
-            if (run := begun[0]()) is not None:
-                _write_config(run, identity)
-
-        train_feed = self._feed(train_loader, hardware, "train_loader", on_recut)
-        test_feed = None if test_loader is None else self._feed(test_loader, hardware, "test_loader", on_recut)
+        found = find(config, hardware, identity, announce)
+        schedule = self._schedule(train_loader)
+        reporter = Reporter(found.folder, self.history, self.state, monitor, config.num_epochs, announce)
+        micro_batches = self._loader(train_loader, hardware, "train_loader", reporter.report_recut)
+        tests = (
+            None if test_loader is None else self._loader(test_loader, hardware, "test_loader", reporter.report_recut)
+        )
         checked_state(self.model)
         prepared = Prepared(hardware, self.model, optimizer, config.compile)
         for line in self._start_lines(hardware, train_loader, test_loader):
             announce(line)
-        self._keep_data({"train_loader": train_feed, "test_loader": test_feed}, hardware)
-        parts = (prepared, self._objective, schedule, stopping, self.state, train_feed)
-        training = loop.assemble(config, *parts, probe=self._probe)
-        self._attach_callbacks(training, found.folder, with_bar=announce is say and wants_bar())
-        run = loop.Run(
-            training=training,
-            test_feed=test_feed,
-            metrics=self._metrics,
-            history=self.history,
-            saver=self._saver(found.folder, hardware, training),
-            folder=found.folder,
-            page=None if found.folder is None else LivePage(found.folder.path, self.history),
-            probe=self._probe,
-            monitor=monitor,
-            mode=identity["mode"],
-            announce=announce,
-        )
-        begun.append(weakref.ref(run))
-        resuming.begin(run, found, identity, self._callbacks)
+        for name, loader in (("train_loader", micro_batches), ("test_loader", tests)):
+            message = None if loader is None else keep_data(loader, hardware, config.data_in_memory, name)
+            if message is not None:
+                announce(message)
+        callbacks = self._all_callbacks(hardware, train_loader, found.folder)
+        heard = Callbacks(callbacks, self, stopping.request)
+        saver = Saver(config, found.folder, hardware.is_main, self.history, identity, self._callbacks)
+        parts = prepared, self._objective, schedule, stopping, heard, self.state, micro_batches
+        training = make_training(config, *parts, saver if config.run_dir is not None else None, self._probe)
+        mode = identity["mode"]
+        run = Run(training, tests, self._metrics, self.history, saver, reporter, self._probe, monitor, mode, announce)
+        begin(run, found, identity, self._callbacks, saver)
         if found.folder is not None:
-            found.folder.write_json("environment.json", describe_environment(hardware.describe()))
-            _write_config(run, identity)
-            loop.write_page(run, "running")
-        return run
+            choices = {"asked": asdict(config), "resolved": _resolved(run), "identity": identity}
+            reporter.report_start(choices, describe_environment(hardware.describe()))
+        return _Parts(run, found.folder, saver, reporter)
 
-    def _saver(self, folder: RunFolder | None, hardware: Hardware, training: loop.Training) -> Saver:
-        where = (training.stopping, self.state, self.history, training.clock)
-        return Saver(self.config, self.model, self._objective.modules, folder, hardware.is_main, *where)
+    def _schedule(self, train_loader: DataLoader[Any]) -> Schedule | None:
+        if self._scheduler is None:
+            return None
+        config, num_steps = self.config, _num_steps(self.config, train_loader)
+        return Schedule(self._scheduler, self.optimizer, config.schedule_every, num_steps, config.num_epochs)  # type: ignore[arg-type]
 
     def _start_lines(
         self, hardware: Hardware, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None
@@ -282,30 +283,22 @@ class Trainer:
         if hardware.num_processes > 1 and is_free and has_norm:
             yield _ON_BATCH_NORM
 
-    def _keep_data(self, feeds: Mapping[str, Feed | None], hardware: Hardware) -> None:
-        for name, feed in feeds.items():
-            told = None if feed is None else keep_data(feed, hardware, self.config.data_in_memory, name)
-            if told is not None:
-                self._announcer(hardware)(told)
-
-    def _attach_callbacks(self, training: loop.Training, folder: RunFolder | None, with_bar: bool) -> None:
-        run_dir, is_resumed = (None, False) if folder is None else (folder.path, folder.resumed is not None)
-        callbacks = list(self._callbacks)
-        if with_bar:
-            loader = training.feed.loader
-            num_steps = self.config.steps_per_epoch or num_batches(loader)
-            callbacks.append(ProgressBar(num_steps, _num_steps(self.config, loader), loader.batch_size))
-        if training.hardware.is_main and self.config.verbose and in_notebook():
+    def _all_callbacks(
+        self, hardware: Hardware, train_loader: DataLoader[Any], folder: RunFolder | None
+    ) -> list[Callback]:
+        """Return the user's callbacks, and those that show the run."""
+        config, callbacks = self.config, list(self._callbacks)
+        shows = hardware.is_main and config.verbose
+        if shows and wants_bar():
+            num_steps = config.steps_per_epoch or num_batches(train_loader)
+            callbacks.append(ProgressBar(num_steps, _num_steps(config, train_loader), train_loader.batch_size))
+        if shows and in_notebook():
             callbacks.append(LiveCurve())
-        if training.hardware.is_main and self.config.trackers:
-            self._trackers = Trackers(
-                self.config.trackers, self.config.project, run_dir, asdict(self.config), is_resumed
-            )
+        if hardware.is_main and config.trackers:
+            run_dir, is_resumed = (None, False) if folder is None else (folder.path, folder.resumed is not None)
+            self._trackers = Trackers(config.trackers, config.project, run_dir, asdict(config), is_resumed)
             callbacks.append(self._trackers)
-        listeners = Callbacks(callbacks)
-        training.call = functools.partial(self._call, listeners, training.stopping)
-        training.watched = frozenset(filter(listeners.listens, HOOKS))
-        training.observers = self._callbacks
+        return callbacks
 
     def _identity(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> dict[str, Any]:
         functions = {
@@ -316,34 +309,35 @@ class Trainer:
         }
         loaders = {"train_loader": train_loader, "test_loader": test_loader}
         settings = self._settings_at_first
-        return resuming.identity_of(self.config, self.model, settings, functions, loaders, self._metrics.names)
+        return identity_of(self.config, self.model, settings, functions, loaders, self._metrics.names)
 
-    def _run(self, run: loop.Run) -> None:
-        history, state, kept = self.history, self.state, self._objective.state_outside()
+    def _fit(self, parts: _Parts) -> None:
+        run, saver, history, state = parts.run, parts.saver, self.history, self.state
+        training, kept = run.training, self._objective.state_outside()
         try:
-            run.training.call("on_fit_start")
-            history.stop_reason = loop.fit(run)
-            leaves = _save_the_end(run)
+            training.callbacks.call("on_fit_start")
+            history.end(fit(run))
+            leaves = _save_the_end(parts)
         except NonFiniteError as error:
-            history.stop_reason = str(error)
-            _record_fault(run, error)
+            history.end(str(error))
+            _record_fault(parts, error)
             raise
-        self._tell_of_state(run, kept)
-        run.training.prepared.put_optimizer("eval")
+        self._warn_of_state(training, kept, has_folder=parts.folder is not None)
+        training.prepared.put_optimizer("eval")
         holds_best = False
         if self.config.restore_best and state.best_epoch is not None and not leaves:
-            holds_best = run.saver.restore_best(run.training.hardware.num_processes)  # a callback may have changed them
+            # Always: a callback may have changed the weights, on some processes only.
+            holds_best = saver.restore_best(self.model, self._objective.modules, training.hardware.num_processes)
         self._epoch_held = state.best_epoch if holds_best else state.epoch
-        finish(run, holds_best)
-        self._page = run.page
-        run.training.call("on_fit_end")
+        _report_end(parts, holds_best)
+        self._page = parts.reporter.page
+        training.callbacks.call("on_fit_end")
 
-    def _tell_of_state(self, run: loop.Run, before: Mapping[str, str]) -> None:
+    def _warn_of_state(self, training: Training, before: Mapping[str, str], has_folder: bool) -> None:
         """Warn of what the loss has changed in itself, where that is lost or differs between the processes."""
-        hardware = run.training.hardware
-        now = self._objective.state_outside()
+        hardware, now = training.hardware, self._objective.state_outside()
         changed = [name for name, value in now.items() if before.get(name) != value]
-        if changed and hardware.is_main and (hardware.num_processes > 1 or run.folder is not None):
+        if changed and hardware.is_main and (hardware.num_processes > 1 or has_folder):
             warn(
                 f"The loss has changed {', '.join(changed)}, which is no buffer: each process has its own, and a run "
                 "that goes on begins with the first value again. Keep it with register_buffer in an nn.Module.",
@@ -362,11 +356,6 @@ class Trainer:
                 group.pop("initial_lr", None)
                 group.update(settings)
         self._settings_before = settings_of(optimizer)
-
-    def _call(self, callbacks: Callbacks, stopping: Stopping, hook: str) -> None:
-        reason = callbacks.call(hook, self)
-        if reason is not None:
-            stopping.request(reason)
 
     @property
     def doubts(self) -> dict[str, str]:
@@ -392,10 +381,10 @@ class Trainer:
             check_loader(loader, "loader", may_be_empty=True)
             if prepared.hardware.num_processes > 1:
                 self._metrics.check_merging()
-            feed = self._feed(loader, prepared.hardware, "loader")
+            micro_batches = self._loader(loader, prepared.hardware, "loader")
             self._objective.to(prepared.hardware.device)
-            scores: dict[str, float] = loop.evaluate(  # type: ignore[assignment]
-                prepared, self._objective, feed, self._metrics, probe=self._probe
+            scores: dict[str, float] = evaluate(  # type: ignore[assignment]
+                prepared, self._objective, micro_batches, self._metrics, probe=self._probe
             )
             if self._page is not None and prepared.hardware.is_main:
                 num_samples = None if is_stream(loader) else len(dataset_order(loader))
@@ -420,7 +409,7 @@ class Trainer:
         """
         with self._evaluating() as prepared:
             check_loader(loader, "loader", may_be_empty=True)
-            return loop.predict(prepared, self._feed(_in_dataset_order(loader), prepared.hardware, "loader"))
+            return predict(prepared, self._loader(_in_dataset_order(loader), prepared.hardware, "loader"))
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -440,7 +429,7 @@ class Trainer:
 
     @contextmanager
     def _evaluating(self) -> Iterator[Prepared]:
-        with self._session() as (hardware, _), preserved(*hardware.generators):
+        with self._session() as (hardware, _), generators_kept(*hardware.generators):
             prepared = Prepared(hardware, self.model, compile=self.config.compile)
             with prepared.attached():
                 yield prepared
@@ -448,19 +437,36 @@ class Trainer:
     def _announcer(self, hardware: Hardware) -> Callable[[str], None]:
         return say if hardware.is_main and self.config.verbose else _silent
 
-    def _feed(
-        self, loader: DataLoader[Any], hardware: Hardware, name: str, on_recut: Callable[[str, int], None] | None = None
-    ) -> Feed:
-        def tell(name: str, num_micro_batches: int) -> None:
-            self._announcer(hardware)(loop.told_of_recut(name, num_micro_batches))
+    def _loader(
+        self,
+        data_loader: DataLoader[Any],
+        hardware: Hardware,
+        name: str,
+        report_recut: Callable[[str, int], None] | None = None,
+    ) -> MicroBatchLoader:
+        """Return the micro-batches of a loader."""
+
+        def announce(name: str, num_micro_batches: int) -> None:
+            self._announcer(hardware)(recut_message(name, num_micro_batches))
 
         layout = hardware.layout(self.config.num_micro_batches)
         is_fixed = self.config.num_micro_batches is not None or self.config.bitwise
-        noted = None if is_fixed else functools.partial(on_recut or tell, name)
+        on_recut = None if is_fixed else functools.partial(report_recut or announce, name)
         may_be_pairs = self._objective.compute_loss is None
-        feed = Feed(loader, layout, self.config.seed, hardware.device.type == "cuda", noted, may_be_pairs)
-        feed.check_same_everywhere(name)
-        return feed
+        pin_memory = hardware.device.type == "cuda"
+        loader = MicroBatchLoader(data_loader, layout, self.config.seed, pin_memory, on_recut, may_be_pairs)
+        loader.check_same_everywhere(name)
+        return loader
+
+
+@dataclass
+class _Parts:
+    """A run, and what tells and keeps of it."""
+
+    run: Run
+    folder: RunFolder | None
+    saver: Saver
+    reporter: Reporter
 
 
 @contextmanager
@@ -496,180 +502,134 @@ _HINTS = {
 
 
 def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layout, config: TrainConfig) -> str:
-    told = hardware.describe()
+    text = hardware.describe()
     if hardware.compiler != "no":
-        told += f", compiled by {hardware.compiler} (launcher)"
+        text += f", compiled by {hardware.compiler} (launcher)"
     elif config.compile:
-        told += f", compiled{' by regions' if config.compile == 'regional' else ''} (argument)"
+        text += f", compiled{' by regions' if config.compile == 'regional' else ''} (argument)"
     if train_loader.batch_size is None:
-        return told
+        return text
     default = "bitwise" if config.bitwise else "one per process"
     source = "argument" if config.num_micro_batches else default
-    return f"{told}; {describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})"
+    return f"{text}; {describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})"
 
 
 _ON_BATCH_NORM = (
     "The model has BatchNorm, which sees the micro-batch of its process: another number of processes trains another "
     "model. A fixed num_micro_batches (the largest number of processes that you may use) makes it the same on all."
 )
-
 _LEAVING = ("SIGTERM", "SIGUSR1")  # what ends the program too
 
 
 @contextmanager
-def _closed_at_the_end(run: loop.Run) -> Iterator[None]:
+def _closed_at_the_end(parts: _Parts) -> Iterator[None]:
     """See the last write through, and leave the folder to others; one that holds nothing is removed."""
+    page = parts.reporter.page
     try:
         yield
     except KeyboardInterrupt:
-        run.saver.close(at_once=True)
+        parts.saver.close(at_once=True)
         raise
     except BaseException:
-        if run.page is not None and run.page.state == "running":
-            loop.write_page(run, "failed")
-        _close(run)
+        if page is not None and page.state == "running":
+            parts.reporter.write_page("failed")
+        _close(parts)
         raise
-    _close(run)
+    _close(parts)
 
 
-def _close(run: loop.Run) -> None:
-    run.saver.close()
-    if run.folder is None:
+def _close(parts: _Parts) -> None:
+    parts.saver.close()
+    if parts.folder is None:
         return
-    if run.saver.lost is not None:
-        warn(f"No checkpoint of this run could be written: {run.saver.lost}", stacklevel=2)
-    if not run.history.num_epochs:
-        run.folder.discard()  # if it has no checkpoint either: the next try may have the name
+    if parts.saver.lost is not None:
+        warn(f"No checkpoint of this run could be written: {parts.saver.lost}", stacklevel=2)
+    if not parts.run.history.num_epochs:
+        parts.folder.discard()  # if it has no checkpoint either: the next try may have the name
 
 
-def _save_the_end(run: loop.Run) -> bool:
+def _save_the_end(parts: _Parts) -> bool:
     """Save the last checkpoint, mark an interruption, and return whether the program leaves too."""
+    run, saver = parts.run, parts.saver
     state, kind = run.training.state, run.training.stopping.kind
     if kind == "callback":
         state.finished = run.history.stop_reason
     if kind != "callback" or run.history.num_epochs:
-        run.saver.save()
-        run.saver.finish()
+        saver.save(run.training)
+        saver.finish()
     if kind in (None, "callback"):
         return False
-    if run.folder is not None:
-        is_saved = run.saver.is_saved
+    if parts.folder is not None:
+        is_saved = saver.is_saved(state)
         mark = {"step": state.step, "epoch": state.epoch, "is_saved": is_saved, "reason": run.history.stop_reason}
-        run.folder.write_json("preempted.json", mark | {"time": time.time()})
+        parts.folder.write_json("preempted.json", mark | {"time": time.time()})
         if is_saved:
-            run.announce(f'Step {state.step} is saved in {run.folder.path}: resume="auto" goes on from it.')
+            run.announce(f'Step {state.step} is saved in {parts.folder.path}: resume="auto" goes on from it.')
     return kind in _LEAVING
 
 
-def _write_config(run: loop.Run, identity: dict[str, Any]) -> None:
-    """Write what the user asked for and what it was resolved to."""
-    if run.folder is None:
-        return
-    training, train_loader = run.training, run.training.feed.loader
-    resolved = {
+def _resolved(run: Run) -> dict[str, Any]:
+    """Return what the user's choices were resolved to."""
+    training, data_loader = run.training, run.training.loader.data_loader
+    return {
         "device": str(training.hardware.device),
         "num_processes": training.hardware.num_processes,
-        "num_micro_batches": training.feed.layout.num_micro_batches,
-        "num_micro_batches_of_test": run.test_feed.layout.num_micro_batches if run.test_feed else None,
+        "num_micro_batches": training.loader.layout.num_micro_batches,
+        "num_micro_batches_of_test": run.test_loader.layout.num_micro_batches if run.test_loader else None,
         "num_threads": torch.get_num_threads(),
         "mixed_precision": training.hardware.precision,
-        "batch_size": train_loader.batch_size,
-        "num_batches": num_batches(train_loader),
-        "num_parameters": sum(parameter.numel() for parameter in training.prepared.plain.parameters()),
-        "num_steps": _num_steps(training.config, train_loader),
+        "batch_size": data_loader.batch_size,
+        "num_batches": num_batches(data_loader),
+        "num_parameters": sum(parameter.numel() for parameter in training.prepared.user_model.parameters()),
+        "num_steps": _num_steps(training.config, data_loader),
         "monitor": run.monitor,
     }
-    run.folder.write_json("config.json", {"asked": asdict(training.config), "resolved": resolved, "identity": identity})
 
 
-def finish(run: loop.Run, holds_best: bool = False, is_failed: bool = False) -> None:
-    """Say how the run ended, and show it in picture and page.
-
-    Args:
-        run: It.
-        holds_best: Whether the model has the weights of the best epoch.
-        is_failed: Whether an error has ended it.
-    """
-    history, state = run.history, run.training.state
-    run.saver.finish()
-    if run.folder is not None:
-        summary = {"stop_reason": history.stop_reason, "best_epoch": state.best_epoch, "best_value": state.best_value}
-        run.folder.append_history(summary)
-        if history.num_epochs:
-            run.folder.draw(history)
-        is_whole = run.training.stopping.kind in (None, "callback")
-        loop.write_page(run, "failed" if is_failed else "finished" if is_whole else "interrupted")
-    run.announce(f"Stopped: {history.stop_reason}.")
-    if not history.num_epochs:
-        run.announce("No epoch was finished: nothing is recorded, and the model keeps its present weights.")
-    elif state.best_epoch is None:
-        run.announce("No epoch has a finite monitored value: the model keeps its last weights.")
-    else:
-        kept = "the model holds its weights" if holds_best else "the model holds the last weights"
-        run.announce(styled(f"Best epoch {state.best_epoch}: {run.monitor} {state.best_value:.4f}; {kept}.", "best"))
-    if run.folder is not None and history.num_epochs:
-        for told in _files_told(run.folder):
-            run.announce(told)
-    for advised in (history.overfitting(), _advice(run)):
-        if advised is not None:
-            run.announce(advised)
-
-
-_FILES = {name: name for name in ("report.html", "losses.png", "history.jsonl")}
-_FILES |= {"best/model.safetensors": "best", "checkpoints": "checkpoints"}
-
-
-def _files_told(folder: RunFolder) -> Iterator[str]:
-    """Yield what is in the folder by now, as it should be, and what is not."""
-    whole = [name for file, name in _FILES.items() if file not in folder.failing and (folder.path / name).exists()]
-    yield f"Files in {_short(folder.path)}: {', '.join(whole)}."
-    if folder.failing:
-        older = folder.older_best() if "best/model.safetensors" in folder.failing else ""
-        yield f"Not written, so older or missing there: {', '.join(folder.failing)}.{older}"
-
-
-def _short(path: Path) -> str:
-    """Return a path as seen from the working folder, where that is shorter."""
-    return min(str(path), seen_from(path), key=len)
+def _report_end(parts: _Parts, holds_best: bool = False, is_failed: bool = False) -> None:
+    parts.saver.finish()
+    is_whole = parts.run.training.stopping.kind in (None, "callback")
+    how = "failed" if is_failed else "finished" if is_whole else "interrupted"
+    parts.reporter.report_end(holds_best, how, _advice(parts))
 
 
 _MANY_GRAPHS = 8  # one each for training and evaluation, and some for a model in parts, are as it should be
 
 
-def _advice(run: loop.Run) -> str | None:
+def _advice(parts: _Parts) -> str | None:
     """Return one line when something takes time out of proportion."""
-    training, history = run.training, run.history
+    training = parts.run.training
     num_graphs = num_compilations() - training.num_graphs_before
     if num_graphs > _MANY_GRAPHS:
         return (
             f"The model was compiled {num_graphs} times: each new shape costs one. Pad samples to few lengths, or set "
             "TORCH_LOGS=recompiles to see why."
         )
-    loader, rows = training.feed.loader, training.feed.rows
-    is_read_here = is_stream(loader) or (rows is not None and rows.in_memory)
+    data_loader, source = training.loader.data_loader, training.loader.source
+    is_read_here = is_stream(data_loader) or (source is not None and source.in_memory)
     remedies = {
-        "data_seconds": None if is_read_here else f"raise num_workers of train_loader (now {loader.num_workers})",
+        "data_seconds": None if is_read_here else f"raise num_workers of train_loader (now {data_loader.num_workers})",
         "evaluation_seconds": "evaluate less often with steps_per_epoch, or on fewer samples",
-        "saving_seconds": "raise checkpoint_every" if run.folder is not None else None,
+        "saving_seconds": "raise checkpoint_every" if parts.folder is not None else None,
     }
-    return advice(vars(history), remedies)
+    return advice(vars(parts.run.history), remedies)
 
 
-def _record_fault(run: loop.Run, error: NonFiniteError) -> None:
+def _record_fault(parts: _Parts, error: NonFiniteError) -> None:
     """Show the epoch whose loss was not finite in the history, as such, and leave a note of the batch."""
-    training = run.training
-    if run.folder is not None:
+    run, training = parts.run, parts.run.training
+    if parts.folder is not None:
         note: dict[str, Any] = {"error": str(error)}
         for name, (data_pass, number) in zip(("batch", "batch before"), error.places, strict=False):
-            samples = training.feed.indices_of(data_pass, number)
+            samples = training.loader.indices_of(data_pass, number)
             note[name] = {"data_pass": data_pass, "number": number, "samples": samples}
-        run.folder.write_json("nonfinite.json", note)
+        parts.folder.write_json("nonfinite.json", note)
     names = ["loss", *(run.history.metrics or run.metrics.names)]  # parts of metrics are known after an epoch
     names += [run.monitor] if run.monitor not in ("test_loss", "train_loss", *names) else []
-    scores = {} if run.test_feed is None else dict.fromkeys(names, math.nan)
-    loop.record(run, Totals(math.nan, {}, 0, None), scores)
-    loop.report_epoch(run)
-    finish(run, is_failed=True)
+    scores = {} if run.test_loader is None else dict.fromkeys(names, math.nan)
+    record(run, Totals(math.nan, {}, 0, None), scores)
+    run.reporter.report_epoch(training.clock)
+    _report_end(parts, is_failed=True)
 
 
 def _num_steps(config: TrainConfig, train_loader: DataLoader[Any]) -> int | None:
@@ -683,21 +643,11 @@ def _in_dataset_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader like this one that yields each of its samples once, in dataset order."""
     if is_stream(loader):
         return loader
-    outer = sampler_of(loader)
-    size = getattr(outer, "batch_size", None) or 1
+    size = getattr(sampler_of(loader), "batch_size", None) or 1
     batches = BatchSampler(dataset_order(loader), size, drop_last=False)
-    by_lists = loader.batch_sampler is None  # batch_size=None: the dataset answers lists of indices
-    return DataLoader(
-        loader.dataset,
-        **({"batch_size": None, "sampler": batches} if by_lists else {"batch_sampler": batches}),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-    )
+    if loader.batch_sampler is None:  # batch_size=None: the dataset answers lists of indices
+        return like_loader(loader, batch_size=None, sampler=batches)
+    return like_loader(loader, batch_sampler=batches)
 
 
 def _silent(text: str) -> None:

@@ -23,8 +23,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import Callback, TrainConfig, Trainer
-from accel_trainer.batches import Feed, Layout
-from accel_trainer.saving import Saver
+from accel_trainer.data.cut import Layout
+from accel_trainer.data.micro_batches import MicroBatchLoader
+from accel_trainer.storage.saver import Saver
 
 STEPS_BETWEEN = 8
 
@@ -100,7 +101,7 @@ def measure_saves(num_saves: int, width: int) -> dict[str, Any]:
 def measure_positions(num_samples: int, rounds: int) -> dict[str, Any]:
     """Return the seconds to the first micro-batch from the start, the middle and the end of a shuffled pass."""
     data = TensorDataset(torch.zeros(num_samples, 1, dtype=torch.uint8))
-    feed = Feed(DataLoader(data, 32, shuffle=True), Layout(0, 1, 1), seed=0)
+    feed = MicroBatchLoader(DataLoader(data, 32, shuffle=True), Layout(0, 1, 1), seed=0)
     places = {"start": 0, "middle": num_samples // 64, "end": num_samples // 32 - 1}
     seconds: dict[str, list[float]] = {name: [] for name in places}
     for _ in range(rounds):

@@ -27,9 +27,10 @@ import torch
 from common import interval, write_results
 from torch.utils.data import DataLoader
 
-from accel_trainer.batches import Feed, Layout
-from accel_trainer.hardware import Hardware
-from accel_trainer.memory import keep_data
+from accel_trainer.data.cut import Layout
+from accel_trainer.data.micro_batches import MicroBatchLoader
+from accel_trainer.devices.hardware import Hardware
+from accel_trainer.devices.memory import keep_data
 
 PLAIN, KEPT, READ = "plain DataLoader", "accel_trainer, kept in memory", "accel_trainer, not kept in memory"
 
@@ -42,7 +43,7 @@ def on_disk(folder: str, num_rows: int) -> datasets.Dataset:
 
 
 def ours(loader: DataLoader[Any], keep: bool) -> Callable[[int], Iterable[Any]]:
-    feed = Feed(loader, Layout(0, 1, 1), seed=0)
+    feed = MicroBatchLoader(loader, Layout(0, 1, 1), seed=0)
     keep_data(feed, Hardware(), keep, "train_loader")
     return lambda number: (micro_batch.data for micro_batch in feed.micro_batches(number))
 

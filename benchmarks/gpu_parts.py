@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from workloads import GPT, SMALL_GPT, TokenLoss, make_task, token_rows
 
 from accel_trainer import Callback, TrainConfig, Trainer
-from accel_trainer.launching import run_on_processes
-from accel_trainer.recording import digest
+from accel_trainer.tools.launching import run_on_processes
+from accel_trainer.tools.recording import digest
 from support import loader_of, make_data, make_model
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import TrainConfig, Trainer
-from accel_trainer.launching import run_on_processes
+from accel_trainer.tools.launching import run_on_processes
 
 NUM_MICRO_BATCHES, BATCH_SIZE, NUM_BATCHES = 8, 64, 12
 

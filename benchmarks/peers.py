@@ -157,7 +157,7 @@ def in_new_processes(cell: Cell, function: Callable[..., Any], *args: Any) -> An
     if cell.device != "CPU":  # what has touched a GPU cannot be forked
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(function, cell, *args).result()
-    from accel_trainer.launching import run_on_processes
+    from accel_trainer.tools.launching import run_on_processes
 
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if cell.processes > 1:

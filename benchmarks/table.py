@@ -1,6 +1,7 @@
 """Writes the tables of `benchmarks/README.md` from `benchmarks/results/`, between the two comments of each.
 
-Those of `peers.py` come from `peers.json`, those of `gpu.py` from the lines of JSON in `gpu/`.
+Those of `peers.py` come from `peers.json`, those of `gpu.py` from the lines of JSON in `gpu/`, the other figures from
+the file of the script that measured them; a file that is missing leaves its figures out.
 
 python benchmarks/table.py
 """
@@ -20,6 +21,7 @@ from common import interval
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+FIGURES_BEGIN, FIGURES_END = "<!-- figures: begin -->", "<!-- figures: end -->"
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16, per second
 Cell = dict[str, Any]
 Samples = dict[str, Any]
@@ -194,6 +196,137 @@ def _spread(numbers: list[float], digits: int) -> str:
     return f"{statistics.median(numbers):.{digits}f} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
+# --- the other figures ------------------------------------------------------------------------------------------------
+
+
+def figures(folder: Path) -> str:
+    """Return what the other scripts have measured, a part for each file of results that is there."""
+    parts = {
+        "overhead.json": _overhead,
+        "parity_cost.json": _parity_cost,
+        "checkpoint.json": _checkpoint,
+        "data.json": _data,
+        "steady.json": _steady,
+        "startup.json": _startup,
+        "torture.json": _torture,
+    }
+    there = {name: tell for name, tell in parts.items() if (folder / name).exists()}
+    return "\n".join(tell(json.loads((folder / name).read_text())) for name, tell in there.items())
+
+
+def _heading(title: str, name: str, found: dict[str, Any]) -> str:
+    machine, versions = found["machine"], found.get("versions") or found["machine"]["versions"]
+    cpus = machine.get("cpus") or machine["cpu_count"]
+    told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "accelerate", "accel_trainer"))
+    return f"### {title}\n\nPython {machine['python']}, {cpus} CPU cores, {told}: [{name}](results/{name}).\n"
+
+
+def _with_interval(found: dict[str, Any], digits: int = 2) -> str:
+    median = found["median"] if "median" in found else found["ratio"]
+    low, high = found["interval"]
+    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _overhead(found: dict[str, Any]) -> str:
+    rows = [
+        {"median ratio to a hand-written loop [95 %]": name}
+        | {workload: _with_interval(one["ratios"][name]) for workload, one in found["results"].items()}
+        for name in next(iter(found["results"].values()))["ratios"]
+    ]
+    return f"{_heading('Seconds per epoch, without start and end', 'overhead.json', found)}\n{markdown(rows)}\n"
+
+
+def _parity_cost(found: dict[str, Any]) -> str:
+    rows: dict[str, dict[str, str]] = {}
+    for case, one in found["results"].items():
+        workload, number = case.split(", ")
+        processes = "1 process" if number == "1 processes" else number
+        rows.setdefault(workload, {"seconds per epoch, bitwise to default [95 %]": workload})
+        rows[workload][processes] = _with_interval(one["ratio"])
+        sent = one.get("bytes_sent_per_step")
+        told = "0" if sent is None else _bytes_sent(sent)
+        name = f"{workload}, bytes per step"
+        rows.setdefault(name, {"seconds per epoch, bitwise to default [95 %]": f"{workload}: bytes sent per step"})
+        rows[name][processes] = told
+    heading = _heading("What `bitwise=True` costs", "parity_cost.json", found)
+    how = (
+        "At the same number of micro-batches; a CNN of 21 k parameters and a transformer of 0.2 M parameters, "
+        "batch 64 = 8 x 8,\none thread per process. Communication does not overlap with the backward, which is what "
+        "several processes pay for.\n"
+    )
+    return f"{heading}\n{how}\n{markdown(list(rows.values()))}\n"
+
+
+def _bytes_sent(sent: list[dict[str, float]]) -> str:
+    most = max(one["all_to_all_single"] + one["all_gather"] for one in sent)
+    return f"{most:,.0f} ({most / sent[0]['gradients']:.2f} x the gradients)"
+
+
+def _checkpoint(found: dict[str, Any]) -> str:
+    saves, positions = found["results"]["saves"], found["results"]["positions"]
+    return (
+        f"{_heading('Checkpoints', 'checkpoint.json', found)}\n"
+        f"- With {saves['parameters'] / 1e6:.0f} million parameters and AdamW on the CPU the training waits for "
+        f"{_with_interval(saves, 3)} of the time of a\n  plain `save_file` and fsync of the same bytes; the first save "
+        f"takes {saves['seconds_of_first_save']:.2f} s.\n"
+        f"- In a pass over {positions['samples']:,} shuffled samples the time to the first micro-batch, compared with "
+        f"that at the start, is\n  {positions['ratio_of_middle']:.2f} when going on from the middle and "
+        f"{positions['ratio_of_end']:.2f} from the end.\n"
+    )
+
+
+def _data(found: dict[str, Any]) -> str:
+    results = found["results"]
+    rows = [
+        {
+            f"{results['rows']:,} images in a memory-mapped table": name,
+            "samples / s": f"{statistics.median(every):,.0f}",
+            "ratio to a plain `DataLoader` [95 %]": _with_interval(results[name], 1) if name in results else "1",
+        }
+        for name, every in results["samples_per_second"].items()
+    ]
+    return f"{_heading('Samples per second from a `datasets.Dataset`', 'data.json', found)}\n{markdown(rows)}\n"
+
+
+def _steady(found: dict[str, Any]) -> str:
+    rows = [
+        {
+            "100,000 steps": name,
+            "last tenth of the steps to the first [95 %]": _with_interval(one["last_tenth_to_first"]),
+            "growth of memory, MiB": _spread([each["grown_mebibytes"] for each in one["rounds"]], 2),
+        }
+        for name, one in found["results"].items()
+    ]
+    return f"{_heading('Time per step and memory over a long run', 'steady.json', found)}\n{markdown(rows)}\n"
+
+
+def _startup(found: dict[str, Any]) -> str:
+    rows = [
+        {
+            "fresh process": f"`{name}`" if name.startswith(("import", "from", "python")) else name,
+            "seconds": f"{statistics.median(one['seconds']):.2f}",
+            "ratio to `import accelerate` [95 %]": _with_interval(one),
+        }
+        for name, one in found["results"].items()
+    ]
+    return f"{_heading('Start-up', 'startup.json', found)}\n{markdown(rows)}\n"
+
+
+def _torture(found: dict[str, Any]) -> str:
+    rows = [
+        {
+            "run": "bitwise" if one["bitwise"] else "default",
+            "epochs": str(one["epochs"]),
+            "kills": str(sum(one["kills"].values())),
+            "damaged checkpoints": str(one["damaged_checkpoints"]),
+            "greatest relative difference": f"{one['greatest_relative_difference']:.2g}",
+        }
+        for one in found["runs"]
+    ]
+    kills = sum(int(one["kills"]) for one in rows)
+    return f"{_heading(f'{kills} random kills', 'torture.json', found)}\n{markdown(rows)}\n"
+
+
 def between(text: str, begin: str, end: str, inner: str) -> str:
     """Return a text with something else between two comments."""
     before, rest = text.split(begin)
@@ -208,6 +341,7 @@ def main() -> None:
     results = json.loads((options.results / "peers.json").read_text())["results"]
     text = between(options.readme.read_text(), BEGIN, END, tables(results))
     text = between(text, GPU_BEGIN, GPU_END, gpu_tables(findings(options.results / "gpu")))
+    text = between(text, FIGURES_BEGIN, FIGURES_END, figures(options.results))
     options.readme.write_text(text)
 
 

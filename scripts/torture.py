@@ -29,9 +29,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import History, ProcessFailedError, TrainConfig, Trainer
-from accel_trainer.checkpoints import fault_of, steps_in
-from accel_trainer.environment import describe_environment
-from accel_trainer.launching import run_on_processes
+from accel_trainer.devices.environment import describe_environment
+from accel_trainer.storage.checkpoints import fault_of, steps_in
+from accel_trainer.tools.launching import run_on_processes
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "torture.json"
 BATCH_SIZE = 60

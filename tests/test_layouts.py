@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from accel_trainer import Callback, Trainer
-from accel_trainer.batches import index_batches
+from accel_trainer.data.order import index_batches
 from support import assert_same, loader_of, make_data, make_model, on_processes, quiet, train
 
 pytestmark = pytest.mark.timeout(240)

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import Callback, Trainer, train_model
-from accel_trainer.randomness import Draws, draws_of
-from accel_trainer.weights import load_best
+from accel_trainer.numbers.loss_table import LossTable
+from accel_trainer.storage.weights import load_best
 from support import ROOT, correct, loader_of, make_data, make_model, on_processes, quiet
 
 # --- nothing waits for the host ---------------------------------------------------------------------------------------
@@ -161,57 +161,6 @@ def traced():
     return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(1, 1)))
 
 
-@pytest.mark.parametrize(
-    "thing, expected",
-    [
-        (nn.Linear(1, 1), Draws.NOTHING),
-        (nn.Conv2d(1, 1, 1), Draws.NOTHING),
-        (nn.CrossEntropyLoss(), Draws.NOTHING),
-        (nn.Dropout(), Draws.TORCH),
-        (nn.RReLU(), Draws.TORCH),
-        (nn.MultiheadAttention(2, 1, dropout=0.1), Draws.TORCH),
-        (nn.LSTM(1, 1, 2, dropout=0.1), Draws.TORCH),
-        (nn.TransformerEncoderLayer(4, 1), Draws.TORCH),
-        (Mine(1, 1), Draws.ANYTHING),
-        (changed(nn.Linear(1, 1), "forward", lambda inputs: inputs), Draws.ANYTHING),
-        (changed(nn.Conv1d(1, 1, 1), "_conv_forward", lambda *_: None), Draws.ANYTHING),
-        (changed(nn.Linear(1, 1), "weight", Odd(torch.zeros(1, 1))), Draws.ANYTHING),
-        (nn.TransformerEncoderLayer(4, 1, activation=lambda inputs: inputs), Draws.ANYTHING),
-        (nn.TripletMarginWithDistanceLoss(distance_function=lambda one, other: one - other), Draws.ANYTHING),
-        (hooked("register_forward_hook"), Draws.ANYTHING),
-        (hooked("register_full_backward_hook"), Draws.ANYTHING),
-        (hooked("register_hook"), Draws.ANYTHING),
-        (hooked("register_post_accumulate_grad_hook"), Draws.ANYTHING),
-        (traced(), Draws.ANYTHING),
-    ],
-)
-def test_generators_are_seeded_where_a_model_may_draw(thing, expected):
-    assert draws_of(nn.Sequential(nn.ReLU(), thing)) == expected
-
-
-@pytest.mark.parametrize(
-    "thing, expected",
-    [
-        (torch.optim.SGD([torch.zeros(1)]), Draws.NOTHING),
-        (F.dropout, Draws.TORCH),
-        (correct, Draws.ANYTHING),
-        (functools.partial(F.cross_entropy), Draws.ANYTHING),
-        (Callback(), Draws.ANYTHING),
-    ],
-)
-def test_generators_are_seeded_where_what_stands_beside_it_may_draw(thing, expected):
-    assert draws_of(nn.ReLU(), thing) == expected
-
-
-def test_what_is_changed_for_all_modules_counts(monkeypatch):
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert draws_of(nn.ReLU()) == Draws.ANYTHING
-    handle.remove()
-    assert draws_of(nn.ReLU()) == Draws.NOTHING
-    monkeypatch.setattr(nn.ReLU, "forward", lambda self, inputs: inputs)
-    assert draws_of(nn.ReLU()) == Draws.ANYTHING
-
-
 def test_a_layer_that_comes_later_is_seen():
     def run(num_drawn):
         torch.manual_seed(0)
@@ -224,26 +173,6 @@ def test_a_layer_that_comes_later_is_seen():
         return train_model(loader, model, loss_fn, optimizer)
 
     assert run(0) == run(5)
-
-
-@pytest.mark.filterwarnings("ignore")  # of odd arguments
-def test_no_layer_of_torch_that_is_taken_to_draw_nothing_draws():
-    """Every module that can be called with a tensor, and is said to draw nothing, leaves the generator alone."""
-    tried = 0
-    for name in dir(nn):
-        kind = getattr(nn, name)
-        if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-            continue
-        for arguments, shape in (((), (4, 4)), ((4,), (2, 4, 4)), ((4, 4), (4, 4)), ((2,), (2, 2, 8, 8))):
-            try:
-                module, inputs = kind(*arguments), torch.rand(shape)
-                told, state = draws_of(module), torch.get_rng_state()
-                module(inputs)
-            except Exception:
-                continue
-            tried += 1
-            assert told > Draws.NOTHING or torch.equal(state, torch.get_rng_state()), name
-    assert tried > 50
 
 
 def test_python_and_numpy_draw_alike_wherever_user_code_may_draw():
@@ -425,7 +354,7 @@ def test_nothing_is_imported_before_it_is_needed():
 )
 def test_the_command_line_answers_without_torch(arguments, code, text):
     script = (
-        "import sys\nfrom accel_trainer.cli import main\n"
+        "import sys\nfrom accel_trainer.tools.cli import main\n"
         f"try:\n    code = main({arguments!r})\nexcept SystemExit as exit:\n    code = exit.code\n"
         f"assert code == {code}, code\nassert 'torch' not in sys.modules"
     )
@@ -440,36 +369,20 @@ def test_the_command_line_answers_without_torch(arguments, code, text):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_ledger_of_a_long_epoch_does_not_grow():
+def test_the_loss_table_of_a_long_epoch_does_not_grow(monkeypatch):
     """What has been reported is kept as sums only."""
+    sizes, report = [], LossTable.report
 
-    class Size(Callback):
-        def __init__(self):
-            self.sizes = []
+    def spied(table):
+        sizes.append(sum(len(value) for value in vars(table).values() if isinstance(value, list)))
+        return report(table)
 
-        def on_step_end(self, trainer):
-            if trainer.state.step % 100 == 0:
-                ledger = self.training.ledger
-                self.sizes.append(sum(len(value) for value in vars(ledger).values() if isinstance(value, list)))
-
-    size = Size()
+    monkeypatch.setattr(LossTable, "report", spied)
     model, data = nn.Linear(1, 1), TensorDataset(torch.zeros(1000, 1), torch.zeros(1000, 1))
-    trainer = Trainer(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        nn.MSELoss(),
-        callbacks=[size],
-        config=quiet(num_epochs=1, report_every=10),
-    )
-    attach = trainer._attach_callbacks
-
-    def keep(training, *rest, **options):
-        size.training = training
-        attach(training, *rest, **options)
-
-    trainer._attach_callbacks = keep
-    trainer.fit(DataLoader(data, 1))
-    assert len(set(size.sizes)) == 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = quiet(num_epochs=1, report_every=10)
+    Trainer(model, optimizer, nn.MSELoss(), config=config).fit(DataLoader(data, 1))
+    assert len(sizes) == 100 and max(sizes[1:]) == sizes[1]
 
 
 def count_messages(num_epochs, report_every=50):
@@ -506,7 +419,7 @@ def test_without_restore_best_and_run_dir_no_copy_of_the_weights_is_made(monkeyp
     def fail(*_):
         raise AssertionError("copied")
 
-    monkeypatch.setattr("accel_trainer.saving._HostBuffers.copy", fail)
+    monkeypatch.setattr("accel_trainer.storage.saver._HostBuffers.copy", fail)
     model = make_model()
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -19,12 +19,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
 
 from accel_trainer import Callback, ProcessFailedError, TrainConfig, Trainer, launch, load_best
-from accel_trainer.callbacks import LiveCurve, styled
-from accel_trainer.checkpoints import RunFolder, steps_in
-from accel_trainer.cli import main
-from accel_trainer.console import complain, is_terminal, pass_on, show, warn
-from accel_trainer.environment import describe_environment, masked
+from accel_trainer.base.console import complain, is_terminal, pass_on, show, warn
+from accel_trainer.devices.environment import describe_environment, masked
 from accel_trainer.history import History
+from accel_trainer.storage.checkpoints import steps_in
+from accel_trainer.storage.run_folder import RunFolder
+from accel_trainer.tools.cli import main
+from accel_trainer.view.notebook import LiveCurve
+from accel_trainer.view.screen import styled
 from support import ROOT, correct, loader_of, make_data, make_model, quiet
 
 # --- the screen -------------------------------------------------------------------------------------------------------
@@ -241,10 +243,10 @@ def test_a_picture_needs_no_latex(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [RuntimeError("no font"), ValueError("no style"), AttributeError("no backend")])
 def test_a_picture_that_cannot_be_drawn_is_a_warning(error, tmp_path, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(History, "plot", refuse)
+    monkeypatch.setattr("accel_trainer.view.reporter.draw_losses", refuse)
     with pytest.warns(UserWarning, match=f"Could not write .*losses.png: {error}"):
         _, history = fit(run_dir=tmp_path / "run", verbose=False)
     assert history.num_epochs == 2 and (tmp_path / "run" / "report.html").is_file()
@@ -254,7 +256,7 @@ def test_a_curve_that_cannot_be_drawn_is_a_warning(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("accel_trainer.callbacks.draw_losses", refuse)
+    monkeypatch.setattr("accel_trainer.view.notebook.draw_losses", refuse)
     with pytest.warns(UserWarning, match="Could not draw the losses: RuntimeError.'no font'"):
         _, history = fit([LiveCurve()], verbose=False)
     assert history.num_epochs == 2
@@ -406,7 +408,7 @@ def test_what_a_kill_leaves_of_a_file_is_cleaned_up(tmp_path):
     fit(run_dir=tmp_path / "run", verbose=False)
     names = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     (tmp_path / "run/checkpoints/.step_00000009.part").mkdir()
-    for name in ("best/.tmpAb1xYz", "best/.model.safetensors.part", ".losses.part.png", ".nonfinite.json.part"):
+    for name in ("best/.tmpAb1xYz", "best/.model.safetensors.part", ".losses.png.part", ".nonfinite.json.part"):
         (tmp_path / "run" / name).touch()
     for name in (".tmpAb1xYz", "model.safetensors"):
         (tmp_path / "run/checkpoints/.step_00000009.part" / name).touch()

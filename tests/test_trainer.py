@@ -831,8 +831,8 @@ def test_a_hook_that_nobody_overrides_is_not_called():
 
     calls = []
     callbacks = Callbacks([Loud(), Callback()])
-    assert [len(listeners) for listeners in callbacks._listeners.values()] == [0, 0, 0, 1, 0]
-    callbacks.call("on_step_end", None), callbacks.call("on_epoch_end", None)
+    assert callbacks.heard == {"on_epoch_end"}
+    callbacks.call("on_step_end"), callbacks.call("on_epoch_end")
     assert calls == ["epoch"]
 
 

@@ -722,36 +722,6 @@ def test_a_callback_that_is_not_called_again_is_named(tmp_path, capsys):
     assert "on_epoch_start of Freezes is not called again" in run(None)
 
 
-class Late(nn.Module):
-    """Running statistics, or a table, that the first forward makes."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.layer, self.kind = nn.Linear(5, 3), kind
-        self.register_buffer("late", None)
-
-    def forward(self, inputs):
-        if self.late is None:
-            self.late = torch.zeros(5)
-        if self.training and self.kind == "statistics":
-            self.late = 0.5 * self.late + 0.5 * inputs.mean(0)
-        return self.layer(inputs - self.late)
-
-
-@pytest.mark.parametrize(
-    ("kind", "cut", "is_told"), [("statistics", 2, True), ("statistics", 1, False), ("table", 2, False)]
-)
-def test_statistics_that_begin_as_nothing_are_told(kind, cut, is_told):
-    model = Late(kind)
-    trainer = Trainer(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=quiet(num_micro_batches=cut)
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.fit(loader_of(make_data(24), 8))
-    assert [("'late' of Late is None at first" in str(one.message)) for one in caught] == [True] * is_told
-
-
 class Grows(Callback):
     """Gives the model layers and buffers on the way."""
 

@@ -1,0 +1,1 @@
+"""What every room stands on: lines on the screen, messages between processes, plain data as JSON."""

@@ -1,0 +1,108 @@
+"""Lines on the screen. Whatever is wrong with it - none, closed, another alphabet - is no error of what speaks."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
+
+
+class Styled(str):
+    """A text with colours of this package's own, which are shown; others would be left out."""
+
+
+def printable(text: str) -> str:
+    r"""Return a text with question marks in place of what would steer a terminal, as a file may hold it.
+
+    Example:
+        >>> printable("a run \x1b[2J that clears the screen")
+        'a run ?[2J that clears the screen'
+    """
+    return _CONTROL.sub("?", text)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Return whether somebody reads a stream as it is written; `False` for what is none, or closed."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Write a line to standard output."""
+    _write(sys.stdout, (text if isinstance(text, Styled) else printable(text)) + end)
+
+
+def pass_on(text: str) -> None:
+    """Write to standard output what another process has written, as it is."""
+    _write(sys.stdout, text)
+
+
+def complain(text: str) -> None:
+    """Write a line to the standard error output."""
+    _write(sys.stderr, printable(text) + "\n")
+
+
+def warn(text: str, stacklevel: int = 2) -> None:
+    """Warn, by Python's own way, of what the user should know.
+
+    Args:
+        text: What.
+        stacklevel: Whose line is named, as of `warnings.warn`: 1 is that of the call.
+    """
+    text = printable(text)
+    try:
+        warnings.warn(text, stacklevel=stacklevel + 1)
+    except Warning:  # the user wants them as errors
+        raise
+    except (OSError, ValueError):  # the stream is closed, or cannot be written in this alphabet
+        _write(sys.stderr, f"{text}\n")
+
+
+def _write(stream: Any, text: str) -> None:
+    """Write a text as far as the stream takes it: letters that it does not know become question marks."""
+    try:
+        try:
+            stream.write(text)
+        except UnicodeError:
+            stream.write(text.encode("ascii", "replace").decode("ascii"))
+        stream.flush()
+    except (AttributeError, OSError, ValueError):  # no stream, a reader that is gone, a closed one
+        pass
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that a wrong one is most like; `None` if none is as like as the cutoff, from 0 to 1."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one of the launch that speaks, before there is a group of processes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Lenient:
+    """A stream for a library that writes to it by itself: what it does not take is left out."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write as far as that goes."""
+        _write(self._stream, text)
+
+    def flush(self) -> None:
+        """Do nothing: each write is flushed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self._stream is getattr(other, "_stream", other)

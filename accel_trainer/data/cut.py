@@ -1,0 +1,101 @@
+"""How a batch is cut into micro-batches, and which process computes which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """How the work is divided: this process, of how many, and the micro-batches of a batch."""
+
+    process: int
+    num_processes: int
+    num_micro_batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The samples `start:stop` of a batch as one micro-batch of this process.
+
+    Attributes:
+        index: Index of the micro-batch in the batch, over all processes.
+        start: First sample.
+        stop: Behind the last sample.
+        is_padding: Whether this process is left without samples of its own: it takes part in the collectives with the
+            batch's first micro-batch, whose loss and gradient then weigh nothing.
+        is_first: Whether it is the first of this process.
+        is_last: Whether it is the last of this process.
+        is_whole: Whether it is the whole batch.
+    """
+
+    index: int
+    start: int
+    stop: int
+    is_padding: bool
+    is_first: bool
+    is_last: bool
+    is_whole: bool
+
+
+@lru_cache(maxsize=1024)
+def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
+    """Return the micro-batches of this process for a batch of so many samples.
+
+    The batch is cut into contiguous pieces whose sizes differ by at most one sample, the larger first; the pieces are
+    dealt to the processes in contiguous runs of which the same holds.
+
+    Example:
+        >>> [(piece.start, piece.stop) for piece in cut(10, Layout(process=0, num_processes=2, num_micro_batches=3))]
+        [(0, 4), (4, 7)]
+    """
+    bounds = _even_bounds(num_samples, layout.num_micro_batches)
+    mine = [(index, *bounds[index], False) for index in run_of(layout) if bounds[index][0] < bounds[index][1]]
+    mine = mine or [(0, *bounds[0], True)]
+    last = len(mine) - 1
+    return tuple(
+        Piece(*piece, number == 0, number == last, piece[2] - piece[1] == num_samples)
+        for number, piece in enumerate(mine)
+    )
+
+
+def run_of(layout: Layout) -> range:
+    """Return the micro-batches that this process computes."""
+    return range(*_even_bounds(layout.num_micro_batches, layout.num_processes)[layout.process])
+
+
+def process_of(index: int, layout: Layout) -> int:
+    """Return the process that computes a micro-batch."""
+    return next(process for process in range(layout.num_processes) if index in run_of(layout._replace(process=process)))
+
+
+def _even_bounds(total: int, parts: int) -> list[tuple[int, int]]:
+    size, larger = divmod(total, parts)
+    starts = [part * size + min(part, larger) for part in range(parts + 1)]
+    return list(pairwise(starts))
+
+
+def describe_batch(num_samples: int, layout: Layout) -> str:
+    """Return the arithmetic of a batch in words.
+
+    Example:
+        >>> describe_batch(64, Layout(process=0, num_processes=2, num_micro_batches=4))
+        'batch 64 = 2 processes x 2 micro-batches x 16'
+    """
+    factors = [
+        _count({layout.num_processes}, "process"),
+        _count(_sizes(layout.num_micro_batches, layout.num_processes), "micro-batch"),
+        _count(_sizes(num_samples, layout.num_micro_batches), ""),
+    ]
+    return f"batch {num_samples} = {' x '.join(factors)}"
+
+
+def _sizes(total: int, parts: int) -> set[int]:
+    return {stop - start for start, stop in _even_bounds(total, parts)}
+
+
+def _count(numbers: set[int], noun: str) -> str:
+    plural = f" {noun}{'es' if numbers != {1} else ''}" if noun else ""
+    return " or ".join(str(number) for number in sorted(numbers, reverse=True)) + plural

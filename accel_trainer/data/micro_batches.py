@@ -1,0 +1,386 @@
+"""Micro-batches: fetched, cut and seeded alike on any number of processes.
+
+A batch is what the user's loader says, whatever the number of processes. Every process draws the same batches of
+indices, cuts each the same way, and fetches only its own pieces.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, default_collate
+
+from ..base.exchange import gather_objects, share_object
+from .collated import count_samples, pinned, take
+from .cut import Layout, Piece, cut
+from .order import index_batches, is_stream, length_of, sampler_of
+from .randomness import DATA, FETCH, SeededIterator, derive_seed
+from .sources import TensorSource, divide, mark_of, not_negative, tensor_source_of
+from .workers import Request, RequestSampler, SeededDataset, loader_of_requests, read_from_workers, sheltered
+
+_TOGETHER = 32  # micro-batches that are fetched in one go, at most ...
+_TOGETHER_BYTES = 2**20  # ... and what they may take: who keeps one keeps the memory of all
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """The samples of one optimizer step, over all processes.
+
+    Attributes:
+        number: Index of the batch in the pass over the data, 0-based.
+        size: Number of its samples, over all processes.
+        layout: How it is cut.
+        is_full: Whether it is as large as the loader's batches are; the last of a pass may be shorter.
+    """
+
+    number: int
+    size: int
+    layout: Layout
+    is_full: bool = True
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches with samples, over all processes."""
+        return min(self.size, self.layout.num_micro_batches)
+
+    @property
+    def has_equal_pieces(self) -> bool:
+        """Whether all micro-batches have the same number of samples."""
+        return self.size % self.layout.num_micro_batches == 0
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """One forward of this process.
+
+    Attributes:
+        data: What the user's collate function made of the samples.
+        piece: Which samples of the batch they are.
+        batch: The batch.
+        num_held: Samples in it where a collate function may have left out or added some; `None` if as many as asked.
+    """
+
+    data: Any
+    piece: Piece
+    batch: Batch
+    num_held: int | None = None
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Number of the batch and index of the micro-batch in it: the order of the sums."""
+        return self.batch.number, self.piece.index
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that count: 0 for padding."""
+        if self.piece.is_padding:
+            return 0
+        return self.piece.stop - self.piece.start if self.num_held is None else self.num_held
+
+    def move(self, to_device: Callable[[Any], Any]) -> None:
+        """Put the data where the model is."""
+        self.data = to_device(self.data)
+
+
+class MicroBatchLoader:
+    """The micro-batches of this process, pass by pass.
+
+    Whoever calls `recut` while it is iterated gets the batch under way once more, from its start, in the new cut.
+
+    Args:
+        data_loader: The user's loader: any sampler, batch sampler, collate function and workers.
+        layout: This process and the cut.
+        seed: The user's seed.
+        pin_memory: Copy each micro-batch to page-locked memory, from which a device can copy while it computes.
+        on_recut: Called with the new number of micro-batches; `None` where the cut is fixed.
+        may_be_pairs: Whether a batch of two is inputs and targets, rather than two samples.
+
+    Attributes:
+        layout: The cut of the batches to come.
+        source: What fetches many samples at once; `None` where the data is not known to be tensors or a table.
+        num_changes: Grows while data in memory is found changed within a pass.
+        seconds: Time that the caller has waited for micro-batches.
+    """
+
+    def __init__(
+        self,
+        data_loader: DataLoader[Any],
+        layout: Layout,
+        seed: int,
+        pin_memory: bool = False,
+        on_recut: Callable[[int], None] | None = None,
+        may_be_pairs: bool = True,
+    ) -> None:
+        self.data_loader, self.layout, self.seed, self._on_recut = data_loader, layout, seed, on_recut
+        self._may_be_pairs, self._pin_memory = may_be_pairs, pin_memory
+        self.num_changes, self.seconds = 0, 0.0
+        self.source: TensorSource | None = None
+        self._requests = RequestSampler()
+        has_plain_batches = data_loader.collate_fn is default_collate and data_loader.batch_sampler is not None
+        if has_plain_batches and not is_stream(data_loader):
+            self.source = tensor_source_of(data_loader.dataset)
+
+    @cached_property
+    def _dataset(self) -> SeededDataset:
+        return SeededDataset(self.data_loader, self.source)
+
+    @cached_property
+    def _workers(self) -> DataLoader[Any] | None:
+        """The loader that asks workers; `None` if there are none."""
+        if not self.data_loader.num_workers or (self.source is not None and self.source.in_memory):
+            return None
+        return loader_of_requests(self.data_loader, self._dataset, self._requests, self._pin_memory)
+
+    @property
+    def may_recut(self) -> bool:
+        """Whether the number of micro-batches is free."""
+        return self._on_recut is not None
+
+    @property
+    def may_hold_others(self) -> bool:
+        """Whether a micro-batch may hold more samples, or fewer, than it has indices."""
+        if self.source is not None or is_stream(self.data_loader):
+            return False
+        dataset = self.data_loader.dataset
+        while type(dataset) is Subset:
+            dataset = dataset.dataset
+        is_known = type(dataset).__module__.startswith(("torch.", "datasets."))
+        by_lists = self.data_loader.batch_sampler is None or (hasattr(dataset, "__getitems__") and not is_known)
+        return by_lists or self.data_loader.collate_fn is not default_collate
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all samples are known to have one size."""
+        return self.source is not None and self.source.sample_nbytes is not None
+
+    def use_source(self, source: TensorSource) -> None:
+        """Fetch the same samples from another place, before anything has been fetched."""
+        self.source = source
+
+    def refresh(self) -> None:
+        """Look whether the dataset has been given another form, such as a transform; each pass begins with that."""
+        if self.source is not None and not self.source.is_current:
+            self.source = tensor_source_of(self.data_loader.dataset)
+            for made in ("_dataset", "_workers"):
+                self.__dict__.pop(made, None)
+
+    def use_layout(self, layout: Layout) -> None:
+        """Cut the batches to come so."""
+        self.layout = layout
+
+    def recut(self, layout: Layout) -> None:
+        """Cut the batch under way, from its start, and all that follow in another number of micro-batches."""
+        self.layout = layout
+        if self._on_recut is not None:
+            self._on_recut(layout.num_micro_batches)
+
+    def check_same_everywhere(self, name: str) -> None:
+        """Refuse data that differs between the processes: a random split without a seed, or a part for each.
+
+        Compares lengths, the rows of a `Subset`, and a few samples of tensors and tables; neither a sampler nor a
+        dataset of the user's own is touched.
+
+        Raises:
+            ValueError: The processes do not have the same data.
+        """
+        if self.layout.num_processes == 1:
+            return
+        dataset = self.data_loader.dataset
+        found = (None, "a part") if _is_part(dataset) else (length_of(dataset), mark_of(dataset))
+        lengths, marks = zip(*gather_objects(found), strict=True)
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"{name} has datasets of different lengths on the processes: {list(lengths)}. {_UNDIVIDED}"
+            )
+        if len(set(marks)) > 1 or "a part" in marks:
+            raise ValueError(
+                f"{name} has other samples on each process. Split and shuffle with a fixed seed, so that all agree. "
+                f"{_UNDIVIDED}"
+            )
+
+    def micro_batches(self, epoch: int, first_batch: int = 0) -> Generator[MicroBatch]:
+        """Yield the micro-batches of this process for one pass over the data.
+
+        Args:
+            epoch: The pass, 1-based.
+            first_batch: Where to begin, 0-based. Nothing is loaded to be skipped; a stream, which has no addresses,
+                is read from its start.
+        """
+        fetched = self._streamed(epoch, first_batch) if is_stream(self.data_loader) else self._read(epoch, first_batch)
+        with closing(fetched):
+            while True:
+                asked = perf_counter()
+                micro_batch = next(fetched, None)
+                self.seconds += perf_counter() - asked
+                if micro_batch is None:
+                    return
+                yield micro_batch
+
+    def indices_of(self, epoch: int, number: int) -> list[Any] | None:
+        """Return the samples of a batch; `None` for a stream."""
+        if is_stream(self.data_loader):
+            return None
+        indices = next(index_batches(self.data_loader, self.seed, epoch, number))
+        return indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
+
+    def _read(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
+        self.refresh()
+        again: int | None = first_batch
+        while again is not None:
+            again = yield from self._in_one_cut(epoch, again)
+
+    def _in_one_cut(self, epoch: int, first_batch: int) -> Generator[MicroBatch, None, int | None]:
+        """Yield until the pass is over, or return the batch to do again when the cut has changed."""
+        layout, may_hold_others = self.layout, self.may_hold_others
+        fetched = self._fetched(epoch, first_batch) if self._workers is None else self._from_workers(epoch, first_batch)
+        with closing(fetched):
+            for micro_batch in fetched:
+                if may_hold_others:
+                    num_asked = micro_batch.piece.stop - micro_batch.piece.start
+                    micro_batch.num_held = count_samples(micro_batch.data, num_asked, self._may_be_pairs)
+                yield micro_batch
+                if self.layout != layout:
+                    return micro_batch.batch.number
+        return None
+
+    def _fetched(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
+        planned = self._planned(epoch, first_batch)
+        if self.source is None or self.source.sample_nbytes is None:
+            for micro_batch in planned:
+                data = self._fetch(epoch, micro_batch)
+                micro_batch.data = pinned(data) if self._pin_memory else data
+                yield micro_batch
+        else:
+            yield from self._several_at_once(planned, self.source)
+
+    def _several_at_once(self, planned: Iterator[MicroBatch], source: TensorSource) -> Generator[MicroBatch]:
+        """Fetch what follows in one go, as far as it is small: that costs little more than one micro-batch does."""
+        for first in planned:
+            size = len(first.data) * (source.sample_nbytes or 1)
+            others = min(_TOGETHER, _TOGETHER_BYTES // max(1, size)) - 1
+            together = [first, *itertools.islice(planned, max(0, others))]
+            version = source.version
+            data = source(torch.cat([micro_batch.data for micro_batch in together]))
+            if self._pin_memory:
+                data = pinned(data)
+            sizes = [len(micro_batch.data) for micro_batch in together]
+            for micro_batch, part in zip(together, divide(data, sizes), strict=True):
+                if [tensor._version for tensor in source.versioned] == version:
+                    micro_batch.data = part
+                else:  # a callback has written into the data
+                    micro_batch.data = source(micro_batch.data)
+                    self.num_changes += 1
+                yield micro_batch
+
+    def _from_workers(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
+        planned: deque[MicroBatch] = deque()  # workers run ahead; what they were asked waits here
+        self._requests.start(self._asked(epoch, first_batch, planned))
+        with closing(read_from_workers(iter(self._workers))) as parcels:  # type: ignore[arg-type]
+            for parcel in parcels:
+                micro_batch = planned.popleft()
+                micro_batch.data = parcel.data
+                yield micro_batch
+
+    def _planned(self, epoch: int, first_batch: int) -> Iterator[MicroBatch]:
+        """Yield the micro-batches with their indices in place of their data."""
+        sampler = sampler_of(self.data_loader)
+        full_size = sampler.batch_size if type(sampler) is BatchSampler else None
+        batches = index_batches(self.data_loader, self.seed, epoch, first_batch)
+        for number, indices in enumerate(batches, start=first_batch):
+            if not isinstance(indices, torch.Tensor) and not hasattr(indices, "__len__"):
+                raise TypeError(
+                    f"With batch_size=None the sampler must yield lists of indices, got {type(indices).__name__}. "
+                    "Give the DataLoader a batch_size, or a BatchSampler as its sampler."
+                )
+            if not len(indices):
+                continue
+            if self.source is not None and not isinstance(indices, torch.Tensor):
+                indices = torch.as_tensor(not_negative(indices, len(self.data_loader.dataset)))  # type: ignore[arg-type]
+            batch_size = len(indices)
+            batch = Batch(number, batch_size, self.layout, batch_size == full_size or full_size is None)
+            for piece in cut(batch_size, self.layout):
+                yield MicroBatch(indices if piece.is_whole else indices[piece.start : piece.stop], piece, batch)
+
+    def _asked(self, epoch: int, first_batch: int, planned: deque[MicroBatch]) -> Iterator[Request]:
+        for micro_batch in self._planned(epoch, first_batch):
+            planned.append(micro_batch)
+            yield self._request(epoch, micro_batch)
+
+    def _request(self, epoch: int, micro_batch: MicroBatch) -> Request:
+        indices = micro_batch.data
+        indices = indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
+        return Request(indices, derive_seed(self.seed, FETCH, epoch, micro_batch.batch.number, micro_batch.piece.start))
+
+    def _fetch(self, epoch: int, micro_batch: MicroBatch) -> Any:
+        if self.source is not None:
+            return self.source(micro_batch.data)
+        return self._dataset[self._request(epoch, micro_batch)]
+
+    def _streamed(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
+        """Read a stream on the main process only, share each batch, and take this process's samples out of it."""
+        _tell_epoch(self.data_loader.dataset, epoch - 1)
+        is_reader = self.layout.process == 0
+        batches = None
+        if is_reader:
+            with sheltered(self.data_loader):
+                read = read_from_workers(SeededIterator(self.data_loader, derive_seed(self.seed, DATA, epoch)))
+            batches = itertools.islice(read, first_batch, None)
+        for number in itertools.count(first_batch):
+            samples = next(batches, _END) if batches is not None else None
+            if self.layout.num_processes > 1:
+                samples = share_object(samples)
+            if isinstance(samples, _End):
+                return
+            num_samples = count_samples(samples, may_be_pair=self._may_be_pairs)
+            if num_samples is None:
+                raise TypeError(
+                    "A batch of a stream must tell how many samples it holds: give its targets, or all of its tensors, "
+                    "one entry per sample in their first dimension."
+                )
+            layout = None
+            while layout != self.layout:  # once, or again in the new cut
+                layout = self.layout
+                batch = Batch(number, num_samples, layout, num_samples == (self.data_loader.batch_size or num_samples))
+                for piece in cut(num_samples, layout):
+                    data = samples if piece.is_whole else take(samples, piece.start, piece.stop, num_samples)
+                    yield MicroBatch(data, piece, batch)
+                    if self.layout != layout:
+                        break
+
+
+_UNDIVIDED = "Do not divide the data over the processes (split_dataset_by_node): the trainer divides each batch."
+
+
+def _tell_epoch(dataset: Any, epoch: int) -> None:
+    """Tell a stream, or the streams that it is made of, which epoch begins (0-based)."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+        return
+    for stream in _made_of(dataset):
+        _tell_epoch(stream, epoch)
+
+
+def _is_part(dataset: Any) -> bool:
+    """Return whether a stream of the `datasets` library, or one that it is made of, is what a process has of it."""
+    own = getattr(getattr(dataset, "_distributed", None), "world_size", 1)
+    return own > 1 or (isinstance(dataset, IterableDataset) and any(map(_is_part, _made_of(dataset))))
+
+
+def _made_of(dataset: Any) -> list[Dataset[Any]]:
+    inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
+    return [one for one in inner if isinstance(one, Dataset)] if isinstance(inner, (list, tuple)) else []
+
+
+class _End:
+    """Mark the end of a stream."""
+
+
+_END = _End()

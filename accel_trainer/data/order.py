@@ -1,0 +1,133 @@
+"""The order of the samples, and what a loader says of itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from .randomness import ORDER, SeededIterator, derive_seed
+
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """Return what yields batches of indices."""
+    return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+
+
+def index_batches(
+    loader: DataLoader[Any], seed: int, epoch: int, first_batch: int = 0
+) -> Iterator[torch.Tensor | Sequence[Any]]:
+    """Yield the indices of each batch of this epoch: a pure function of (loader, seed, epoch).
+
+    Args:
+        loader: A loader of a map-style dataset.
+        seed: The user's seed.
+        epoch: Pass over the data, 1-based.
+        first_batch: Where to begin, 0-based; a sampler that is not torch's own draws the indices before it too.
+    """
+    sampler = sampler_of(loader)
+    inner = getattr(sampler, "sampler", sampler)
+    for stateful in (sampler, inner):
+        if hasattr(stateful, "set_epoch"):
+            stateful.set_epoch(epoch - 1)  # 0-based by torch's custom
+    own = getattr(inner, "generator", None)
+    path = (own.initial_seed() & (2**63 - 1),) if isinstance(own, torch.Generator) else ()
+    seed = derive_seed(seed, ORDER, epoch, *path)
+    order = _own_order(inner, seed) if type(sampler) is BatchSampler else None
+    if order is None:
+        # The generator of a sampler sits in the batch sampler or in the sampler inside.
+        drawn = SeededIterator(sampler if own is None else _Drawing(sampler, own), seed)
+        yield from itertools.islice(drawn, first_batch, None)
+    else:
+        size: int = sampler.batch_size
+        end = len(order) - len(order) % size if sampler.drop_last else len(order)
+        for start in range(first_batch * size, end, size):
+            yield order[start : start + size]
+
+
+def dataset_order(loader: DataLoader[Any]) -> Any:
+    """Return a sampler of the samples that a loader reaches, each once, in the order of the dataset."""
+    sampler = sampler_of(loader)
+    inner = getattr(sampler, "sampler", sampler)
+    if type(inner) in (SequentialSampler, RandomSampler, WeightedRandomSampler):
+        return SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    drawn = list(SeededIterator(inner, 0))
+    return sorted({index for item in drawn for index in (item if isinstance(item, (list, tuple)) else [item])})
+
+
+class _Drawing:
+    """A batch sampler shown together with the generator of the sampler inside it."""
+
+    def __init__(self, sampler: Iterable[Any], generator: torch.Generator) -> None:
+        self.sampler, self.generator = sampler, generator
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.sampler)
+
+
+def _own_order(sampler: object, seed: int) -> torch.Tensor | None:
+    """Return the order of torch's two common samplers as one tensor, `None` for any other sampler."""
+    if type(sampler) is SequentialSampler:
+        return torch.arange(len(sampler.data_source))
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
+        return torch.randperm(sampler.num_samples, generator=torch.Generator().manual_seed(seed))
+    return None
+
+
+def is_stream(loader: DataLoader[Any]) -> bool:
+    """Return whether the loader reads an iterable dataset, whose samples cannot be addressed."""
+    return isinstance(loader.dataset, IterableDataset)
+
+
+def num_batches(loader: DataLoader[Any]) -> int | None:
+    """Return the batches of one pass over the data, `None` if the loader cannot say."""
+    return length_of(loader)
+
+
+def length_of(thing: Any) -> int | None:
+    """Return the length of a loader, dataset or sampler, `None` if it cannot say."""
+    try:
+        return len(thing)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def check_loader(loader: object, name: str, may_be_empty: bool = False) -> None:
+    """Refuse a loader that the trainer could not divide, before anything is trained.
+
+    Raises:
+        TypeError: Not a plain torch `DataLoader`.
+        ValueError: It has a `DistributedSampler`, or yields no batch.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"{name} must be a torch.utils.data.DataLoader, got {type(loader).__name__}.")
+    if type(loader).__module__.startswith("accelerate."):
+        raise TypeError(f"{name} is already prepared by Accelerate. Give the plain DataLoader: the trainer divides it.")
+    kind = type(loader)
+    if kind.__iter__ is not DataLoader.__iter__ and not kind.__module__.startswith(("torch.", "torchdata.")):
+        raise TypeError(
+            f"{name} is a {kind.__name__}, whose own __iter__ would not be used: the trainer asks sampler and dataset "
+            "itself. Give a plain DataLoader; persistent_workers=True keeps its workers between epochs."
+        )
+    sampler = sampler_of(loader) if not is_stream(loader) else None
+    for part in (sampler, getattr(sampler, "sampler", None)):
+        if isinstance(part, DistributedSampler):
+            raise ValueError(
+                f"{name} has a DistributedSampler, but the trainer divides each batch over the processes by itself. "
+                "Remove it: DataLoader(dataset, batch_size=..., shuffle=True)."
+            )
+    if num_batches(loader) == 0 and not may_be_empty:
+        length = f"{len(loader.dataset)} samples" if hasattr(loader.dataset, "__len__") else "no samples"
+        rest = f" and drop_last=True with batch_size {loader.batch_size}" if loader.drop_last else ""
+        raise ValueError(f"{name} yields no batch: its dataset has {length}{rest}.")

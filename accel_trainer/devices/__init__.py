@@ -1,0 +1,1 @@
+"""What computes: hardware, the prepared model, memory, and agreement between the processes."""

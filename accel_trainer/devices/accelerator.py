@@ -1,0 +1,177 @@
+"""Build the one `Accelerator`, or refuse what the launch asks for and would not happen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from ..errors import HardwareError
+
+_PLUGINS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+def check_environment() -> None:
+    """Refuse what the launch asks for and would not happen."""
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", ""):
+        raise HardwareError(_accumulation_hint(steps))
+    for variable, plugin in _PLUGINS.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+            _refuse_plugin(plugin)
+
+
+def _accumulation_hint(steps: object) -> str:
+    return (
+        f"gradient_accumulation_steps={steps} is not used here: the loader's batch is what one update sees, on any "
+        "number of processes. Multiply batch_size by it and set num_micro_batches in TrainConfig to cut the batch."
+    )
+
+
+def _refuse_plugin(plugin: str) -> None:
+    raise HardwareError(
+        f"The launch asks for {plugin}, which this version does not support (and which Accelerate silently ignores on "
+        "CPU). Launch without it: one process per device, each with the whole model."
+    )
+
+
+def build_accelerator(mixed_precision: str | None, factory: Callable[[], Accelerator] | None) -> Accelerator:
+    """Return the `Accelerator` of this process: the user's own, or one for what is there."""
+    if not torch.accelerator.is_available() or _asks_for_cpu():
+        _meet_after_restart()
+    if factory is not None:
+        accelerator = factory()
+        if not isinstance(accelerator, Accelerator):
+            raise TypeError(f"accelerator must be a function that returns an Accelerator, got {accelerator!r}.")
+        return accelerator
+    state = AcceleratorState._shared_state
+    if mixed_precision is not None and state and state["_mixed_precision"] != mixed_precision:
+        raise HardwareError(
+            f"This process already has an Accelerator with mixed_precision={state['_mixed_precision']!r}, and "
+            f"Accelerate cannot change it to {mixed_precision!r}. Use the same setting, or a fresh process."
+        )
+    # Without an accelerator Accelerate would start as many separate trainings as there are processes.
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    cpu = several and not torch.accelerator.is_available()
+    _check_precision(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+
+
+_OF_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+
+
+@contextmanager
+def without_blank_variables() -> Iterator[None]:
+    """Take a launcher's variable that is set to nothing as not set; Accelerate takes it for a broken number."""
+    blank = [name for name in _OF_LAUNCHERS if os.environ.get(name) == ""]
+    for name in blank:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(dict.fromkeys(blank, ""))
+
+
+def _asks_for_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+
+
+def _meet_after_restart() -> None:
+    """Form the group of processes that a launcher has started again.
+
+    The store outlives them, and gloo would find in it the addresses of those that are gone: each attempt gets names of
+    its own (huggingface/accelerate and torch up to 2.13 leave them out).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
+    prefixed = torch.distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo", store=prefixed, rank=rank, world_size=size)
+
+
+def check_accelerator(accelerator: Accelerator, mixed_precision: str | None) -> None:
+    """Refuse an `Accelerator` that would do something else than what was asked for."""
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    if world_size != accelerator.num_processes:
+        raise HardwareError(
+            f"The launcher started {world_size} processes, but Accelerate sees {accelerator.num_processes}: each would "
+            "train alone. An Accelerator or PartialState made before the trainer, without cpu=True, does this: "
+            "remove it, or set ACCELERATE_USE_CPU=true."
+        )
+    if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise HardwareError(
+            f"The Accelerator knows of {world_size} processes and would not add up their gradients: each would train "
+            'alone. backend="gloo" needs cpu=True beside it, or ACCELERATE_USE_CPU=true.'
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise HardwareError(_accumulation_hint(accelerator.gradient_accumulation_steps))
+    for name, plugin in (
+        ("fsdp_plugin", "FSDP"),
+        ("deepspeed_plugin", "DeepSpeed"),
+        ("megatron_lm_plugin", "Megatron"),
+    ):
+        if getattr(accelerator.state, name, None) is not None:
+            _refuse_plugin(plugin)
+    check_environment()  # the user's function may have set a plugin, which announces itself there
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        _refuse_plugin(str(accelerator.distributed_type.value))
+    if mixed_precision is not None and accelerator.mixed_precision != mixed_precision:
+        raise HardwareError(
+            f"mixed_precision is {mixed_precision!r} in TrainConfig and {accelerator.mixed_precision!r} in the "
+            "Accelerator that was given: set it in one place."
+        )
+    _check_precision(accelerator.mixed_precision, accelerator.device.type)
+
+
+def possible_precisions(device_type: str) -> list[str]:
+    """Return the precisions that a kind of device can train in here."""
+    if device_type == "cpu":
+        return ["no", "bf16"]
+    if device_type == "cuda":
+        return ["no", "fp16", *(["bf16"] if torch.cuda.is_bf16_supported() else []), "fp8"]
+    return ["no", "fp16", "bf16"]
+
+
+def _check_precision(precision: str, device_type: str | None = None) -> None:
+    if device_type is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device_type = "cpu" if found is None or _asks_for_cpu() else found.type
+    possible = possible_precisions(device_type)
+    if precision not in possible:
+        raise HardwareError(
+            f"Precision {precision!r} is impossible on {device_type.upper()} (Accelerate would silently train in full "
+            f"precision). This machine can do: {', '.join(possible)}."
+        )
+
+
+def precision_source(mixed_precision: str | None, factory: object) -> str:
+    """Return where the precision comes from, in words."""
+    if mixed_precision is not None:
+        return "argument"
+    if factory is not None:
+        return "your Accelerator"
+    if AcceleratorState._shared_state:
+        return "the Accelerator of this process"
+    return "launcher or environment" if "ACCELERATE_MIXED_PRECISION" in os.environ else "default"
+
+
+def device_source(device: torch.device) -> str:
+    """Return why this device was chosen, in words."""
+    if _asks_for_cpu():
+        return "asked for by ACCELERATE_USE_CPU"
+    return "no accelerator found" if device.type == "cpu" and not torch.accelerator.is_available() else "found"

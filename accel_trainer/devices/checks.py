@@ -1,0 +1,84 @@
+"""What model and optimizer the trainer takes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.optim import Optimizer
+
+
+def check_model(model: object, bitwise: bool = False) -> None:
+    """Refuse what is not a plain model.
+
+    Args:
+        model: What the user gave.
+        bitwise: Whether not one bit may depend on the number of processes.
+
+    Raises:
+        TypeError: Not a module, or one that is wrapped for several processes already.
+        ValueError: A layer whose result depends on the number of processes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    renorming = (nn.Embedding, nn.EmbeddingBag)
+    if bitwise and any(isinstance(module, renorming) and module.max_norm is not None for module in model.modules()):
+        raise ValueError(
+            "An embedding with max_norm changes its weights in the forward, by the samples that a process has: "
+            "bitwise=True cannot promise anything of it. Leave max_norm out."
+        )
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise TypeError(f"model is wrapped in {type(model).__name__}. Give the plain model: the trainer wraps it.")
+    several = bitwise or int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if several and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "SyncBatchNorm normalises over processes, so the run would depend on their number. Use BatchNorm with a "
+            "fixed num_micro_batches, or a layer that does not look at the batch (GroupNorm, LayerNorm)."
+        )
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    try:
+        inspect.signature(type(optimizer).step).bind(optimizer)  # a scheduler wraps that of the object
+    except TypeError:
+        return True
+    except ValueError:  # of compiled code, which does not tell
+        return False
+    return False
+
+
+def check_optimizer(optimizer: object, model: nn.Module) -> None:
+    """Refuse an optimizer that would not train this model.
+
+    Raises:
+        TypeError: Not a torch optimizer, or one that calls the loss by itself.
+        ValueError: A model without trainable parameters, or an optimizer that holds others.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("LBFGS evaluates the loss several times in a step, which this loop does not do. Use another.")
+    if _needs_closure(optimizer):
+        raise TypeError(
+            f"The optimizer {type(optimizer).__name__} wants a closure, to evaluate the loss several times in a step, "
+            "which this loop does not do. Use another."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("The model has no trainable parameters: each has requires_grad=False, or there is none.")
+    foreign = foreign_parameters(optimizer, model)
+    if foreign:
+        num_held = sum(len(group["params"]) for group in optimizer.param_groups)
+        raise ValueError(
+            f"The optimizer holds {len(foreign)} of {num_held} parameters that are not the model's (the first has "
+            f"shape {tuple(foreign[0].shape)}). Build it from this model: Optimizer(model.parameters(), ...); a loss "
+            "with parameters belongs inside the model."
+        )
+
+
+def foreign_parameters(optimizer: Optimizer, model: nn.Module) -> list[torch.Tensor]:
+    """Return the parameters of an optimizer that are not, or no longer, those of a model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    return [one for group in optimizer.param_groups for one in group["params"] if id(one) not in own]

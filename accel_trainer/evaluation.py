@@ -1,0 +1,179 @@
+"""Evaluate and predict: loss, metrics and outputs over all samples of a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base.console import warn
+from .data.collated import count_samples
+from .data.micro_batches import MicroBatch, MicroBatchLoader
+from .data.randomness import EVALUATION, derive_seed, is_all_torchs, seed_all
+from .devices.agreement import Stopping
+from .devices.gathering import Gathered, of_samples
+from .devices.memory import until_it_fits
+from .devices.prepared import Prepared
+from .numbers.buffers import FixedBuffers
+from .numbers.loss_table import LossTable
+from .numbers.means import MeanProbe
+from .numbers.metrics import Metrics
+from .numbers.objective import Forward, Objective, call_model, check_loss, inputs_of
+
+
+def evaluate(
+    prepared: Prepared,
+    objective: Objective,
+    loader: MicroBatchLoader,
+    metrics: Metrics,
+    stopping: Stopping | None = None,
+    probe: MeanProbe | None = None,
+) -> dict[str, float] | None:
+    """Return the loss and metrics over all samples of a loader, the same numbers on every process.
+
+    Args:
+        prepared: The model.
+        objective: The loss.
+        loader: The micro-batches.
+        metrics: The metrics; there may be none.
+        stopping: With it the end of the run cuts it short, on all processes alike, and `None` is returned.
+        probe: Looks whether the functions are means.
+    """
+    hardware = prepared.hardware
+    loader.refresh()
+    is_even = objective.weighs_evenly(loader.source, loader.may_hold_others)
+    is_torchs = is_all_torchs(prepared.user_model, *objective.functions, *metrics.called)
+    for memory in until_it_fits(hardware, loader):
+        metrics.reset(hardware.device)
+        losses = LossTable(hardware.device, metrics.totalled, prepared.copies_losses)
+        gathered = Gathered(hardware, is_bounded=True) if metrics.whole else None
+        with evaluation_pass(prepared, loader, objective.modules) as micro_batches:
+            for micro_batch in micro_batches:
+                if micro_batch.piece.is_first:
+                    if stopping is not None and stopping.interrupts():
+                        return None
+                    losses.start_batch(micro_batch.batch.number, micro_batch.batch)
+                # No forward exchanges anything, so nobody needs padding.
+                if not micro_batch.piece.is_padding and not memory.exceeded:
+                    seed = derive_seed(loader.seed, EVALUATION, *micro_batch.position)
+                    seed_all(seed, hardware.generators, is_torchs)
+                    with memory.trying(micro_batch):
+                        forward = evaluated(prepared, objective, micro_batch, is_even)
+                        losses.add(micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))
+                        if gathered is not None:
+                            gathered.add(micro_batch, pair_of_samples(forward, micro_batch.num_samples))
+                        if probe is not None:
+                            uncompiled = partial(prepared.forward_mode, is_full=False)
+                            probe.look(objective, metrics, prepared.model, uncompiled, micro_batch, forward)
+                        del forward  # two outputs in memory are one too many
+                if gathered is not None:
+                    gathered.after(micro_batch)
+    totals = losses.exchange()
+    if probe is not None:
+        probe.settle(hardware.device, hardware.is_main)
+    if stopping is not None and not totals.num_samples:
+        raise ValueError("test_loader yields no batch (a stream that can be read once only is used up after a pass).")
+    values = totals.metrics | metrics.merge(hardware.num_processes)
+    if gathered is not None:
+        outputs, targets = gathered.joined() or (None, None)
+        values |= hardware.from_main(lambda: metrics.of_all(outputs, targets))
+    return {"loss": totals.loss, **metrics.in_order(values)}
+
+
+def evaluated(prepared: Prepared, objective: Objective, micro_batch: MicroBatch, is_even: bool) -> Forward:
+    """Return what a micro-batch gives in an evaluation; it is then on the device."""
+    micro_batch.move(prepared.place)
+    with prepared.forward_mode(micro_batch.batch.is_full):
+        forward = objective(prepared.model, micro_batch, is_even)
+    check_loss(forward.loss, needs_grad=False)
+    return forward
+
+
+def predict(prepared: Prepared, loader: MicroBatchLoader) -> Any:
+    """Return the model's outputs for every sample in the order of the loader, on the main process, in host memory."""
+    hardware = prepared.hardware
+    left_out: set[str] = set()
+    for memory in until_it_fits(hardware, loader):
+        gathered = Gathered(hardware)
+        with evaluation_pass(prepared, loader) as micro_batches:
+            for micro_batch in micro_batches:
+                if not micro_batch.piece.is_padding and not memory.exceeded:
+                    seed_all(derive_seed(loader.seed, EVALUATION, *micro_batch.position), hardware.generators)
+                    with memory.trying(micro_batch):
+                        gathered.add(micro_batch, predicted(prepared, micro_batch, left_out))
+                gathered.after(micro_batch)
+        outputs = gathered.joined()
+    if left_out and hardware.is_main:
+        warn(f"predict leaves out what has no entry per sample: {', '.join(sorted(left_out))}.", stacklevel=3)
+    return outputs
+
+
+def predicted(prepared: Prepared, micro_batch: MicroBatch, left_out: set[str]) -> Any:
+    """Return the outputs for the samples of a micro-batch; `left_out` takes the names of those without samples."""
+    inputs = inputs_of(prepared.place(micro_batch.data))
+    with prepared.forward_mode(micro_batch.batch.is_full):
+        outputs = call_model(prepared.model, inputs)
+    num_samples = micro_batch.num_samples
+    if micro_batch.num_held is not None:  # which goes by the targets
+        num_samples = count_samples(inputs, num_samples) or 0
+    return of_samples(outputs, num_samples, left_out)
+
+
+def pair_of_samples(forward: Forward, num_samples: int) -> tuple[Any, Any]:
+    """Return outputs and targets of a micro-batch, as far as they have an entry per sample."""
+    left_out: set[str] = set()
+    outputs, targets = (of_samples(one, num_samples, left_out) for one in (forward.outputs, forward.targets))
+    return outputs, targets
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and each of its modules back in the mode it had."""
+    with _modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in training mode, and each of its modules back in the mode it had.
+
+    In a model that is in training mode already, modules in evaluation mode were frozen on purpose and stay so.
+    """
+    with _modes_kept(model):
+        if not model.training:
+            model.train()
+        yield
+
+
+@contextmanager
+def evaluation_pass(
+    prepared: Prepared, loader: MicroBatchLoader, losses: Sequence[nn.Module] = ()
+) -> Iterator[Iterator[MicroBatch]]:
+    """Yield the micro-batches of a loader, the model in evaluation mode, without gradients, all buffers kept."""
+    buffers = FixedBuffers([prepared.user_model, *losses])
+
+    def each() -> Iterator[MicroBatch]:
+        for micro_batch in micro_batches:
+            yield micro_batch
+            buffers.restore()
+
+    with evaluation_mode(prepared.user_model), torch.no_grad(), closing(loader.micro_batches(1)) as micro_batches:
+        yield each()

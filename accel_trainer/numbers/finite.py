@@ -1,0 +1,82 @@
+"""Losses, gradients and weights that are not finite: found, and told with their place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..errors import NonFiniteError
+from ..state import TrainState
+from .loss_table import Fault, LossTable, MeanNorm, Totals
+from .scalars import is_finite, not_finite, sum_of_norms
+
+_ADVICE = "Lower the learning rate, set max_grad_norm, or look at the data."
+
+
+class FiniteCheck:
+    """Look whether a training stays finite.
+
+    Args:
+        model: The user's model.
+        on_nonfinite: What to do: `raise` an error, `skip` the update, or `ignore` it.
+    """
+
+    def __init__(self, model: nn.Module, on_nonfinite: Literal["raise", "skip", "ignore"]) -> None:
+        self._model, self._on_nonfinite = model, on_nonfinite
+        unchanging = dict(model.named_buffers())
+        unchanging |= {name: one for name, one in model.named_parameters() if not one.requires_grad}
+        self._infinite = frozenset(not_finite(unchanging))  # at the start, such as masks
+        self._last_checked = 1  # number of a batch
+
+    def is_sound(self) -> bool:
+        """Return whether weights and buffers are finite, but for what was not so at the start: one read-back."""
+        named = (*self._model.named_parameters(), *self._model.named_buffers())
+        return is_finite([tensor for name, tensor in named if name not in self._infinite])
+
+    def must_skip(self, losses: LossTable, parameters: Sequence[nn.Parameter], has_scaler: bool) -> bool:
+        """Return whether a loss of this batch, or its gradient, is not finite on this process: one read-back."""
+        # What overflows in fp16 is skipped by the scaler, which then lowers its scale.
+        gradients = [] if has_scaler else [one.grad for one in parameters if one.grad is not None]
+        are_losses_finite = losses.is_finite()
+        norms = sum_of_norms(gradients)
+        are_finite = are_losses_finite & norms.isfinite() if isinstance(norms, Tensor) else are_losses_finite
+        return not are_finite and not (are_losses_finite and is_finite(gradients))
+
+    def check(self, fault: Fault | None, norms: MeanNorm, state: TrainState) -> None:
+        """End the run, on all processes alike, when a train loss or the weights are not finite.
+
+        Raises:
+            NonFiniteError: With the step and the process of the first such loss, and the first such parameters.
+        """
+        last_checked, self._last_checked = self._last_checked, state.num_batches
+        if self._on_nonfinite != "raise":
+            return
+        if fault is None and self.is_sound() and norms.is_finite():
+            return
+        named = not_finite({name: one for name, one in self._model.named_parameters() if name not in self._infinite})
+        names = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+        in_weights = f" Not finite by now: {names}." if named else ""
+        first = f"epoch {state.epoch}, step "
+        if fault is None:
+            first += f"{last_checked} to {state.num_batches}"
+            raise NonFiniteError(f"In {first}: a gradient became nan or infinite.{in_weights} {_ADVICE}")
+        raise NonFiniteError(
+            f"Train loss became {fault.value} in {first}{fault.batch}, process {fault.process}.{in_weights} {_ADVICE}",
+            fault.places,
+        )
+
+    def check_weight(self, totals: Totals, epoch: int) -> None:
+        """End the run, on all processes alike, when nothing of an epoch weighs anything.
+
+        Raises:
+            NonFiniteError: There is no mean then, and nothing to be learned.
+        """
+        is_empty = totals.num_samples and math.isnan(totals.loss) and totals.fault is None
+        if is_empty and self._on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"Every micro-batch of epoch {epoch} weighs 0, by weight_fn or compute_loss, or since the "
+                "loss leaves all of its targets out: its train loss is the mean of nothing."
+            )

@@ -1,0 +1,202 @@
+"""The user's metrics: means over samples, objects that keep their own sums, and functions of all outputs at once."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..base.exchange import gather_objects
+from .objective import Forward
+
+
+class Metrics:
+    """The user's metrics over one evaluation.
+
+    An object or a function of all outputs may return several values, as a dictionary or a vector: each is then called
+    by the name of the metric, a slash, and its own name or number.
+
+    Args:
+        metrics: Name -> `(outputs, targets) -> per-sample values or their mean`, or a torchmetrics object.
+        whole: Name -> function of the outputs and targets of all samples.
+
+    Raises:
+        TypeError: A metric that is neither.
+        ValueError: A name that is taken.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any] | None, whole: Mapping[str, Any] | None = None) -> None:
+        for argument, given in (("metrics", metrics), ("whole_metrics", whole)):
+            if given is not None and (not isinstance(given, Mapping) or hasattr(given, "compute")):
+                raise TypeError(f"{argument} must be a dictionary of names and metrics, got {type(given).__name__}.")
+        self.functions: dict[str, Callable[[Any, Any], Any]] = {}
+        self.whole: dict[str, Callable[[Any, Any], Any]] = dict(whole or {})
+        self._objects: dict[str, Any] = {}
+        self.names = (*(metrics or ()), *self.whole)
+        for name in self.names:
+            if name in ("loss", "train_loss", "test_loss"):
+                raise ValueError(f"The name {name!r} of a metric is taken by the trainer's own numbers.")
+            if self.names.count(name) > 1:
+                raise ValueError(f"Two metrics are named {name!r}.")
+        for name, function in self.whole.items():
+            if not callable(function) or hasattr(function, "update"):
+                raise TypeError(
+                    f"The whole metric {name!r} must be a function of (outputs, targets), got {function!r}."
+                )
+        for name, metric in (metrics or {}).items():
+            if hasattr(metric, "items"):
+                raise TypeError(f"The metric {name!r} is a collection: give each of its metrics a name of its own.")
+            if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+                self._objects[name] = metric
+            elif callable(metric):
+                self.functions[name] = metric
+            else:
+                raise TypeError(f"The metric {name!r} must be callable or a torchmetrics object, got {metric!r}.")
+
+    @property
+    def called(self) -> list[Any]:
+        """The user's functions and objects that are called for each micro-batch."""
+        return [*self.functions.values(), *self._objects.values()]
+
+    def better(self, name: str) -> Literal["min", "max"] | None:
+        """Return whether less or more of a metric is better, where the metric says so itself."""
+        higher = getattr(self._objects.get(name), "higher_is_better", None)
+        return None if higher is None else "max" if higher else "min"
+
+    @property
+    def totalled(self) -> tuple[str, ...]:
+        """Names of those whose totals go through the ledger."""
+        return tuple(self.functions)
+
+    def check_merging(self) -> None:
+        """Refuse, before anything is trained, objects whose states cannot be merged over processes.
+
+        Raises:
+            TypeError: With the name of the metric.
+        """
+        for name, metric in self._objects.items():
+            try:
+                one, other = copy.deepcopy(metric), copy.deepcopy(metric)
+                one.merge_state(other)
+                mergeable = all(callable(reduce) for reduce in getattr(one, "_reductions", {}).values())
+            except (AttributeError, RuntimeError):
+                mergeable = False
+            if not mergeable:
+                raise TypeError(
+                    f"The metric {name!r} cannot be merged over processes ({type(metric).__name__} of torchmetrics; "
+                    "1.6 or newer can merge most). Give a function of (outputs, targets), or use one process."
+                )
+
+    def check_bitwise(self) -> None:
+        """Refuse objects that keep their own sums, whose last bits depend on who adds what.
+
+        Raises:
+            TypeError: With the name of the metric.
+        """
+        for name, metric in self._objects.items():
+            raise TypeError(
+                f"The metric {name!r} is a {type(metric).__name__} object, which adds up in an order of its own: with "
+                "bitwise=True give a function of (outputs, targets) that returns one value per sample."
+            )
+
+    def reset(self, device: torch.device) -> None:
+        """Begin an evaluation."""
+        for name, metric in self._objects.items():
+            metric.reset()
+            self._objects[name] = metric.to(device) if hasattr(metric, "to") else metric
+
+    def totals(self, forward: Forward, num_samples: int) -> list[float | Tensor]:
+        """Return the sum of each metric over the samples of a micro-batch, and update the objects."""
+        for metric in self._objects.values():
+            metric.update(forward.outputs, forward.targets)
+        return [
+            total_of(name, function(forward.outputs, forward.targets), num_samples)
+            for name, function in self.functions.items()
+        ]
+
+    def merge(self, num_processes: int) -> dict[str, float]:
+        """Return the value of each object over all processes."""
+        values: dict[str, float] = {}
+        for name, metric in self._objects.items():
+            values |= _named_values(name, (metric if num_processes == 1 else _merged(metric)).compute())
+        return values
+
+    def of_all(self, outputs: Any, targets: Any) -> dict[str, float]:
+        """Return the value of each function of all outputs; nan where there are none."""
+        values: dict[str, float] = {}
+        for name, function in self.whole.items():
+            values |= _named_values(name, math.nan if outputs is None else function(outputs, targets))
+        return values
+
+    def in_order(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return values in the order in which the user has named the metrics."""
+        return {
+            name: value
+            for metric in self.names
+            for name, value in values.items()
+            if metric_of(name, self.names) == metric
+        }
+
+
+def metric_of(name: str, names: tuple[str, ...]) -> str | None:
+    """Return the metric that a value is of: it has its name, or one that begins with it and a slash."""
+    return next((one for one in names if name == one or name.startswith(f"{one}/")), None)
+
+
+def _named_values(name: str, result: Any) -> dict[str, float]:
+    """Return what a metric has returned, one value or several, by name."""
+    if isinstance(result, Mapping):
+        return {
+            key: one for inner, value in result.items() for key, one in _named_values(f"{name}/{inner}", value).items()
+        }
+    try:
+        values = torch.as_tensor(result)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"The metric {name!r} must return numbers, got a {type(result).__name__}.") from error
+    if values.ndim == 0:
+        return {name: float(values)}
+    return {f"{name}/{place}": float(value) for place, value in enumerate(values.flatten().tolist())}
+
+
+def total_of(name: str, result: Any, num_samples: int) -> float | Tensor:
+    """Return the sum over the samples of what a metric has returned: a value for each, or their mean.
+
+    Raises:
+        TypeError: Neither.
+        ValueError: Values, but not one per sample.
+    """
+    if isinstance(result, (int, float)):
+        return result * num_samples
+    try:
+        value: Tensor = torch.as_tensor(result).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"The metric {name!r} must return one value per sample or their mean, got a {type(result).__name__}: give "
+            "each of its values a metric of its own."
+        ) from error
+    if value.ndim == 0:
+        return value * num_samples
+    if value.numel() != num_samples:
+        raise ValueError(
+            f"The metric {name!r} must return one value per sample or their mean: for {num_samples} samples it "
+            f"returned shape {tuple(value.shape)}."
+        )
+    return value.sum()  # whole numbers and booleans are counted exactly
+
+
+def _merged(metric: Any) -> Any:
+    # Only from processes that have seen samples: merging an empty state fails for some metrics.
+    parts = gather_objects(copy.deepcopy(metric).cpu() if metric.update_count else None)
+    first, *others = [part for part in parts if part is not None] or [copy.deepcopy(metric)]
+    for other in others:
+        first.merge_state(other)
+    first.distributed_available_fn = _nowhere  # compute() would add the processes once more
+    return first
+
+
+def _nowhere() -> bool:
+    return False

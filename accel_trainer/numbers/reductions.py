@@ -1,0 +1,233 @@
+"""Sums over micro-batches and processes: as they come, or in the order of one fixed tree.
+
+Floating-point addition is not associative, so a sum whose order follows the number of processes has other last bits on
+each layout. `TreeSum` adds in an order that depends on the number of micro-batches alone: neighbours in pairs, then
+neighbouring pairs, and so on. A process adds those of its own micro-batches that are neighbours in the tree; what is
+left is exchanged, and the owner of each slice of the result adds it up in the order of the same tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from ..base.exchange import any_process
+from ..data.cut import Layout, run_of
+
+_BUCKET = 2**23  # elements sent together: large enough to hide latency, small against the model
+
+
+def add_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Sum each tensor over the processes, in place, many in one message."""
+    for tensor in tensors:
+        if tensor.layout != torch.strided:  # embeddings with sparse=True
+            torch.distributed.all_reduce(tensor)
+    for bucket in _buckets([tensor for tensor in tensors if tensor.layout == torch.strided]):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        torch.distributed.all_reduce(flat)
+        _unflatten(flat, bucket)
+
+
+@torch.no_grad()
+def share_from_main(tensors: Iterable[Tensor], group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Overwrite each tensor, in place, with the main process's, many in one message.
+
+    Args:
+        tensors: As many on every process, of the same shapes.
+        group: All processes, by the way that these tensors can be sent; `None` for the default group.
+    """
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        torch.distributed.broadcast(_bytes(flat), src=0, group=group)
+        _unflatten(flat, bucket)
+
+
+def are_same_everywhere(numbers: Tensor) -> list[bool]:
+    """Return for each whole number of a vector on the device whether all processes have the same: one read-back."""
+    extremes = torch.cat([numbers, ~numbers])  # the least is the inverse of the greatest inverse
+    torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+    greatest, inverse_of_least = extremes.chunk(2)
+    same: list[bool] = (greatest == ~inverse_of_least).tolist()
+    return same
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors that have elements in groups of one dtype and limited size."""
+    open_buckets: dict[torch.dtype, tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        bucket, size = open_buckets.pop(tensor.dtype, ([], 0))
+        if tensor.numel():
+            bucket.append(tensor)
+            size += tensor.numel()
+        if size >= _BUCKET:
+            yield bucket
+        elif bucket:
+            open_buckets[tensor.dtype] = bucket, size
+    yield from (bucket for bucket, _ in open_buckets.values())
+
+
+def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, values in zip(tensors, torch.split(flat, sizes), strict=True):
+        tensor.copy_(values.view(tensor.shape))
+
+
+class ChainSum:
+    """Add up lists of tensors, one list per micro-batch, one after the other, then over the processes."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._several = layout.num_processes > 1
+        self._sum: list[Tensor | None] | None = None
+
+    def add(self, index: int, tensors: list[Tensor | None]) -> None:
+        """Take in, and keep, the tensors of a micro-batch."""
+        self._sum = tensors if self._sum is None else _added(self._sum, tensors)
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._sum = None
+
+    def total(self, num_micro_batches: int, like: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the sums over all processes, and begin anew."""
+        total, self._sum = self._sum or [None] * len(like), None
+        if self._several:
+            filled = [torch.zeros_like(one) if part is None else part for part, one in zip(total, like, strict=True)]
+            add_over_processes(filled)
+            total = list(filled)
+        return total
+
+
+class _Node(NamedTuple):
+    """The sum over the micro-batches `start` to `start + size`; `size` is a power of two that divides `start`."""
+
+    start: int
+    size: int
+    tensors: list[Tensor | None]
+
+
+class TreeSum:
+    """Add up lists of tensors, one list per micro-batch, in the order of one binary tree.
+
+    With 5 micro-batches the sum is ((0 + 1) + (2 + 3)) + 4, on any number of processes. `None` is left out of it. At
+    most log2(micro-batches) + 1 lists are alive at a time on a process.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._nodes: list[_Node] = []
+
+    def add(self, index: int, tensors: list[Tensor | None]) -> None:
+        """Take in, and keep, the tensors of a micro-batch; a process adds its own in ascending order."""
+        _push(self._nodes, _Node(index, 1, tensors))
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._nodes = []
+
+    def total(self, num_micro_batches: int, like: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the sums over all processes, and begin anew."""
+        nodes, self._nodes = self._nodes, []
+        if self._layout.num_processes == 1:
+            return _fold(nodes)
+        mine = [any(node.tensors[place] is not None for node in nodes) for place in range(len(like))]
+        present = any_process(mine)
+        # The result has the strides of what was added, so that a norm over it adds in the same order everywhere.
+        targets = [_first(nodes, place, like[place]) if present[place] else None for place in range(len(like))]
+        places = {id(target): place for place, target in enumerate(targets)}
+        for bucket in _buckets(target for target in targets if target is not None):
+            parts = [[node.tensors[places[id(target)]] for target in bucket] for node in nodes]
+            self._exchange(parts, bucket, num_micro_batches)
+        return targets
+
+    def _exchange(self, parts: list[list[Tensor | None]], targets: list[Tensor], num_micro_batches: int) -> None:
+        """Add what the processes hold of a bucket, each process one slice of it, and share the slices.
+
+        Every process sends its nodes once over all, and its slice of the result to each other: as much as a ring
+        all-reduce where it has one node, which it has where its micro-batches are a whole subtree.
+        """
+        num_processes = self._layout.num_processes
+        plan = [_nodes_of(process, num_processes, self._layout.num_micro_batches, num_micro_batches)
+                for process in range(num_processes)]  # fmt: skip
+        reals = [_real(target) for target in targets]
+        width = -(-sum(real.numel() for real in reals) // num_processes)
+        sent = [_flat(part, reals, width * num_processes).view(num_processes, width) for part in parts]
+        slices = torch.stack(sent, dim=1) if sent else reals[0].new_empty(num_processes, 0, width)
+        received = slices.new_empty(sum(map(len, plan)), width)
+        bytes_per_node = width * received.element_size()
+        torch.distributed.all_to_all_single(
+            _bytes(received),
+            _bytes(slices),
+            [len(nodes) * bytes_per_node for nodes in plan],
+            [len(parts) * bytes_per_node] * num_processes,
+        )
+        nodes: list[_Node] = []
+        for (start, size), values in zip([node for nodes in plan for node in nodes], received, strict=True):
+            _push(nodes, _Node(start, size, [values]))
+        (mine,) = _fold(nodes)
+        total = slices.new_empty(num_processes, width)
+        torch.distributed.all_gather(list(_bytes(total).chunk(num_processes)), _bytes(mine))  # type: ignore[arg-type]
+        _unflatten(total.view(-1)[: sum(real.numel() for real in reals)], reals)
+
+
+def _push(nodes: list[_Node], node: _Node) -> None:
+    """Append the next node to the right, and add up siblings as a binary counter carries."""
+    nodes.append(node)
+    while len(nodes) > 1 and nodes[-2].size == nodes[-1].size and nodes[-2].start % (2 * nodes[-2].size) == 0:
+        right, left = nodes.pop(), nodes.pop()
+        nodes.append(_Node(left.start, 2 * left.size, _added(left.tensors, right.tensors)))
+
+
+def _fold(nodes: list[_Node]) -> list[Tensor | None]:
+    """Return the root: what stands alone at the right end of the tree is added from the right."""
+    total = nodes[-1].tensors
+    for node in reversed(nodes[:-1]):
+        total = _added(node.tensors, total)
+    return total
+
+
+def _added(left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor | None]:
+    """Return the sums, in the memory of the left."""
+    pairs = [(one, other) for one, other in zip(left, right, strict=True) if one is not None and other is not None]
+    if pairs:
+        torch._foreach_add_([one for one, _ in pairs], [other for _, other in pairs])
+    return [other if one is None else one for one, other in zip(left, right, strict=True)]
+
+
+@lru_cache(maxsize=1024)
+def _nodes_of(process: int, num_processes: int, num_micro_batches: int, num_full: int) -> list[tuple[int, int]]:
+    """Return start and size of the nodes that a process holds; the first `num_full` micro-batches have samples."""
+    nodes: list[_Node] = []
+    for index in run_of(Layout(process, num_processes, num_micro_batches)):
+        if index < num_full:
+            _push(nodes, _Node(index, 1, []))
+    return [(node.start, node.size) for node in nodes]
+
+
+def _first(nodes: list[_Node], place: int, like: Tensor) -> Tensor:
+    parts = (node.tensors[place] for node in nodes)
+    found = next((part for part in parts if part is not None), None)
+    return torch.empty_like(like, requires_grad=False) if found is None else found
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _flat(part: list[Tensor | None], reals: list[Tensor], length: int) -> Tensor:
+    """Join the tensors of a node; one that it lacks becomes -0.0, to which adding anything gives just that."""
+    flats = [
+        real.new_full((real.numel(),), -0.0) if tensor is None else _real(tensor).reshape(-1)
+        for tensor, real in zip(part, reals, strict=True)
+    ]
+    missing = length - sum(map(len, flats))
+    return torch.cat([*flats, flats[0].new_zeros(missing)])
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a contiguous tensor: every backend can send bytes, not every one bfloat16 or complex."""
+    return tensor.view(-1).view(torch.uint8)

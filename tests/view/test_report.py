@@ -1,0 +1,217 @@
+"""The page of a run: its numbers, in a real browser; the comparison; the list of runs; the picture."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from accel_trainer import Callback, History, Trainer
+from accel_trainer.tools.cli import main
+from accel_trainer.view.report import LivePage, RunRecord, render, runs_in
+from support import correct, loader_of, make_data, make_model, quiet
+
+
+def fit(run_dir, callbacks=(), lr=0.02, **choices):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    config = quiet(**{"num_epochs": 3, "max_grad_norm": 1.0, "run_dir": run_dir, **choices})
+    metrics = {"accuracy": correct}
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), metrics=metrics, callbacks=callbacks, config=config)
+    trainer.fit(loader_of(make_data(64), 16), loader_of(make_data(20), 8))
+    return trainer
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_the_page_has_the_numbers_of_the_history_and_the_evaluation(tmp_path):
+    trainer = fit(tmp_path / "run")
+    scores = trainer.evaluate(loader_of(make_data(11), 4))
+    page = (tmp_path / "run/report.html").read_text()
+    history, data = History.load(tmp_path / "run"), data_of(page)
+    curves = {one["label"]: one["values"] for chart in data["charts"] for one in chart["series"]}
+    assert curves["train loss"] == history.train_losses and curves["test loss"] == history.test_losses
+    assert curves["accuracy"] == history.metrics["accuracy"]
+    assert curves["gradient norm before clipping"] == history.grad_norms
+    assert curves["throughput"] == history.samples_per_second and curves["compute"] == history.compute_seconds
+    assert data["charts"][0]["series"][1]["best"] == history.best_epoch
+    rows = {name: [row[place] for row in data["table"]["rows"]] for place, name in enumerate(data["table"]["header"])}
+    assert [float(text) for text in rows["test_loss"]] == history.test_losses
+    assert repr(scores["loss"]) in page and "11 samples" in page and "all 3 epochs done" in page
+    assert "finished" in page and not data["is_running"]
+    assert torch.__version__ in page and "max_grad_norm" in page
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+
+
+def test_evaluations_are_kept_once_each_and_only_after_a_fit_with_a_run_dir(tmp_path):
+    trainer = fit(tmp_path / "run")
+    for size in (11, 5, 11):
+        trainer.evaluate(loader_of(make_data(size), 4))
+    kept = json.loads((tmp_path / "run/evaluations.json").read_text())
+    assert [one["num_samples"] for one in kept] == [5, 11]
+    fit(None).evaluate(loader_of(make_data(5), 4))
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+class Peek(Callback):
+    """Keep the page as it is at the start and after each epoch."""
+
+    def __init__(self, run_dir):
+        self.path, self.pages = run_dir / "report.html", []
+
+    def on_fit_start(self, trainer):
+        self.pages.append(self.path.read_text())
+
+    def on_epoch_end(self, trainer):
+        self.pages.append(self.path.read_text())
+
+
+def test_the_page_can_be_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr(LivePage, "_SHARE", float("inf"))
+    peek = Peek(tmp_path / "run")
+    fit(tmp_path / "run", [peek])
+    for number, page in enumerate(peek.pages):
+        data = data_of(page)
+        assert data["is_running"] and len(data["table"]["rows"]) == number
+        assert f"{number} of 3 epochs done" in page
+
+
+def test_short_epochs_go_by_unwritten_so_that_the_page_costs_nothing(tmp_path, monkeypatch):
+    written = []
+    original = LivePage.write
+    monkeypatch.setattr(LivePage, "write", lambda page, state: written.append(state) or original(page, state))
+    fit(tmp_path / "run", num_epochs=40)
+    assert written[0] == "running" and written[-1] == "finished" and len(written) < 20
+    assert len(data_of((tmp_path / "run/report.html").read_text())["table"]["rows"]) == 40
+
+
+class Boom(Callback):
+    def on_epoch_end(self, trainer):
+        raise RuntimeError("boom")
+
+
+def test_an_error_ends_the_page_too_and_a_file_that_makes_no_sense_is_no_error_of_the_training(tmp_path):
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(tmp_path / "run", [Boom()])
+    page = (tmp_path / "run/report.html").read_text()
+    assert "failed" in page and not data_of(page)["is_running"] and len(data_of(page)["table"]["rows"]) == 1
+    trainer = fit(tmp_path / "other")
+    (tmp_path / "other/evaluations.json").write_text("nonsense")
+    with pytest.warns(UserWarning, match="evaluations.json"):
+        assert trainer.evaluate(loader_of(make_data(11), 4))["loss"] > 0
+
+
+def test_a_disk_that_fails_and_a_nan_do_not_stop_the_page(tmp_path, monkeypatch):
+    def fails(page, state):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="no room"):
+        patch.setattr(LivePage, "write", fails)
+        assert fit(tmp_path / "full").history.num_epochs == 3
+    record = RunRecord.load(tmp_path / "full")
+    record.history.test_losses[1] = float("nan")
+    page = render([record])
+    assert data_of(page)["charts"][0]["series"][1]["values"][1] is None
+    assert data_of(page)["table"]["rows"][1][2] == "nan"
+
+
+def test_text_in_the_page_is_text(tmp_path):
+    record = RunRecord("<script>x</script>", tmp_path, History([1.0], [2.0], stop_reason="</script><b>"), "finished")
+    page = render([record])
+    assert "<script>x" not in page and "</script><b>" not in page
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+def test_report_compares_runs_and_says_what_differs(tmp_path, monkeypatch, capsys):
+    fit(tmp_path / "one", seed=1).evaluate(loader_of(make_data(11), 4))
+    fit(tmp_path / "two", seed=2, lr=0.01, num_epochs=2)
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "one", "two"]) == 0
+    assert capsys.readouterr().out == "report.html\n"
+    page = (tmp_path / "report.html").read_text()
+    charts = {chart["title"]: chart for chart in data_of(page)["charts"]}
+    one, two = charts["Test loss"]["series"]
+    assert one["values"] == History.load("one").test_losses
+    assert two["values"] == [*History.load("two").test_losses, None]
+    assert [cell for cell in re.findall(r"<th>seed</th><td>(.*?)</td><td>(.*?)</td>", page)] == [("1", "2")]
+    assert re.search(r"<th>learning rates</th><td>0.02</td><td>0.01</td>", page)
+    for equal in ("patience", "hardware", "run_dir"):  # the folder is the name of the run
+        assert f"<th>{equal}</th>" not in page
+    shutil.copytree("two", "other/two")
+    assert main(["report", "two", "other/two"]) == 0
+    assert "<title>two / other/two" in (tmp_path / "report.html").read_text()
+    assert main(["report", "one"]) == 0 and main(["report", "three"]) == 2
+    assert "No history.jsonl in" in capsys.readouterr().err
+
+
+def test_runs_lists_what_is_in_a_folder(tmp_path, capsys):
+    fit(tmp_path / "runs/good")
+    fit(tmp_path / "runs/deep/other", num_epochs=2)
+    path = tmp_path / "runs/deep/other/history.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # killed before the end
+    (tmp_path / "runs/deep/junk").mkdir()
+    (tmp_path / "runs/deep/junk/history.jsonl").write_text("nonsense\n")
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0].split()[:2] == ["run", "state"]
+    assert re.match(r"deep/other +broken +2/2 +\d +test_loss [\d.]+ +20\d\d-", lines[1])
+    assert re.match(r"good +finished +3/3 .*all 3 epochs done$", lines[2])
+    assert {record.state for record in runs_in(tmp_path)} == {"finished", "broken"}
+    assert main(["runs", str(tmp_path / "nowhere")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+
+
+class LooksAtItself(Callback):
+    def on_epoch_end(self, trainer):
+        command = [sys.executable, "-m", "accel_trainer", "runs", str(trainer.config.run_dir)]
+        self.seen = subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def test_a_run_that_goes_on_is_seen_to_by_another_process(tmp_path):
+    looks = LooksAtItself()
+    fit(tmp_path / "run", [looks], num_epochs=1)
+    assert " running " in looks.seen
+
+
+# --- as it is seen ----------------------------------------------------------------------------------------------------
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_browser_draws_it_without_errors_or_cuts(tmp_path, width, scheme):
+    fit(tmp_path / "run").evaluate(loader_of(make_data(11), 4))
+    page = tmp_path / "run/report.html"
+    text = page.read_text()  # what the browser measures, at the end of the page
+    probe = """<script>const cut = [...document.querySelectorAll("figure, header, .cards div")].filter(
+        one => one.getBoundingClientRect().right > innerWidth + 1).length;
+        document.getElementById("epochs").open = true;
+        setTimeout(() => document.title = [document.querySelectorAll("canvas").length, cut,
+            document.documentElement.scrollWidth - innerWidth,
+            document.querySelectorAll("#epochs tbody tr").length].join(" "), 200);</script>"""
+    page.write_text(text.replace("</body>", f"{probe}</body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={scheme}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    canvases, cut, too_wide, rows = map(int, re.search(r"<title>(.*?)</title>", done.stdout)[1].split())
+    assert (canvases, cut, rows) == (6, 0, 3) and too_wide <= 0
+
+
+def test_the_picture_is_large_enough_for_paper(tmp_path):
+    fit(tmp_path / "run")
+    with Image.open(tmp_path / "run/losses.png") as picture:
+        assert picture.width >= 1200
