@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import atexit
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -17,10 +16,8 @@ from .callbacks import Callbacks
 from .config import TrainConfig
 from .data.micro_batches import MicroBatchLoader
 from .data.order import check_loader
-from .data.randomness import generators_kept
 from .data.sources import TensorSource
-from .devices.agreement import Stopping, shared_failure
-from .devices.arithmetic import fixed_arithmetic
+from .devices.agreement import Stopping
 from .devices.checks import check_model, check_optimizer
 from .devices.hardware import Hardware
 from .devices.memory import keep_data
@@ -30,7 +27,7 @@ from .loop import check_same_weights, train_epoch
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics
 from .numbers.objective import Objective
-from .run import Training, make_training
+from .run import Training, make_training, together
 from .state import TrainState
 from .view.screen import recut_message, say
 
@@ -128,14 +125,6 @@ def _session_of(model: nn.Module) -> _Session:
     return session
 
 
-@contextmanager
-def _together(hardware: Hardware) -> Iterator[None]:
-    """Let the processes share a failure, and the user's generators and settings stay what they are."""
-    shared = shared_failure(hardware.process, hardware.num_processes)
-    with shared, fixed_arithmetic(), generators_kept(*hardware.generators):
-        yield
-
-
 def train_model(
     train_loader: DataLoader[Any],
     model: nn.Module,
@@ -169,7 +158,7 @@ def train_model(
     """
     session = _session_of(model)
     hardware = session.hardware
-    with _together(hardware):
+    with together(hardware):
         loader = session.loader(train_loader, "train_loader")
         training = session.train(model, loss_fn, optimizer, loader)
         session.epochs[train_loader] += 1
@@ -199,7 +188,7 @@ def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Call
     """
     session = _session_of(model)
     hardware = session.hardware
-    with _together(hardware):
+    with together(hardware):
         loader = session.loader(test_loader, "test_loader")
         prepared, objective = session.evaluating(model), Objective(loss_fn)
         prepared.put_optimizer("eval")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,8 +14,9 @@ from .base.console import warn
 from .callbacks import Callbacks
 from .config import TrainConfig
 from .data.micro_batches import MicroBatchLoader
-from .data.randomness import is_all_torchs
-from .devices.agreement import Stopping
+from .data.randomness import generators_kept, is_all_torchs
+from .devices.agreement import Stopping, shared_failure
+from .devices.arithmetic import fixed_arithmetic
 from .devices.checks import foreign_parameters
 from .devices.compiled import num_compilations
 from .devices.hardware import Hardware
@@ -180,6 +182,21 @@ class Run:
     monitor: str
     mode: str
     announce: Callable[[str], None]
+
+
+@contextmanager
+def together(hardware: Hardware, bitwise: bool = False, num_threads: int | None = None) -> Iterator[Any]:
+    """Let the processes share a failure, compute alike, and leave generators and settings as they were.
+
+    Yields:
+        Where the processes agree on a stop; `None` with one process.
+    """
+    with (
+        shared_failure(hardware.process, hardware.num_processes) as board,
+        fixed_arithmetic(bitwise, num_threads),
+        generators_kept(*hardware.generators),
+    ):
+        yield board
 
 
 def make_training(

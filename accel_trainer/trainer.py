@@ -27,10 +27,8 @@ from .config import TrainConfig
 from .data.cut import Layout, describe_batch
 from .data.micro_batches import MicroBatchLoader
 from .data.order import check_loader, dataset_order, is_stream, num_batches, sampler_of
-from .data.randomness import generators_kept
 from .data.workers import like_loader
-from .devices.agreement import Stopping, shared_failure
-from .devices.arithmetic import fixed_arithmetic
+from .devices.agreement import Stopping
 from .devices.checks import check_model, check_optimizer
 from .devices.compiled import num_compilations
 from .devices.environment import describe_environment
@@ -46,7 +44,7 @@ from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics, metric_of
 from .numbers.objective import Objective
 from .numbers.schedules import Schedule, check_scheduler, settings_of
-from .run import Run, Training, make_training
+from .run import Run, Training, make_training, together
 from .state import TrainState
 from .storage.identity import identity_of
 from .storage.resume import begin, find
@@ -184,7 +182,7 @@ class Trainer:
             seconds = seconds_between_saves(self.config.checkpoint_every) if hardware.is_main else None
             stopping = Stopping(board, self.config.time_limit_seconds, hardware.any_process, seconds)
             stopping.before_leaving(functools.partial(finish_writes, timeout=20.0))
-            with generators_kept(*hardware.generators), training_mode(self.model), stopping.on_signals():
+            with training_mode(self.model), stopping.on_signals():
                 parts = self._prepare(hardware, stopping, monitor, train_loader, test_loader)
                 try:
                     with parts.run.training.prepared.attached(), _closed_at_the_end(parts):
@@ -240,9 +238,9 @@ class Trainer:
         schedule = self._schedule(train_loader)
         reporter = Reporter(found.folder, self.history, self.state, monitor, config.num_epochs, announce)
         micro_batches = self._loader(train_loader, hardware, "train_loader", reporter.report_recut)
-        tests = (
-            None if test_loader is None else self._loader(test_loader, hardware, "test_loader", reporter.report_recut)
-        )
+        tests = None
+        if test_loader is not None:
+            tests = self._loader(test_loader, hardware, "test_loader", reporter.report_recut)
         checked_state(self.model)
         prepared = Prepared(hardware, self.model, optimizer, config.compile)
         for line in self._start_lines(hardware, train_loader, test_loader):
@@ -251,13 +249,12 @@ class Trainer:
             message = None if loader is None else keep_data(loader, hardware, config.data_in_memory, name)
             if message is not None:
                 announce(message)
-        callbacks = self._all_callbacks(hardware, train_loader, found.folder)
-        heard = Callbacks(callbacks, self, stopping.request)
+        callbacks = Callbacks(self._all_callbacks(hardware, train_loader, found.folder), self, stopping.request)
         saver = Saver(config, found.folder, hardware.is_main, self.history, identity, self._callbacks)
-        parts = prepared, self._objective, schedule, stopping, heard, self.state, micro_batches
+        parts = prepared, self._objective, schedule, stopping, callbacks, self.state, micro_batches
         training = make_training(config, *parts, saver if config.run_dir is not None else None, self._probe)
-        mode = identity["mode"]
-        run = Run(training, tests, self._metrics, self.history, saver, reporter, self._probe, monitor, mode, announce)
+        outcome = self._metrics, self.history, saver, reporter, self._probe
+        run = Run(training, tests, *outcome, monitor, identity["mode"], announce)
         begin(run, found, identity, self._callbacks, saver)
         if found.folder is not None:
             choices = {"asked": asdict(config), "resolved": _resolved(run), "identity": identity}
@@ -308,8 +305,8 @@ class Trainer:
             "optimizer": self.optimizer,
         }
         loaders = {"train_loader": train_loader, "test_loader": test_loader}
-        settings = self._settings_at_first
-        return identity_of(self.config, self.model, settings, functions, loaders, self._metrics.names)
+        settings, names = self._settings_at_first, self._metrics.names
+        return identity_of(self.config, self.model, settings, functions, loaders, names)
 
     def _fit(self, parts: _Parts) -> None:
         run, saver, history, state = parts.run, parts.saver, self.history, self.state
@@ -418,24 +415,20 @@ class Trainer:
         config = self.config
         hardware = Hardware(config.mixed_precision, self._make_accelerator, config.bitwise)
         self.is_main_process = hardware.is_main
-        with (
-            shared_failure(hardware.process, hardware.num_processes) as board,
-            fixed_arithmetic(config.bitwise, config.num_threads),
-            _hinted(),
-        ):
+        with together(hardware, config.bitwise, config.num_threads) as board, _hinted():
             yield hardware, board
             if hardware.num_processes > 1:
                 meet()  # who leaves first may take the store with it
 
     @contextmanager
     def _evaluating(self) -> Iterator[Prepared]:
-        with self._session() as (hardware, _), generators_kept(*hardware.generators):
+        with self._session() as (hardware, _):
             prepared = Prepared(hardware, self.model, compile=self.config.compile)
             with prepared.attached():
                 yield prepared
 
     def _announcer(self, hardware: Hardware) -> Callable[[str], None]:
-        return say if hardware.is_main and self.config.verbose else _silent
+        return say if hardware.is_main and self.config.verbose else lambda text: None
 
     def _loader(
         self,
@@ -648,7 +641,3 @@ def _in_dataset_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     if loader.batch_sampler is None:  # batch_size=None: the dataset answers lists of indices
         return like_loader(loader, batch_size=None, sampler=batches)
     return like_loader(loader, batch_sampler=batches)
-
-
-def _silent(text: str) -> None:
-    """Say nothing."""

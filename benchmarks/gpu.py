@@ -43,10 +43,10 @@ import gpu_parts  # noqa: E402
 import torch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-OUT_OF_MEMORY = "test_memory.py::test_a_real_device_runs_out_of_memory"
+OUT_OF_MEMORY = "devices/test_memory.py::test_a_real_device_runs_out_of_memory"
 # Warnings are no errors here: they are those of another version of torch and Python.
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-rA")
-TESTS = sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
+TESTS = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
 PARITY = (sys.executable, "-m", "accel_trainer", "parity", "--processes", "1", "2", "--format", "json")
 
 
