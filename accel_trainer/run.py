@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -34,34 +34,10 @@ from .numbers.reductions import ChainSum, TreeSum, share_from_main
 from .numbers.schedules import Schedule
 from .state import TrainState
 
-
-class Saver(Protocol):
-    """What saves the best weights and checkpoints: `storage.saver`.
-
-    Attributes:
-        next_step: The step after which the next checkpoint is due; infinity if that does not depend on steps.
-    """
-
-    next_step: float
-
-    def save(self, training: Training) -> None:
-        """Save a checkpoint, unless this very moment has one."""
-
-    def save_last(self, training: Training) -> None:
-        """Save a checkpoint after which there shall be none."""
-
-    def keep_best(self, training: Training, metadata: dict[str, Any]) -> None:
-        """Keep the present weights as the best so far."""
-
-    def after_epoch(self, training: Training) -> None:
-        """Save what is due at the end of an epoch."""
-
-
-class Reporter(Protocol):
-    """What tells people of a run: `view.reporter`."""
-
-    def report_epoch(self, clock: Clock) -> None:
-        """Tell of the epoch that was recorded last; the clock counts what that takes."""
+if TYPE_CHECKING:  # what keeps and tells of a run stands above it
+    from .storage.run_folder import RunFolder
+    from .storage.saver import Saver
+    from .view.reporter import Reporter
 
 
 @dataclass
@@ -166,6 +142,7 @@ class Run:
     """The parts that make epochs out of steps.
 
     Attributes:
+        folder: Where the run is kept, on the main process; `None` if it is not.
         test_loader: What chooses the best epoch; `None` if the train loss does.
         monitor: Name of the value that does.
         mode: Whether less (`min`) or more (`max`) of it is better.
@@ -176,6 +153,7 @@ class Run:
     test_loader: MicroBatchLoader | None
     metrics: Metrics
     history: History
+    folder: RunFolder | None
     saver: Saver
     reporter: Reporter
     probe: MeanProbe

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics, metric_of
 from .numbers.objective import Objective
 from .numbers.schedules import Schedule, check_scheduler, settings_of
-from .run import Run, Training, make_training, together
+from .run import Run, make_training, together
 from .state import TrainState
 from .storage.identity import identity_of
 from .storage.resume import begin, find
@@ -183,10 +183,10 @@ class Trainer:
             stopping = Stopping(board, self.config.time_limit_seconds, hardware.any_process, seconds)
             stopping.before_leaving(functools.partial(finish_writes, timeout=20.0))
             with training_mode(self.model), stopping.on_signals():
-                parts = self._prepare(hardware, stopping, monitor, train_loader, test_loader)
+                run = self._prepare(hardware, stopping, monitor, train_loader, test_loader)
                 try:
-                    with parts.run.training.prepared.attached(), _closed_at_the_end(parts):
-                        self._fit(parts)
+                    with run.training.prepared.attached(), _closed_at_the_end(run):
+                        self._fit(run)
                 finally:
                     if self._trackers is not None:
                         self._trackers.close()
@@ -229,7 +229,7 @@ class Trainer:
         monitor: str,
         train_loader: DataLoader[Any],
         test_loader: DataLoader[Any] | None,
-    ) -> _Parts:
+    ) -> Run:
         """Put the parts of a run together, where it begins or goes on."""
         config, announce, optimizer = self.config, self._announcer(hardware), self.optimizer
         self._rewind(optimizer)  # type: ignore[arg-type]
@@ -253,13 +253,13 @@ class Trainer:
         saver = Saver(config, found.folder, hardware.is_main, self.history, identity, self._callbacks)
         parts = prepared, self._objective, schedule, stopping, callbacks, self.state, micro_batches
         training = make_training(config, *parts, saver if config.run_dir is not None else None, self._probe)
-        outcome = self._metrics, self.history, saver, reporter, self._probe
+        outcome = self._metrics, self.history, found.folder, saver, reporter, self._probe
         run = Run(training, tests, *outcome, monitor, identity["mode"], announce)
-        begin(run, found, identity, self._callbacks, saver)
+        begin(run, found, identity, self._callbacks)
         if found.folder is not None:
             choices = {"asked": asdict(config), "resolved": _resolved(run), "identity": identity}
             reporter.report_start(choices, describe_environment(hardware.describe()))
-        return _Parts(run, found.folder, saver, reporter)
+        return run
 
     def _schedule(self, train_loader: DataLoader[Any]) -> Schedule | None:
         if self._scheduler is None:
@@ -308,33 +308,33 @@ class Trainer:
         settings, names = self._settings_at_first, self._metrics.names
         return identity_of(self.config, self.model, settings, functions, loaders, names)
 
-    def _fit(self, parts: _Parts) -> None:
-        run, saver, history, state = parts.run, parts.saver, self.history, self.state
+    def _fit(self, run: Run) -> None:
+        history, state = self.history, self.state
         training, kept = run.training, self._objective.state_outside()
         try:
             training.callbacks.call("on_fit_start")
             history.end(fit(run))
-            leaves = _save_the_end(parts)
+            leaves = _save_the_end(run)
         except NonFiniteError as error:
             history.end(str(error))
-            _record_fault(parts, error)
+            _record_fault(run, error)
             raise
-        self._warn_of_state(training, kept, has_folder=parts.folder is not None)
+        self._warn_of_state(run, kept)
         training.prepared.put_optimizer("eval")
         holds_best = False
         if self.config.restore_best and state.best_epoch is not None and not leaves:
             # Always: a callback may have changed the weights, on some processes only.
-            holds_best = saver.restore_best(self.model, self._objective.modules, training.hardware.num_processes)
+            holds_best = run.saver.restore_best(self.model, self._objective.modules, training.hardware.num_processes)
         self._epoch_held = state.best_epoch if holds_best else state.epoch
-        _report_end(parts, holds_best)
-        self._page = parts.reporter.page
+        _report_end(run, holds_best)
+        self._page = run.reporter.page
         training.callbacks.call("on_fit_end")
 
-    def _warn_of_state(self, training: Training, before: Mapping[str, str], has_folder: bool) -> None:
+    def _warn_of_state(self, run: Run, before: Mapping[str, str]) -> None:
         """Warn of what the loss has changed in itself, where that is lost or differs between the processes."""
-        hardware, now = training.hardware, self._objective.state_outside()
+        hardware, now = run.training.hardware, self._objective.state_outside()
         changed = [name for name, value in now.items() if before.get(name) != value]
-        if changed and hardware.is_main and (hardware.num_processes > 1 or has_folder):
+        if changed and hardware.is_main and (hardware.num_processes > 1 or run.folder is not None):
             warn(
                 f"The loss has changed {', '.join(changed)}, which is no buffer: each process has its own, and a run "
                 "that goes on begins with the first value again. Keep it with register_buffer in an nn.Module.",
@@ -452,16 +452,6 @@ class Trainer:
         return loader
 
 
-@dataclass
-class _Parts:
-    """A run, and what tells and keeps of it."""
-
-    run: Run
-    folder: RunFolder | None
-    saver: Saver
-    reporter: Reporter
-
-
 @contextmanager
 def _hinted() -> Iterator[None]:
     """Say what to do about an error of torch that does not."""
@@ -515,49 +505,48 @@ _LEAVING = ("SIGTERM", "SIGUSR1")  # what ends the program too
 
 
 @contextmanager
-def _closed_at_the_end(parts: _Parts) -> Iterator[None]:
+def _closed_at_the_end(run: Run) -> Iterator[None]:
     """See the last write through, and leave the folder to others; one that holds nothing is removed."""
-    page = parts.reporter.page
+    page = run.reporter.page
     try:
         yield
     except KeyboardInterrupt:
-        parts.saver.close(at_once=True)
+        run.saver.close(at_once=True)
         raise
     except BaseException:
         if page is not None and page.state == "running":
-            parts.reporter.write_page("failed")
-        _close(parts)
+            run.reporter.write_page("failed")
+        _close(run)
         raise
-    _close(parts)
+    _close(run)
 
 
-def _close(parts: _Parts) -> None:
-    parts.saver.close()
-    if parts.folder is None:
+def _close(run: Run) -> None:
+    run.saver.close()
+    if run.folder is None:
         return
-    if parts.saver.lost is not None:
-        warn(f"No checkpoint of this run could be written: {parts.saver.lost}", stacklevel=2)
-    if not parts.run.history.num_epochs:
-        parts.folder.discard()  # if it has no checkpoint either: the next try may have the name
+    if run.saver.lost is not None:
+        warn(f"No checkpoint of this run could be written: {run.saver.lost}", stacklevel=2)
+    if not run.history.num_epochs:
+        run.folder.discard()  # if it has no checkpoint either: the next try may have the name
 
 
-def _save_the_end(parts: _Parts) -> bool:
+def _save_the_end(run: Run) -> bool:
     """Save the last checkpoint, mark an interruption, and return whether the program leaves too."""
-    run, saver = parts.run, parts.saver
     state, kind = run.training.state, run.training.stopping.kind
     if kind == "callback":
         state.finished = run.history.stop_reason
     if kind != "callback" or run.history.num_epochs:
-        saver.save(run.training)
-        saver.finish()
+        run.saver.save(run.training)
+        run.saver.finish()
     if kind in (None, "callback"):
         return False
-    if parts.folder is not None:
-        is_saved = saver.is_saved(state)
+    if run.folder is not None:
+        is_saved = run.saver.is_saved(state)
         mark = {"step": state.step, "epoch": state.epoch, "is_saved": is_saved, "reason": run.history.stop_reason}
-        parts.folder.write_json("preempted.json", mark | {"time": time.time()})
+        run.folder.write_json("preempted.json", mark | {"time": time.time()})
         if is_saved:
-            run.announce(f'Step {state.step} is saved in {parts.folder.path}: resume="auto" goes on from it.')
+            run.announce(f'Step {state.step} is saved in {run.folder.path}: resume="auto" goes on from it.')
     return kind in _LEAVING
 
 
@@ -579,19 +568,19 @@ def _resolved(run: Run) -> dict[str, Any]:
     }
 
 
-def _report_end(parts: _Parts, holds_best: bool = False, is_failed: bool = False) -> None:
-    parts.saver.finish()
-    is_whole = parts.run.training.stopping.kind in (None, "callback")
+def _report_end(run: Run, holds_best: bool = False, is_failed: bool = False) -> None:
+    run.saver.finish()
+    is_whole = run.training.stopping.kind in (None, "callback")
     how = "failed" if is_failed else "finished" if is_whole else "interrupted"
-    parts.reporter.report_end(holds_best, how, _advice(parts))
+    run.reporter.report_end(holds_best, how, _advice(run))
 
 
 _MANY_GRAPHS = 8  # one each for training and evaluation, and some for a model in parts, are as it should be
 
 
-def _advice(parts: _Parts) -> str | None:
+def _advice(run: Run) -> str | None:
     """Return one line when something takes time out of proportion."""
-    training = parts.run.training
+    training = run.training
     num_graphs = num_compilations() - training.num_graphs_before
     if num_graphs > _MANY_GRAPHS:
         return (
@@ -603,26 +592,26 @@ def _advice(parts: _Parts) -> str | None:
     remedies = {
         "data_seconds": None if is_read_here else f"raise num_workers of train_loader (now {data_loader.num_workers})",
         "evaluation_seconds": "evaluate less often with steps_per_epoch, or on fewer samples",
-        "saving_seconds": "raise checkpoint_every" if parts.folder is not None else None,
+        "saving_seconds": "raise checkpoint_every" if run.folder is not None else None,
     }
-    return advice(vars(parts.run.history), remedies)
+    return advice(vars(run.history), remedies)
 
 
-def _record_fault(parts: _Parts, error: NonFiniteError) -> None:
+def _record_fault(run: Run, error: NonFiniteError) -> None:
     """Show the epoch whose loss was not finite in the history, as such, and leave a note of the batch."""
-    run, training = parts.run, parts.run.training
-    if parts.folder is not None:
+    training = run.training
+    if run.folder is not None:
         note: dict[str, Any] = {"error": str(error)}
         for name, (data_pass, number) in zip(("batch", "batch before"), error.places, strict=False):
             samples = training.loader.indices_of(data_pass, number)
             note[name] = {"data_pass": data_pass, "number": number, "samples": samples}
-        parts.folder.write_json("nonfinite.json", note)
+        run.folder.write_json("nonfinite.json", note)
     names = ["loss", *(run.history.metrics or run.metrics.names)]  # parts of metrics are known after an epoch
     names += [run.monitor] if run.monitor not in ("test_loss", "train_loss", *names) else []
     scores = {} if run.test_loader is None else dict.fromkeys(names, math.nan)
     record(run, Totals(math.nan, {}, 0, None), scores)
     run.reporter.report_epoch(training.clock)
-    _report_end(parts, is_failed=True)
+    _report_end(run, is_failed=True)
 
 
 def _num_steps(config: TrainConfig, train_loader: DataLoader[Any]) -> int | None:

@@ -27,7 +27,7 @@ from .checkpoints import Snapshot
 from .identity import check_identity
 from .optimizer_state import names_by_group, optimizer_state
 from .run_folder import RunFolder, newest_step
-from .saver import Saver, finish_writes
+from .saver import finish_writes
 from .weights import check_fit, plain_name, plain_state
 
 
@@ -128,7 +128,7 @@ def _shared(found: Found, hardware: Hardware) -> tuple[Snapshot | None, History 
     return snapshot, history
 
 
-def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequence[Callback], saver: Saver) -> None:
+def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
     """Make the folder ready, and put the run where it goes on from."""
     training, folder = run.training, found.folder
     if found.snapshot is not None:
@@ -167,7 +167,7 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
             run.announce(f"train_loader is a stream: {done.position} batches are read to be passed over.")
     if folder is not None:
         _check_room(run, folder)
-    saver.start(training, beside)
+    run.saver.start(training, beside)
 
 
 def _tell_of_epoch_start(run: Run, callbacks: Sequence[Callback]) -> None:
