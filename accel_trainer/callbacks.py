@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Callback:
     """Observe a run on every process; override the hooks of interest.
 
-    A callback watches and cannot reorder or replace anything. The one wish it may voice is
+    A callback watches and cannot reorder or replace anything. The one request that it can make is
     `raise StopTraining("reason")`, which ends the run on all processes. Any other error ends the run as an error.
     Look at `trainer.state` (epoch, step), `trainer.history`, `trainer.config`, `trainer.model` and
     `trainer.is_main_process`; print and write on the main process only.
@@ -53,11 +53,8 @@ HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 class Callbacks:
     """The callbacks of a run; a hook that nobody listens to costs nothing.
 
-    Attributes:
-        heard: The hooks that somebody listens to.
-
     Raises:
-        TypeError: Something that is not a `Callback`, or one with a hook that does not exist.
+        TypeError: Something is not a `Callback`, or has a hook that does not exist; the message names the nearest.
     """
 
     def __init__(
@@ -65,13 +62,13 @@ class Callbacks:
     ) -> None:
         callbacks = list(callbacks)
         for callback in callbacks:
-            check_callback(callback)
+            _check(callback)
         self._trainer, self._stop = trainer, stop
         self._listeners = {hook: [getattr(one, hook) for one in callbacks if listens(one, hook)] for hook in HOOKS}
         self.heard = frozenset(hook for hook in HOOKS if self._listeners[hook])
 
     def call(self, hook: str) -> None:
-        """Call one hook of all who listen."""
+        """Call a hook of all callbacks that listen to it; the first `StopTraining` ends the run after the others."""
         reasons: list[str] = []
         for listener in self._listeners[hook]:
             try:
@@ -83,16 +80,11 @@ class Callbacks:
 
 
 def listens(callback: Callback, hook: str) -> bool:
-    """Return whether a callback listens to a hook."""
+    """Return whether a callback overrides a hook."""
     return getattr(type(callback), hook) is not getattr(Callback, hook) or hook in vars(callback)
 
 
-def check_callback(callback: object) -> None:
-    """Refuse what would never be called.
-
-    Raises:
-        TypeError: Not a `Callback`, or a hook that does not exist; the message names the nearest one.
-    """
+def _check(callback: object) -> None:
     if not isinstance(callback, Callback):
         raise TypeError(f"A callback must be an instance of accel_trainer.Callback, got {callback!r}.")
     for name in dir(callback):

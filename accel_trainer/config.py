@@ -5,30 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .base.console import nearest
 
-_CHOICES = {
-    "mode": ("min", "max"),
-    "mixed_precision": (None, "no", "fp16", "bf16", "fp8"),
-    "schedule_every": ("step", "epoch"),
-    "on_nonfinite": ("raise", "skip", "ignore"),
-}
 # Those of accelerate.tracking; a test compares.
 TRACKER_NAMES = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-_AT_LEAST_ONE = (
-    "num_epochs",
-    "max_steps",
-    "steps_per_epoch",
-    "patience",
-    "num_micro_batches",
-    "num_threads",
-    "report_every",
-    "keep_checkpoints",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +63,8 @@ class TrainConfig:
             The history shows it.
         find_unused_parameters: Set it when a step can leave some parameters without a gradient that
             had one in the first step. Costs the overlap of communication and backward.
-        trackers: Experiment trackers to tell of the run, by Accelerate's names: `tensorboard`, `wandb`, `trackio`,
-            `mlflow`, ... They are told the loss every `report_every` steps, and each epoch. A run that goes on from a
+        trackers: Experiment trackers that log the run, by Accelerate's names: `tensorboard`, `wandb`, `trackio`,
+            `mlflow`, ... They are given the loss every `report_every` steps, and each epoch. A run that goes on from a
             checkpoint goes on in them too; one that fails is left out with a warning.
         project: What the trackers call project or experiment.
         verbose: Print the hardware, a line per epoch and the end of the run, on the main process.
@@ -124,96 +108,90 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            object.__setattr__(self, name, _plain(value))
-        for name in _AT_LEAST_ONE:
-            _check_count(name, getattr(self, name), optional=type(self).__dataclass_fields__[name].default is None)
-        for name, choices in _CHOICES.items():
-            is_left_open = name == "mode" and self.mode is None
-            if getattr(self, name) not in choices and not is_left_open:
-                known = ", ".join(repr(choice) for choice in choices)
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
-        for name in ("max_grad_norm", "time_limit_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
-                raise ValueError(f"{name} must be a number greater than 0 (or None), got {_shown(value)}.")
-        if not (_is_number(self.min_delta) and self.min_delta >= 0 and math.isfinite(self.min_delta)):
-            raise ValueError(f"min_delta must be a number of at least 0 and finite, got {_shown(self.min_delta)}.")
-        for name in ("bitwise", "restore_best", "find_unused_parameters", "verbose"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        for name, word in (("compile", "regional"), ("data_in_memory", "auto"), ("resume", "auto")):
-            value = getattr(self, name)
-            if type(value) is not bool and value != word:
-                raise ValueError(f"{name} must be True, False or {word!r}, got {value!r}.")
+            object.__setattr__(self, name, _as_python(value))
+        for names, required, is_right in _REQUIREMENTS:
+            for name in names:
+                value = getattr(self, name)
+                may_be_left_out = value is None and getattr(TrainConfig, name) is None
+                if not may_be_left_out and not is_right(value):
+                    raise ValueError(f"{name} must be {required}, got {_shown(value)}.")
+        check_tracker_names(self.trackers)
+        object.__setattr__(self, "trackers", tuple(self.trackers))  # a list is accepted too
         if self.bitwise and self.mixed_precision == "fp8":
             raise ValueError("bitwise=True cannot be had with mixed_precision='fp8', whose scales the processes share.")
-        self._check_trackers()
-        if not isinstance(self.monitor, str):
-            raise ValueError(f"monitor must be a name, got {self.monitor!r}.")
-        if self.run_dir is not None and not isinstance(self.run_dir, (str, os.PathLike)):
-            raise ValueError(f"run_dir must be a path or None, got {self.run_dir!r}.")
-        self._check_checkpoints()
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {_shown(self.seed)}.")
-
-    def _check_trackers(self) -> None:
-        check_tracker_names(self.trackers)
-        object.__setattr__(self, "trackers", tuple(self.trackers))  # a list is taken too
-        if not isinstance(self.project, str) or not self.project:
-            raise ValueError(f"project must be a name, got {self.project!r}.")
-
-    def _check_checkpoints(self) -> None:
-        every = self.checkpoint_every
-        minutes = re.fullmatch(r"(\d+(?:\.\d+)?)min", every) if isinstance(every, str) else None
-        is_steps = type(every) is int and 1 <= every < 2**63
-        if not (every is None or is_steps or (minutes and float(minutes[1]) > 0)):
-            raise ValueError(f"checkpoint_every must be steps, minutes such as '10min', or None, got {_shown(every)}.")
-        for name, is_set in (("resume", self.resume), ("checkpoint_every", every is not None)):
+        for name, is_set in (("resume", self.resume), ("checkpoint_every", self.checkpoint_every is not None)):
             if is_set and self.run_dir is None:
                 raise ValueError(f"{name} needs a run_dir, where the checkpoints are.")
 
 
-def _plain(value: Any) -> Any:
+def _as_python(value: Any) -> Any:
     """Return a number of NumPy, or of another library of arrays, as Python's own."""
-    if isinstance(value, (bool, int, float, str)) or not hasattr(value, "item") or getattr(value, "shape", None) != ():
-        return value
-    return value.item()
+    return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
+
+
+def _is_too_large(value: object) -> bool:
+    return isinstance(value, int) and abs(value) >= 2**63
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and not _is_too_large(value)
 
 
 def _is_number(value: object) -> bool:
-    """Return whether a value is a number that fits into 64 bits."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and (value != value or _fits(value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not _is_too_large(value)
 
 
-def _fits(value: int | float) -> bool:
-    return isinstance(value, float) or abs(value) < 2**63
+def _is_interval(value: Any) -> bool:
+    """Return whether a value is a number of steps, or minutes such as "10min"."""
+    minutes = re.fullmatch(r"(\d+(?:\.\d+)?)min", str(value))
+    return float(minutes[1]) > 0 if minutes else _is_whole(value) and value >= 1
 
 
 def _shown(value: object) -> str:
-    """Return a value for a message; one of thousands of digits cannot even be printed."""
-    return "a number of more than 64 bits" if isinstance(value, int) and not _fits(value) else repr(value)
+    """Return a value for a message; Python refuses to print a number of thousands of digits."""
+    return "a number of more than 64 bits" if _is_too_large(value) else repr(value)
 
 
-def _check_count(name: str, value: object, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if type(value) is not int or not _fits(value):
-        raise ValueError(f"{name} must be a whole number{' or None' if optional else ''}, got {_shown(value)}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
+def _one_of(*choices: Any) -> tuple[str, Callable[[Any], bool]]:
+    """Return how a message names these choices, and the function that says whether a value is one of them."""
+
+    def is_right(value: Any) -> bool:
+        return any(isinstance(value, type(choice)) and value == choice for choice in choices)
+
+    *first, last = map(repr, choices)
+    return f"{', '.join(first)} or {last}", is_right
+
+
+_POSITIVE = ("max_grad_norm", "time_limit_seconds")
+_COUNTS = ("num_epochs", "report_every", "keep_checkpoints")
+_OPTIONAL_COUNTS = ("max_steps", "steps_per_epoch", "patience", "num_micro_batches", "num_threads")
+# Fields, what they must be (None too, where it is the default), and whether a value is that; checked in this order.
+_REQUIREMENTS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (_COUNTS, "a whole number", _is_whole),
+    (_OPTIONAL_COUNTS, "a whole number or None", _is_whole),
+    (_COUNTS + _OPTIONAL_COUNTS, "at least 1", lambda value: value >= 1),
+    (("seed",), "a whole number from 0 to 2**63 - 1", lambda value: _is_whole(value) and value >= 0),
+    (("min_delta",), "a number of at least 0 and finite", lambda value: _is_number(value) and 0 <= value < math.inf),
+    (_POSITIVE, "a number greater than 0 (or None)", lambda value: _is_number(value) and value > 0),
+    (("bitwise", "restore_best", "find_unused_parameters", "verbose"), *_one_of(True, False)),
+    (("compile",), *_one_of(True, False, "regional")),
+    (("data_in_memory", "resume"), *_one_of(True, False, "auto")),
+    (("mode",), *_one_of("min", "max", None)),
+    (("mixed_precision",), *_one_of("no", "fp16", "bf16", "fp8", None)),
+    (("schedule_every",), *_one_of("step", "epoch")),
+    (("on_nonfinite",), *_one_of("raise", "skip", "ignore")),
+    (("monitor",), "a name", lambda value: isinstance(value, str)),
+    (("project",), "a name", lambda value: isinstance(value, str) and value != ""),
+    (("run_dir",), "a path or None", lambda value: isinstance(value, (str, os.PathLike))),
+    (("checkpoint_every",), "steps, minutes such as '10min', or None", _is_interval),
+)
 
 
 def check_tracker_names(names: Iterable[str]) -> None:
-    """Refuse trackers that Accelerate does not know.
-
-    Raises:
-        ValueError: Not a list of names, or an unknown one; the message names the nearest.
-    """
+    """Refuse what is not a list of names that Accelerate knows; the message names the nearest known name."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"trackers must be a list of names, such as ['tensorboard'], got {names!r}.")
     for name in names:
         if name not in TRACKER_NAMES:
-            known = ", ".join(TRACKER_NAMES)
-            raise ValueError(
-                f"trackers must be among {known}, got {name!r}; did you mean {nearest(name, TRACKER_NAMES, 0.0)!r}?"
-            )
+            known, near = ", ".join(TRACKER_NAMES), nearest(name, TRACKER_NAMES, 0.0)
+            raise ValueError(f"trackers must be among {known}, got {name!r}; did you mean {near!r}?")

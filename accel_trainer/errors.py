@@ -37,7 +37,7 @@ class NonFiniteError(ArithmeticError):
 
     Args:
         message: What was found, and where.
-        places: Pass over the data, 1-based, and number in it, 0-based, of the batch and of the one before, whose
+        places: Pass over the data, 1-based, and number in it, 0-based, of the batch and of the batch before, whose
             gradient may be the cause; empty if they are not known.
     """
 

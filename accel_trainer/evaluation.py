@@ -13,7 +13,7 @@ from torch import nn
 from .base.console import warn
 from .data.collated import count_samples
 from .data.micro_batches import MicroBatch, MicroBatchLoader
-from .data.randomness import EVALUATION, derive_seed, is_all_torchs, seed_all
+from .data.randomness import EVALUATION, derive_seed, runs_only_torch, seed_all
 from .devices.agreement import Stopping
 from .devices.gathering import Gathered, of_samples
 from .devices.memory import until_it_fits
@@ -46,10 +46,10 @@ def evaluate(
     hardware = prepared.hardware
     loader.refresh()
     is_even = objective.weighs_evenly(loader.source, loader.may_hold_others)
-    is_torchs = is_all_torchs(prepared.user_model, *objective.functions, *metrics.called)
+    is_torchs = runs_only_torch(prepared.user_model, *objective.functions, *metrics.called)
     for memory in until_it_fits(hardware, loader):
         metrics.reset(hardware.device)
-        losses = LossTable(hardware.device, metrics.totalled, prepared.copies_losses)
+        losses = LossTable(hardware.device, tuple(metrics.functions), prepared.copies_losses)
         gathered = Gathered(hardware, is_bounded=True) if metrics.whole else None
         with evaluation_pass(prepared, loader, objective.modules) as micro_batches:
             for micro_batch in micro_batches:

@@ -162,7 +162,7 @@ def train_model(
         loader = session.loader(train_loader, "train_loader")
         training = session.train(model, loss_fn, optimizer, loader)
         session.epochs[train_loader] += 1
-        training.restart()
+        training.count_epoch()
         with training_mode(model), training.prepared.attached():
             totals = train_epoch(training, loader.micro_batches(session.epochs[train_loader]))
         training.buffers.share()

@@ -18,13 +18,9 @@ SERIES = {
     "test_loss": "test_losses",
     "learning_rate": "learning_rates",
     "grad_norm": "grad_norms",
-    "samples_per_second": "samples_per_second",
-    "epoch_seconds": "epoch_seconds",
-    "data_seconds": "data_seconds",
-    "compute_seconds": "compute_seconds",
-    "evaluation_seconds": "evaluation_seconds",
-    "saving_seconds": "saving_seconds",
 }
+PARTS_OF_EPOCH = ("data_seconds", "compute_seconds", "evaluation_seconds", "saving_seconds")
+SERIES |= {name: name for name in ("samples_per_second", "epoch_seconds", *PARTS_OF_EPOCH)}
 
 
 @dataclass
@@ -32,7 +28,7 @@ class History:
     """Losses, metrics and decisions of a run; the same on every process but for the seconds.
 
     Attributes:
-        train_losses: Mean loss over the samples of each epoch, as they were during it.
+        train_losses: Mean loss over the samples of each epoch, under the weights that each batch met.
         test_losses: Loss of the whole test set under the weights at the end of each epoch; empty without one.
         learning_rates: Learning rate of the last update of each epoch (first parameter group).
         grad_norms: Mean over the steps of each epoch of the gradient's norm before clipping; empty
@@ -40,14 +36,14 @@ class History:
         metrics: Name of each metric -> its value on the test set per epoch.
         samples_per_second: Train samples of each epoch, over all processes, per second of waiting for data and
             computing.
-        epoch_seconds: Seconds that each epoch took, from the end of the one before to its own; what is saved after an
-            epoch counts for the next, after the last for none.
-        data_seconds: Those of them in which the training waited for data ...
-        compute_seconds: ... computed, the time of callbacks included ...
-        evaluation_seconds: ... evaluated the test set ...
-        saving_seconds: ... and stood still to save best weights and checkpoints.
+        epoch_seconds: Seconds that each epoch took, from the end of the epoch before to its own end; the time of a save
+            after an epoch counts for the next epoch, and after the last for none.
+        data_seconds: Seconds of each epoch in which the training waited for data.
+        compute_seconds: Seconds of each epoch in which it computed, the time of callbacks included.
+        evaluation_seconds: Seconds of each epoch in which it evaluated the test set.
+        saving_seconds: Seconds of each epoch in which it stood still to save best weights and checkpoints.
         best_epoch: The epoch whose weights are the best, 1-based; `None` if no epoch has a finite value.
-        best_value: Its monitored value.
+        best_value: Monitored value of the best epoch.
         stop_reason: Why the run ended, in words; `None` while it goes on.
 
     Example:
@@ -86,21 +82,20 @@ class History:
             self.metrics.setdefault(name, []).append(value)
 
     def note_best(self, epoch: int | None, value: float | None) -> None:
-        """Take in which epoch is the best so far, and its monitored value."""
+        """Record which epoch is the best so far, and its monitored value."""
         self.best_epoch, self.best_value = epoch, value
 
     def end(self, reason: str) -> None:
-        """Take in why the run has ended."""
+        """Record why the run has ended."""
         self.stop_reason = reason
 
     def restore(self, other: History) -> None:
-        """Go on from what another has recorded."""
+        """Go on from the records of another history."""
         self.__dict__.update(vars(other))
 
     def last(self) -> dict[str, Any]:
         """Return what was recorded for the last epoch, by name."""
-        values = {name: getattr(self, series) for name, series in SERIES.items()}
-        row = {name: series[-1] for name, series in values.items() if series}
+        row = {name: getattr(self, series)[-1] for name, series in SERIES.items() if getattr(self, series)}
         return row | {"metrics": {name: series[-1] for name, series in self.metrics.items()}}
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +106,7 @@ class History:
         """Draw the losses into an image file; its ending chooses the format."""
         from .view.picture import draw_losses
 
-        draw_losses(Path(path).expanduser(), self.train_losses, self.test_losses, self.best_epoch)
+        draw_losses(Path(path).expanduser(), self)
 
     def overfitting(self) -> str | None:
         """Return a sentence when the test loss has clearly risen since its lowest, else `None`.
@@ -119,17 +114,17 @@ class History:
         Clearly: the lowest was reached in the first 80 % of the epochs and at least 3 epochs ago, the test loss
         is now more than 2 % above it, and the train loss went on falling.
         """
-        finite = [loss for loss in self.test_losses if math.isfinite(loss)]
-        if len(finite) < 4 or len(finite) != len(self.test_losses):
+        losses = self.test_losses
+        if len(losses) < 4 or not all(map(math.isfinite, losses)):
             return None
-        lowest = self.test_losses.index(min(finite))
+        lowest = losses.index(min(losses))
         since = self.num_epochs - 1 - lowest
-        risen = finite[-1] > finite[lowest] + 0.02 * abs(finite[lowest])
+        risen = losses[-1] > losses[lowest] + 0.02 * abs(losses[lowest])
         fallen = self.train_losses[-1] < self.train_losses[lowest]
         if since < max(3, 0.2 * self.num_epochs) or not (risen and fallen):
             return None
         return (
-            f"Overfitting: since epoch {lowest + 1} the test loss rose from {finite[lowest]:.4f} to {finite[-1]:.4f} "
+            f"Overfitting: since epoch {lowest + 1} the test loss rose from {losses[lowest]:.4f} to {losses[-1]:.4f} "
             f"while the train loss fell from {self.train_losses[lowest]:.4f} to {self.train_losses[-1]:.4f}."
         )
 
@@ -141,7 +136,7 @@ class History:
 
         Raises:
             FileNotFoundError: The folder holds no `history.jsonl`.
-            ValueError: A line that is no part of a history; the message names it.
+            ValueError: A line is not as this package writes it; the message names the line.
         """
         path = Path(run_dir).expanduser() / "history.jsonl"
         if not path.is_file():
@@ -151,25 +146,25 @@ class History:
         lines += [broken_off] if _goes_on(broken_off) else []
         for number, line in enumerate(lines, start=1):
             try:
-                history._take_in(unpack(checked(json.loads(line))))
+                history._add(unpack(checked(json.loads(line))))
             except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is no line of a history: {error!r}.") from error
         return history
 
-    def _take_in(self, row: dict[str, Any]) -> None:
+    def _add(self, row: dict[str, Any]) -> None:
+        """Record what a line of `history.jsonl` holds: an epoch, or the end of the run."""
         if "epoch" in row:
             metrics = {name: float(value) for name, value in row["metrics"].items()}
             values = {name: float(row[name]) for name in SERIES if name in row or name == "train_loss"}
             self.record(metrics=metrics, **values)
-        best_epoch, best_value, stop_reason = (row.get(name) for name in ("best_epoch", "best_value", "stop_reason"))
-        if type(best_epoch) not in (int, NoneType) or type(stop_reason) not in (str, NoneType):
-            raise TypeError(f"best_epoch {best_epoch!r}, stop_reason {stop_reason!r}")
-        self.best_epoch, self.stop_reason = best_epoch, stop_reason
+        self.best_epoch, best_value, self.stop_reason = map(row.get, ("best_epoch", "best_value", "stop_reason"))
+        if type(self.best_epoch) not in (int, NoneType) or type(self.stop_reason) not in (str, NoneType):
+            raise TypeError(f"best_epoch {self.best_epoch!r}, stop_reason {self.stop_reason!r}")
         self.best_value = None if best_value is None else float(best_value)
 
 
 def _goes_on(line: str) -> bool:
-    """Return whether something follows a whole record: then its end is damaged, and no write was broken off."""
+    """Return whether something follows a whole record: then the end of the line is damaged, not unwritten."""
     try:
         return json.JSONDecoder().raw_decode(line)[1] < len(line)
     except (ValueError, RecursionError):

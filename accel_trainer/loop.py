@@ -23,8 +23,8 @@ def fit(run: Run) -> str:
     training, config, state = run.training, run.training.config, run.training.state
     reason = reason_to_end(run)
     while reason is None:
-        if state.epoch == run.history.num_epochs:  # not where a run goes on within an epoch
-            training.restart()
+        if state.epoch == run.history.num_epochs:  # all begun epochs are recorded: no run goes on within one
+            training.count_epoch()
             training.callbacks.call("on_epoch_start")
         train = train_epoch(training, rest_of_epoch(training))
         if train is None:
@@ -34,12 +34,13 @@ def fit(run: Run) -> str:
         check_same_weights(training)
         if state.step == config.max_steps:
             run.saver.save_last(training)  # not after an epoch cut short: with more steps the run goes on within it
-        training.prepared.put_optimizer("eval")
+        training.prepared.put_optimizer("eval")  # schedule-free ones have other weights then
         test = evaluate_epoch(run)
         if test is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"
         value = record(run, train, test)
-        is_sound = config.on_nonfinite == "raise" or training.finite.is_sound()  # or else it has been raised
+        # With on_nonfinite="raise" weights that are not finite have been an error by now.
+        is_sound = config.on_nonfinite == "raise" or training.finite.is_sound()
         if is_sound and state.update_best(value, run.mode, config.min_delta):
             run.saver.keep_best(training, {"epoch": state.epoch, run.monitor: value})
         if training.schedule is not None:
@@ -49,7 +50,7 @@ def fit(run: Run) -> str:
             with evaluation_mode(training.prepared.user_model):  # a callback may look at it, and change its modes
                 training.callbacks.call("on_epoch_end")
         reason = reason_to_end(run)
-        state.finished = reason if training.stopping.kind == "callback" else None
+        state.finished = reason if training.stopping.kind == "callback" else None  # what else ends a run may change
         run.saver.after_epoch(training)
     return reason
 
@@ -83,19 +84,21 @@ def train_epoch(training: Training, micro_batches: Generator[MicroBatch]) -> Tot
         for batch, pieces in by_batch(micro_batches):
             if not training.stopping.may_go_on():
                 return None
+            save_if_due(training)
             start_batch(training, batch)
             for micro_batch in pieces:
                 seed_generators(training, micro_batch)
                 forward_backward(training, micro_batch)
-                if training.memory.exceeded:
+                if training.memory.exceeded:  # on this process
                     break
-            if training.memory.must_redo() or not take_step(training, batch):
-                cut_finer(training)  # and the same batch comes again
+            is_done = not training.memory.must_redo() and take_step(training, batch)
+            if not is_done:
+                cut_finer(training)  # the loader yields the same batch again, in more micro-batches
             elif is_epoch_done(training):
                 break
     totals = training.losses.exchange()
-    training.finite.check(totals.fault, training.norms, training.state)
-    training.finite.check_weight(totals, training.state.epoch)
+    training.finite.raise_if_nonfinite(totals.fault, training.norms, training.state)
+    training.finite.raise_if_weightless(totals, training.state.epoch)
     return totals
 
 
@@ -114,24 +117,30 @@ def pieces_of(first: MicroBatch, others: Iterator[MicroBatch]) -> Iterator[Micro
         yield micro_batch
 
 
-def start_batch(training: Training, batch: Batch) -> None:
-    """Look at changed data, save what is due, and count the batch."""
-    state, saver = training.state, training.saver
-    if training.num_changes != training.loader.num_changes:
-        training.check_changed_targets()
-    if saver is not None and (state.step >= saver.next_step or training.stopping.save_is_due):
+def save_if_due(training: Training) -> None:
+    """Save a checkpoint after so many steps, or when the processes have agreed to."""
+    saver = training.saver
+    if saver is not None and (training.state.step >= saver.next_step or training.stopping.save_is_due):
         saver.save(training)
+
+
+def start_batch(training: Training, batch: Batch) -> None:
+    """Count the batch, and let the parts of a step begin it."""
+    state = training.state
+    if training.num_changes != training.loader.num_changes:  # data was changed in place
+        training.check_changed_targets()
     state.num_batches += 1
     training.losses.start_batch(state.num_batches, batch, state.data_pass)
     training.memory.start_batch(batch)
-    training.buffers.start_batch(batch, training.memory.is_deferred or training.config.on_nonfinite == "skip")
+    can_undo = training.memory.is_deferred or training.config.on_nonfinite == "skip"
+    training.buffers.start_batch(batch, can_undo)
     training.gradients.start_batch(batch, training.weight_is_num_samples)
 
 
 def seed_generators(training: Training, micro_batch: MicroBatch) -> None:
     """Set what dropout and friends draw from: a function of seed, batch and micro-batch."""
     seed = derive_seed(training.config.seed, TRAINING, training.state.num_batches, micro_batch.piece.index)
-    seed_all(seed, training.hardware.generators, training.is_all_torchs)
+    seed_all(seed, training.hardware.generators, training.runs_only_torch)
 
 
 def forward_backward(training: Training, micro_batch: MicroBatch) -> None:
@@ -139,11 +148,11 @@ def forward_backward(training: Training, micro_batch: MicroBatch) -> None:
     prepared, memory = training.prepared, training.memory
     memory.measure(micro_batch)
     training.buffers.start_micro_batch(micro_batch)
+    # Running out of memory ends the block and is noted. Of a deferred batch nothing is sent before it is known to fit.
     with memory.trying(micro_batch), training.gradients.context(micro_batch, memory.is_deferred):
         micro_batch.move(prepared.place)
         with prepared.forward_mode(micro_batch.batch.is_full):
-            is_even = training.weight_is_num_samples
-            forward = training.objective(prepared.model, micro_batch, is_even, training.joined)
+            forward = training.objective(prepared.model, micro_batch, training.weight_is_num_samples, training.joined)
         check_loss(forward.loss, needs_grad=True)
         training.gradients.backward(forward, micro_batch)
         training.buffers.end_micro_batch(micro_batch)
@@ -167,7 +176,7 @@ def take_step(training: Training, batch: Batch) -> bool:
             if config.max_grad_norm is not None:
                 norm = prepared.clip(training.gradients.parameters, config.max_grad_norm)
             training.buffers.finish()
-            is_updated = prepared.step()
+            is_updated = prepared.step()  # false where fp16 has overflowed
     if training.memory.exceeded:
         return False
     training.gradients.clear()
@@ -184,7 +193,7 @@ def take_step(training: Training, batch: Batch) -> bool:
             training.schedule.after_step(state.step)
     if state.num_batches % config.report_every == 0:
         state.recent_loss = training.losses.report()
-        training.finite.check(training.losses.fault, training.norms, state)
+        training.finite.raise_if_nonfinite(training.losses.fault, training.norms, state)
     if is_updated and "on_step_end" in training.callbacks.heard:
         training.callbacks.call("on_step_end")
     return True
@@ -193,7 +202,7 @@ def take_step(training: Training, batch: Batch) -> bool:
 def must_skip(training: Training) -> bool:
     """Return, on all processes alike, whether a loss of this batch or its gradient is not finite."""
     has_scaler = training.hardware.accelerator.scaler is not None
-    is_wrong = training.finite.must_skip(training.losses, training.gradients.parameters, has_scaler)
+    is_wrong = training.finite.is_batch_wrong(training.losses, training.gradients.parameters, has_scaler)
     return training.hardware.any_process(is_wrong)[0]
 
 
@@ -250,8 +259,9 @@ def evaluate_epoch(run: Run) -> dict[str, float] | None:
         run.probe.settle(training.hardware.device, training.hardware.is_main)
         return {}
     with training.clock.measured("evaluation_seconds"):
-        parts = training.prepared, training.objective, run.test_loader, run.metrics
-        return evaluate(*parts, training.stopping, run.probe)
+        return evaluate(
+            training.prepared, training.objective, run.test_loader, run.metrics, training.stopping, run.probe
+        )
 
 
 def record(run: Run, train: Totals, test: dict[str, float]) -> float:

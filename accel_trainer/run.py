@@ -14,7 +14,7 @@ from .base.console import warn
 from .callbacks import Callbacks
 from .config import TrainConfig
 from .data.micro_batches import MicroBatchLoader
-from .data.randomness import generators_kept, is_all_torchs
+from .data.randomness import generators_kept, runs_only_torch
 from .devices.agreement import Stopping, shared_failure
 from .devices.arithmetic import fixed_arithmetic
 from .devices.checks import foreign_parameters
@@ -52,7 +52,7 @@ class Training:
         saver: What saves within an epoch; `None` if nothing does.
         probe: Looks whether the loss is a mean; `None` to leave that out.
         weight_is_num_samples: Whether each sample weighs the same, so that all processes know the weight of a batch.
-        is_all_torchs: Whether no code but torch's runs in a step, so that only torch's generators need a seed.
+        runs_only_torch: Whether no code but torch's runs in a step, so that only torch's generators need a seed.
         num_changes: Changes of the data in memory that were looked at.
         num_gone: Parameters of the optimizer that have left the model.
         num_graphs_before: Graphs that the process had compiled before the run.
@@ -78,7 +78,7 @@ class Training:
     saver: Saver | None = None
     probe: MeanProbe | None = None
     weight_is_num_samples: bool = False
-    is_all_torchs: bool = False
+    runs_only_torch: bool = False
     num_changes: int = 0
     num_gone: int = 0
     num_graphs_before: int = field(default_factory=num_compilations)
@@ -88,7 +88,7 @@ class Training:
         self.loader = loader
         self.memory.use_loader(loader)
 
-    def restart(self) -> None:
+    def count_epoch(self) -> None:
         """Count the next epoch, and begin its means."""
         self.state.start_epoch()
         self.losses.restart()
@@ -105,7 +105,7 @@ class Training:
             is_even = not self.hardware.any_process(not is_even)[0]
         self.weight_is_num_samples = is_even
         others = (*self.objective.functions, self.prepared.optimizer)
-        self.is_all_torchs = not self.callbacks.heard and is_all_torchs(self.prepared.user_model, *others)
+        self.runs_only_torch = not self.callbacks.heard and runs_only_torch(self.prepared.user_model, *others)
         self.gradients.start_epoch()
         self.buffers.start_epoch()
 
@@ -163,18 +163,23 @@ class Run:
 
 
 @contextmanager
-def together(hardware: Hardware, bitwise: bool = False, num_threads: int | None = None) -> Iterator[Any]:
+def together(
+    hardware: Hardware,
+    bitwise: bool = False,
+    num_threads: int | None = None,
+    before_leaving: Callable[[], None] = lambda: None,
+) -> Iterator[Any]:
     """Let the processes share a failure, compute alike, and leave generators and settings as they were.
 
-    Yields:
-        Where the processes agree on a stop; `None` with one process.
+    `before_leaving` is called before a process is ended because another has failed. Yields where the processes agree
+    on a stop; `None` with one process.
     """
     with (
-        shared_failure(hardware.process, hardware.num_processes) as board,
+        shared_failure(hardware.process, hardware.num_processes, before_leaving) as votes,
         fixed_arithmetic(bitwise, num_threads),
         generators_kept(*hardware.generators),
     ):
-        yield board
+        yield votes
 
 
 def make_training(

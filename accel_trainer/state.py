@@ -15,12 +15,12 @@ class TrainState:
     Attributes:
         epoch: The epoch under way or just finished, 1-based; 0 before the first.
         step: Optimizer updates that really happened.
-        num_batches: Batches trained on, those included whose update was skipped.
+        num_batches: Batches trained on, including those whose update was skipped.
         num_skipped: Batches whose update was skipped because loss or gradient was not finite.
         data_pass: The pass over the data that is under way, 1-based.
-        position: Batches of it that are done.
+        position: Batches of this pass that are done.
         best_epoch: The epoch of the best monitored value, 1-based; `None` while no value was finite.
-        best_value: That value.
+        best_value: Monitored value of the best epoch.
         num_bad_epochs: Epochs in a row without improvement.
         recent_loss: Mean train loss over the steps since the last report, for display.
         finished: Why a callback has ended the run; `None` if none has.
@@ -39,7 +39,7 @@ class TrainState:
     finished: str | None = None
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Stand where a run stood: a value for each attribute."""
+        """Set each attribute to its saved value."""
         for name, value in values.items():
             setattr(self, name, value)
 
@@ -48,17 +48,13 @@ class TrainState:
         self.epoch += 1
 
     def note_best(self, epoch: int | None, value: float | None) -> None:
-        """Take another epoch as the best so far."""
+        """Record which epoch is the best so far, and its monitored value."""
         self.best_epoch, self.best_value = epoch, value
 
     def update_best(self, value: float, mode: str, min_delta: float) -> bool:
-        """Take in the monitored value of this epoch and return whether it is the best so far.
-
-        A value that is not a number never improves.
-        """
-        best = self.best_value
-        if best is None:
-            best = math.inf if mode == "min" else -math.inf
+        """Compare the monitored value of this epoch with the best, and return whether it is better; nan never is."""
+        worst = math.inf if mode == "min" else -math.inf
+        best = worst if self.best_value is None else self.best_value
         improved = value < best - min_delta if mode == "min" else value > best + min_delta
         if improved:
             self.best_epoch, self.best_value, self.num_bad_epochs = self.epoch, value, 0

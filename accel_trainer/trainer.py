@@ -52,10 +52,9 @@ from .storage.run_folder import RunFolder
 from .storage.saver import Saver, finish_writes, seconds_between_saves
 from .storage.weights import checked_state
 from .view.notebook import LiveCurve, in_notebook
-from .view.progress import ProgressBar
 from .view.report import LivePage, keep_evaluation
 from .view.reporter import Reporter
-from .view.screen import recut_message, say, wants_bar
+from .view.screen import ProgressBar, recut_message, say, wants_bar
 from .view.trackers import Trackers
 
 
@@ -175,13 +174,12 @@ class Trainer:
         if self.optimizer is None:
             raise ValueError("fit needs an optimizer; this Trainer was made without one.")
         self.history, self.state, self._page, self._trackers = History(), TrainState(), None, None
-        with self._session() as (hardware, board):
+        with self._session() as (hardware, votes):
             monitor = self._check_fit(train_loader, test_loader)
             if hardware.num_processes > 1:
                 self._metrics.check_merging()
             seconds = seconds_between_saves(self.config.checkpoint_every) if hardware.is_main else None
-            stopping = Stopping(board, self.config.time_limit_seconds, hardware.any_process, seconds)
-            stopping.before_leaving(functools.partial(finish_writes, timeout=20.0))
+            stopping = Stopping(votes, self.config.time_limit_seconds, hardware.any_process, seconds)
             with training_mode(self.model), stopping.on_signals():
                 run = self._prepare(hardware, stopping, monitor, train_loader, test_loader)
                 try:
@@ -415,8 +413,9 @@ class Trainer:
         config = self.config
         hardware = Hardware(config.mixed_precision, self._make_accelerator, config.bitwise)
         self.is_main_process = hardware.is_main
-        with together(hardware, config.bitwise, config.num_threads) as board, _hinted():
-            yield hardware, board
+        finish = functools.partial(finish_writes, timeout=20.0)
+        with together(hardware, config.bitwise, config.num_threads, finish) as votes, _hinted():
+            yield hardware, votes
             if hardware.num_processes > 1:
                 meet()  # who leaves first may take the store with it
 

@@ -152,7 +152,7 @@ def ending(outcome: list[Any]) -> str:
     text = outcome[0]
     if isinstance(text, bool):
         return "finished" if text else "interrupted"
-    if "killed by signal 9" in text or "is gone without a word" in text or "closed by peer" in text:
+    if "killed by signal 9" in text or "has ended without an error message" in text or "closed by peer" in text:
         return "killed"
     if text.startswith("SystemExit: 143"):
         return "terminated"

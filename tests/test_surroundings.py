@@ -22,11 +22,11 @@ from accel_trainer import Callback, ProcessFailedError, TrainConfig, Trainer, la
 from accel_trainer.base.console import complain, is_terminal, pass_on, show, warn
 from accel_trainer.devices.environment import describe_environment, masked
 from accel_trainer.history import History
-from accel_trainer.storage.checkpoints import steps_in
+from accel_trainer.storage.checkpoints import read_checkpoint, steps_in
 from accel_trainer.storage.run_folder import RunFolder
 from accel_trainer.tools.cli import main
 from accel_trainer.view.notebook import LiveCurve
-from accel_trainer.view.screen import styled
+from accel_trainer.view.screen import in_green
 from support import ROOT, correct, loader_of, make_data, make_model, quiet
 
 # --- the screen -------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_a_text_steers_no_terminal_but_by_our_own_colours(monkeypatch, capsys):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", terminal)
-    show(styled(text, "best"))
+    show(in_green(text))
     assert terminal.getvalue() == f"\x1b[32m{plain.strip()}\x1b[0m\n"
 
 
@@ -400,7 +400,7 @@ def test_a_checkpoint_that_goes_leaves_what_others_have_put_into_it(tmp_path):
     assert [path.name for path in others.iterdir()] == ["scores.txt"] and (others / "scores.txt").read_text() == "mine"
     (tmp_path / "run/checkpoints/step_00000018/scores.txt").write_text("mine too")
     folder = RunFolder(tmp_path / "run", resume=True, keep=1)
-    folder.save_checkpoint(folder.resumed.read(), folder.history)  # once more, of the same step
+    folder.save_checkpoint(read_checkpoint(folder.resumed), folder.history)  # once more, of the same step
     assert (tmp_path / "run/checkpoints/step_00000018_others_1/scores.txt").read_text() == "mine too"
 
 
@@ -609,7 +609,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("trackers: &a [*a]", "references such as *a are not taken"),
         ("trackers: " + "[" * 50_000, "nested more than 10 deep"),
         ("num_epochs: 1" + ":59" * 100_000, "more than 65536 characters"),
-        ("monitor: gr\udcf6\udcdfe", "no text"),
+        ("monitor: gr\udcf6\udcdfe", "is not text"),
     ],
     ids=["bomb", "reference", "circle", "deep", "large", "bytes"],
 )

@@ -414,7 +414,7 @@ def test_a_scheduler_that_wants_the_value_is_given_it_and_others_are_refused():
     plateau = OwnPlateau(optimizer)
     trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), scheduler=plateau, config=quiet(num_epochs=3))
     assert plateau.values == trainer.fit(loader_of(make_data(24), 8), loader_of(make_data(8), 8)).test_losses
-    with pytest.raises(TypeError, match="WantsTheModel wants model at each step"):
+    with pytest.raises(TypeError, match="WantsTheModel needs model at each step"):
         Trainer(model, optimizer, nn.CrossEntropyLoss(), scheduler=WantsTheModel(optimizer))
 
 

@@ -1,1 +1,1 @@
-"""What every room stands on: lines on the screen, messages between processes, plain data as JSON."""
+"""Small tools that every room uses: lines on the screen, messages between processes, plain data as JSON."""

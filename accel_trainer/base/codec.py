@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -16,20 +16,22 @@ import numpy
 import torch
 from torch import Tensor
 
+_WORDS = ("nan", "inf", "-inf")
+_CHECKSUM = "checksum"
+_FROM_TENSOR: dict[str, Callable[[Tensor], Any]] = {
+    "$tensor": lambda tensor: tensor,
+    "$array": Tensor.numpy,
+    "$complex": torch.view_as_complex,
+}
+
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """Return what JSON can hold of a value; its tensors go beside it.
+    """Return what JSON can hold of a value; its tensors go into `tensors`, no copies.
 
-    Numbers that are not finite become the words that `float()` reads back; what else JSON does not know is a dictionary
-    with one key that begins with `$`. Functions in a dictionary are left out: they belong to the program.
-
-    Args:
-        value: Numbers, texts, tensors and arrays, in lists, tuples and dictionaries with keys of any such kind.
-        tensors: Takes the tensors in, no copies, under names that begin with `name`.
-        name: Of the value, for its tensors and for messages.
-
-    Raises:
-        TypeError: With the name of a value of another type.
+    Their names, and those in messages, begin with `name`. The value is made of numbers, texts, tensors and arrays, in
+    lists, tuples and dictionaries with keys of any such kind; a `TypeError` names a part of another type. Numbers that
+    are not finite become the words that `float()` reads back; what else JSON does not know is a dictionary with one key
+    that begins with `$`. Functions in a dictionary are left out: they belong to the program.
 
     Example:
         >>> tensors = {}
@@ -49,18 +51,15 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if isinstance(value, (Tensor, numpy.ndarray)):
         return _pack_tensor(value, tensors, name)
     if type(value) in (list, tuple):
-        items = [pack(item, tensors, f"{name}/{place}") for place, item in enumerate(value)]
+        items = [pack(item, tensors, f"{name}/{index}") for index, item in enumerate(value)]
         return items if type(value) is list else {"$tuple": items}
     if type(value) in (dict, OrderedDict, defaultdict, Counter):
         return _pack_dict(value, tensors, name)
     raise TypeError(f"{name} is a {type(value).__name__}; only tensors, numbers, texts and lists of them can be saved.")
 
 
-_WORDS = ("nan", "inf", "-inf")
-
-
 def encode(value: Any) -> Any:
-    """Return what JSON can hold of plain data, for files that people read: as `pack`, but what it refuses is a text."""
+    """Return what JSON can hold of a value, for files that people read: as `pack`, but what it refuses is a text."""
     if isinstance(value, dict):
         return {str(key): encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -97,11 +96,7 @@ def _pack_dict(value: Mapping[Any, Any], tensors: dict[str, Tensor], name: str) 
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
-    """Undo `pack`, or `encode`.
-
-    Raises:
-        ValueError: Not what `pack` returns.
-    """
+    """Undo `pack`, or `encode`; refuse anything else with a `ValueError`."""
     if isinstance(packed, list):
         return [unpack(item, tensors) for item in packed]
     if not isinstance(packed, dict):
@@ -116,12 +111,8 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
         return float(content)
     if tag == "$tuple":
         return tuple(unpack(content, tensors))
-    if tag == "$tensor":
-        return tensors[content]  # type: ignore[index]
-    if tag == "$array":
-        return tensors[content].numpy()  # type: ignore[index]
-    if tag == "$complex":
-        return torch.view_as_complex(tensors[content])  # type: ignore[index]
+    if tag in _FROM_TENSOR:
+        return _FROM_TENSOR[tag](tensors[content])  # type: ignore[index]
     if tag in ("$pairs", "$counter"):
         pairs = {unpack(key, tensors): unpack(item, tensors) for key, item in content}
         return Counter(pairs) if tag == "$counter" else pairs
@@ -129,7 +120,7 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
 
 
 def same_bits(one: Tensor, other: Tensor | None) -> bool:
-    """Return whether two tensors, wherever they are, are of one form and equal bit for bit."""
+    """Return whether two tensors, on any devices, have one shape and dtype and are equal bit for bit."""
     if other is None or one.dtype != other.dtype or one.shape != other.shape:
         return False
     bits = (tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
@@ -137,29 +128,18 @@ def same_bits(one: Tensor, other: Tensor | None) -> bool:
 
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return encoded content together with a checksum of it, by which damage is seen when it is read."""
-    return {**content, _CHECKSUM: _checksum_of(content)}
+    """Return encoded content together with its checksum, which shows damage when it is read."""
+    return {**content, _CHECKSUM: f"{crc32(json.dumps(content).encode()):08x}"}
 
 
 def checked(content: Any) -> dict[str, Any]:
-    """Return what `with_checksum` was given.
-
-    Raises:
-        ValueError: It is not as it was written.
-    """
+    """Return what `with_checksum` was given, or raise a `ValueError` if it is not as it was written."""
     if not isinstance(content, dict) or _CHECKSUM not in content:
         raise ValueError("it carries no checksum")
     rest = {name: value for name, value in content.items() if name != _CHECKSUM}
-    if content[_CHECKSUM] != _checksum_of(rest):
+    if content != with_checksum(rest):
         raise ValueError("its checksum does not match: it is damaged, or has been changed")
     return rest
-
-
-_CHECKSUM = "checksum"
-
-
-def _checksum_of(content: Mapping[str, Any]) -> str:
-    return f"{crc32(json.dumps(content).encode()):08x}"
 
 
 def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +152,7 @@ def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}.{inner}": one for inner, one in flattened(value).items()}
+            flat |= {f"{name}.{inner}": item for inner, item in flattened(value).items()}
         else:
             flat[name] = value
     return flat

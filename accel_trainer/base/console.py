@@ -1,4 +1,4 @@
-"""Lines on the screen. Whatever is wrong with it - none, closed, another alphabet - is no error of what speaks."""
+"""Lines on the screen. A stream that is missing, closed or of another alphabet is no error for the writer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends
 
 
 class Styled(str):
-    """A text with colours of this package's own, which are shown; others would be left out."""
+    """A text with colours of this package, which are shown; others would be left out."""
 
 
 def printable(text: str) -> str:
@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether somebody reads a stream as it is written; `False` for what is none, or closed."""
+    """Return whether somebody reads a stream as it is written; `False` for one that is missing or closed."""
     try:
         return bool(stream.isatty())
     except (AttributeError, OSError, ValueError):
@@ -37,7 +37,7 @@ def is_terminal(stream: Any) -> bool:
 
 def show(text: str, end: str = "\n") -> None:
     """Write a line to standard output."""
-    _write(sys.stdout, (text if isinstance(text, Styled) else printable(text)) + end)
+    pass_on((text if isinstance(text, Styled) else printable(text)) + end)
 
 
 def pass_on(text: str) -> None:
@@ -51,19 +51,11 @@ def complain(text: str) -> None:
 
 
 def warn(text: str, stacklevel: int = 2) -> None:
-    """Warn, by Python's own way, of what the user should know.
-
-    Args:
-        text: What.
-        stacklevel: Whose line is named, as of `warnings.warn`: 1 is that of the call.
-    """
-    text = printable(text)
+    """Warn as `warnings.warn`: a `stacklevel` of 1 names the line of the call."""
     try:
-        warnings.warn(text, stacklevel=stacklevel + 1)
-    except Warning:  # the user wants them as errors
-        raise
+        warnings.warn(printable(text), stacklevel=stacklevel + 1)
     except (OSError, ValueError):  # the stream is closed, or cannot be written in this alphabet
-        _write(sys.stderr, f"{text}\n")
+        complain(text)
 
 
 def _write(stream: Any, text: str) -> None:
@@ -74,18 +66,8 @@ def _write(stream: Any, text: str) -> None:
         except UnicodeError:
             stream.write(text.encode("ascii", "replace").decode("ascii"))
         stream.flush()
-    except (AttributeError, OSError, ValueError):  # no stream, a reader that is gone, a closed one
+    except (AttributeError, OSError, ValueError):  # no stream, one whose reader has ended, a closed one
         pass
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the known name that a wrong one is most like; `None` if none is as like as the cutoff, from 0 to 1."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is the one of the launch that speaks, before there is a group of processes."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Lenient:
@@ -106,3 +88,13 @@ class Lenient:
 
     def __eq__(self, other: object) -> bool:
         return self._stream is getattr(other, "_stream", other)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like a wrong one, if their likeness reaches the cutoff, from 0 to 1."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the main one of the launch, before there is a group of processes."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""What the processes tell each other from host to host: small facts and Python objects, past the devices."""
+"""Small facts and Python objects that the processes send each other from host to host, past the devices."""
 
 from __future__ import annotations
 
@@ -12,23 +12,18 @@ from typing import Any
 import torch
 import torch.distributed
 
-_ON_HOSTS = ("gloo", "mpi")
-
 
 def host_group() -> torch.distributed.ProcessGroup | None:
-    """Return the processes as a group that exchanges host memory; `None` stands for the default group, if it does that.
+    """Return a group of all processes that exchanges host memory; `None` for the default group, if it does that.
 
     The first call makes the group: all processes call it at the same place.
     """
-    if torch.distributed.get_backend() in _ON_HOSTS:
-        return None
-    return _beside(torch.distributed.group.WORLD)
+    return None if torch.distributed.get_backend() in ("gloo", "mpi") else _host_group_of(torch.distributed.group.WORLD)
 
 
 @lru_cache(maxsize=1)
-def _beside(group: object) -> torch.distributed.ProcessGroup:
-    beside: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
-    return beside
+def _host_group_of(world: object) -> torch.distributed.ProcessGroup:
+    return torch.distributed.new_group(backend="gloo")  # type: ignore[no-any-return]
 
 
 def any_process(flags: Sequence[bool]) -> list[bool]:
@@ -44,7 +39,7 @@ def meet() -> None:
 
 
 def gather_objects(mine: Any) -> list[Any]:
-    """Return what each process gives, on all of them; it travels pickled."""
+    """Return the object of each process, on all of them; objects travel pickled."""
     if not torch.distributed.is_initialized():
         return [mine]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -53,17 +48,16 @@ def gather_objects(mine: Any) -> list[Any]:
 
 
 def gather_on_main(mine: Any) -> list[Any]:
-    """Return what each process gives, on the main process; an empty list on the others."""
+    """Return the object of each process, on the main process; an empty list on the others."""
     if not torch.distributed.is_initialized():
         return [mine]
-    is_main = torch.distributed.get_rank() == 0
-    everyone: list[Any] = [None] * torch.distributed.get_world_size() if is_main else []
-    torch.distributed.gather_object(mine, everyone if is_main else None, dst=0, group=host_group())
-    return everyone
+    everyone = [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+    torch.distributed.gather_object(mine, everyone, dst=0, group=host_group())
+    return everyone or []
 
 
 def share_object(mine: Any) -> Any:
-    """Return what the main process gives, on all of them; it travels pickled."""
+    """Return the object of the main process, on all of them; it travels pickled."""
     if not torch.distributed.is_initialized():
         return mine
     shared = [mine]
@@ -75,10 +69,9 @@ def share_object(mine: Any) -> Any:
 def _leave_groups() -> None:
     """End the groups before the interpreter does.
 
-    Torch leaves this to its users, who rarely know. A thread of gloo that still lets go of the last exchange's tensors
-    while Python is taken down aborts the process, after a training that went well; NCCL warns of what it may leak.
-    After an error other processes may still wait in an exchange, and so would this.
+    Torch does not. A thread of gloo that frees the last exchange's tensors while Python is taken down aborts the
+    process, after a training that went well. After an error this would wait for processes still in an exchange.
     """
     if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
-        gc.collect()  # of what still holds a group in a circle
-        torch.distributed.destroy_process_group()  # the default one, and those beside it
+        gc.collect()  # of reference cycles that still hold a group
+        torch.distributed.destroy_process_group()  # the default group, and that of the hosts

@@ -20,32 +20,25 @@ class Layout(NamedTuple):
 class Piece:
     """The samples `start:stop` of a batch as one micro-batch of this process.
 
-    Attributes:
-        index: Index of the micro-batch in the batch, over all processes.
-        start: First sample.
-        stop: Behind the last sample.
-        is_padding: Whether this process is left without samples of its own: it takes part in the collectives with the
-            batch's first micro-batch, whose loss and gradient then weigh nothing.
-        is_first: Whether it is the first of this process.
-        is_last: Whether it is the last of this process.
-        is_whole: Whether it is the whole batch.
+    A process that has no samples of its own gets padding: it takes part in the collectives with the batch's first
+    micro-batch, whose loss and gradient then have the weight 0.
     """
 
-    index: int
+    index: int  # of the micro-batch in the batch, over all processes
     start: int
     stop: int
     is_padding: bool
-    is_first: bool
-    is_last: bool
-    is_whole: bool
+    is_first: bool  # micro-batch of this process
+    is_last: bool  # micro-batch of this process
+    is_whole: bool  # whether it is the whole batch
 
 
 @lru_cache(maxsize=1024)
 def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
     """Return the micro-batches of this process for a batch of so many samples.
 
-    The batch is cut into contiguous pieces whose sizes differ by at most one sample, the larger first; the pieces are
-    dealt to the processes in contiguous runs of which the same holds.
+    The batch is cut into contiguous pieces whose sizes differ by at most one sample, larger pieces first; each process
+    gets a contiguous run of pieces, with sizes by the same rule.
 
     Example:
         >>> [(piece.start, piece.stop) for piece in cut(10, Layout(process=0, num_processes=2, num_micro_batches=3))]
@@ -85,17 +78,15 @@ def describe_batch(num_samples: int, layout: Layout) -> str:
         'batch 64 = 2 processes x 2 micro-batches x 16'
     """
     factors = [
-        _count({layout.num_processes}, "process"),
-        _count(_sizes(layout.num_micro_batches, layout.num_processes), "micro-batch"),
-        _count(_sizes(num_samples, layout.num_micro_batches), ""),
+        _count(layout.num_processes, 1, "process"),
+        _count(layout.num_micro_batches, layout.num_processes, "micro-batch"),
+        _count(num_samples, layout.num_micro_batches, ""),
     ]
     return f"batch {num_samples} = {' x '.join(factors)}"
 
 
-def _sizes(total: int, parts: int) -> set[int]:
-    return {stop - start for start, stop in _even_bounds(total, parts)}
-
-
-def _count(numbers: set[int], noun: str) -> str:
-    plural = f" {noun}{'es' if numbers != {1} else ''}" if noun else ""
-    return " or ".join(str(number) for number in sorted(numbers, reverse=True)) + plural
+def _count(total: int, parts: int, noun: str) -> str:
+    """Return the sizes of the parts of a total, with their noun."""
+    sizes = {stop - start for start, stop in _even_bounds(total, parts)}
+    plural = f" {noun}{'es' if sizes != {1} else ''}" if noun else ""
+    return " or ".join(str(size) for size in sorted(sizes, reverse=True)) + plural

@@ -7,7 +7,6 @@ indices, cuts each the same way, and fetches only its own pieces.
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,51 +26,32 @@ from .sources import TensorSource, divide, mark_of, not_negative, tensor_source_
 from .workers import Request, RequestSampler, SeededDataset, loader_of_requests, read_from_workers, sheltered
 
 _TOGETHER = 32  # micro-batches that are fetched in one go, at most ...
-_TOGETHER_BYTES = 2**20  # ... and what they may take: who keeps one keeps the memory of all
+_TOGETHER_BYTES = 2**20  # ... and their size together: all stay in memory as long as any of them is kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """The samples of one optimizer step, over all processes.
+    """The samples of one optimizer step, over all processes."""
 
-    Attributes:
-        number: Index of the batch in the pass over the data, 0-based.
-        size: Number of its samples, over all processes.
-        layout: How it is cut.
-        is_full: Whether it is as large as the loader's batches are; the last of a pass may be shorter.
-    """
-
-    number: int
-    size: int
+    number: int  # in the pass over the data, 0-based
+    size: int  # samples
     layout: Layout
-    is_full: bool = True
+    is_full: bool = True  # whether it is as large as the loader's batches are; the last one of a pass may be smaller
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches with samples, over all processes."""
         return min(self.size, self.layout.num_micro_batches)
 
-    @property
-    def has_equal_pieces(self) -> bool:
-        """Whether all micro-batches have the same number of samples."""
-        return self.size % self.layout.num_micro_batches == 0
-
 
 @dataclass(slots=True)
 class MicroBatch:
-    """One forward of this process.
+    """One forward of this process."""
 
-    Attributes:
-        data: What the user's collate function made of the samples.
-        piece: Which samples of the batch they are.
-        batch: The batch.
-        num_held: Samples in it where a collate function may have left out or added some; `None` if as many as asked.
-    """
-
-    data: Any
+    data: Any  # from the user's collate function
     piece: Piece
     batch: Batch
-    num_held: int | None = None
+    num_held: int | None = None  # samples in the data, where they may be more or fewer than those of the piece
 
     @property
     def position(self) -> tuple[int, int]:
@@ -86,14 +66,14 @@ class MicroBatch:
         return self.piece.stop - self.piece.start if self.num_held is None else self.num_held
 
     def move(self, to_device: Callable[[Any], Any]) -> None:
-        """Put the data where the model is."""
+        """Move the data to the device of the model."""
         self.data = to_device(self.data)
 
 
 class MicroBatchLoader:
     """The micro-batches of this process, pass by pass.
 
-    Whoever calls `recut` while it is iterated gets the batch under way once more, from its start, in the new cut.
+    After `recut`, called during the iteration, the present batch comes once more, from its start, in the new cut.
 
     Args:
         data_loader: The user's loader: any sampler, batch sampler, collate function and workers.
@@ -102,12 +82,6 @@ class MicroBatchLoader:
         pin_memory: Copy each micro-batch to page-locked memory, from which a device can copy while it computes.
         on_recut: Called with the new number of micro-batches; `None` where the cut is fixed.
         may_be_pairs: Whether a batch of two is inputs and targets, rather than two samples.
-
-    Attributes:
-        layout: The cut of the batches to come.
-        source: What fetches many samples at once; `None` where the data is not known to be tensors or a table.
-        num_changes: Grows while data in memory is found changed within a pass.
-        seconds: Time that the caller has waited for micro-batches.
     """
 
     def __init__(
@@ -121,11 +95,12 @@ class MicroBatchLoader:
     ) -> None:
         self.data_loader, self.layout, self.seed, self._on_recut = data_loader, layout, seed, on_recut
         self._may_be_pairs, self._pin_memory = may_be_pairs, pin_memory
-        self.num_changes, self.seconds = 0, 0.0
-        self.source: TensorSource | None = None
+        self.num_changes = 0  # how often data in memory was found changed within a pass
+        self.seconds = 0.0  # time that the caller has waited for micro-batches
         self._requests = RequestSampler()
-        has_plain_batches = data_loader.collate_fn is default_collate and data_loader.batch_sampler is not None
-        if has_plain_batches and not is_stream(data_loader):
+        self.source: TensorSource | None = None  # known for tensors and tables
+        is_collated_by_torch = data_loader.collate_fn is default_collate and data_loader.batch_sampler is not None
+        if is_collated_by_torch and not is_stream(data_loader):
             self.source = tensor_source_of(data_loader.dataset)
 
     @cached_property
@@ -162,34 +137,31 @@ class MicroBatchLoader:
         return self.source is not None and self.source.sample_nbytes is not None
 
     def use_source(self, source: TensorSource) -> None:
-        """Fetch the same samples from another place, before anything has been fetched."""
+        """Fetch the same samples from another source, before anything has been fetched."""
         self.source = source
 
     def refresh(self) -> None:
-        """Look whether the dataset has been given another form, such as a transform; each pass begins with that."""
+        """Find a new source if the dataset has changed, such as by a transform; each pass begins with this."""
         if self.source is not None and not self.source.is_current:
             self.source = tensor_source_of(self.data_loader.dataset)
             for made in ("_dataset", "_workers"):
                 self.__dict__.pop(made, None)
 
     def use_layout(self, layout: Layout) -> None:
-        """Cut the batches to come so."""
+        """Cut the batches to come in this way."""
         self.layout = layout
 
     def recut(self, layout: Layout) -> None:
-        """Cut the batch under way, from its start, and all that follow in another number of micro-batches."""
+        """Cut the present batch, from its start, and all that follow into another number of micro-batches."""
         self.layout = layout
         if self._on_recut is not None:
             self._on_recut(layout.num_micro_batches)
 
     def check_same_everywhere(self, name: str) -> None:
-        """Refuse data that differs between the processes: a random split without a seed, or a part for each.
+        """Refuse (ValueError) data that differs between the processes: a random split without a seed, or their parts.
 
-        Compares lengths, the rows of a `Subset`, and a few samples of tensors and tables; neither a sampler nor a
-        dataset of the user's own is touched.
-
-        Raises:
-            ValueError: The processes do not have the same data.
+        Compares lengths, the indices of a `Subset`, and a few samples of tensors and tables; calls neither a sampler
+        nor a dataset of the user's own.
         """
         if self.layout.num_processes == 1:
             return
@@ -207,12 +179,9 @@ class MicroBatchLoader:
             )
 
     def micro_batches(self, epoch: int, first_batch: int = 0) -> Generator[MicroBatch]:
-        """Yield the micro-batches of this process for one pass over the data.
+        """Yield the micro-batches of this process for one pass (1-based) over the data, from a batch (0-based) on.
 
-        Args:
-            epoch: The pass, 1-based.
-            first_batch: Where to begin, 0-based. Nothing is loaded to be skipped; a stream, which has no addresses,
-                is read from its start.
+        Batches before it are not loaded, except from a stream, which is read from its start.
         """
         fetched = self._streamed(epoch, first_batch) if is_stream(self.data_loader) else self._read(epoch, first_batch)
         with closing(fetched):
@@ -233,36 +202,32 @@ class MicroBatchLoader:
 
     def _read(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
         self.refresh()
-        again: int | None = first_batch
-        while again is not None:
-            again = yield from self._in_one_cut(epoch, again)
-
-    def _in_one_cut(self, epoch: int, first_batch: int) -> Generator[MicroBatch, None, int | None]:
-        """Yield until the pass is over, or return the batch to do again when the cut has changed."""
-        layout, may_hold_others = self.layout, self.may_hold_others
-        fetched = self._fetched(epoch, first_batch) if self._workers is None else self._from_workers(epoch, first_batch)
-        with closing(fetched):
-            for micro_batch in fetched:
-                if may_hold_others:
-                    num_asked = micro_batch.piece.stop - micro_batch.piece.start
-                    micro_batch.num_held = count_samples(micro_batch.data, num_asked, self._may_be_pairs)
-                yield micro_batch
-                if self.layout != layout:
-                    return micro_batch.batch.number
-        return None
+        layout = None
+        while layout != self.layout:  # once, and again from the present batch in each new cut
+            layout, may_hold_others = self.layout, self.may_hold_others
+            read = self._fetched if self._workers is None else self._from_workers
+            with closing(read(epoch, first_batch)) as fetched:
+                for micro_batch in fetched:
+                    if may_hold_others:
+                        num_asked = micro_batch.piece.stop - micro_batch.piece.start
+                        micro_batch.num_held = count_samples(micro_batch.data, num_asked, self._may_be_pairs)
+                    yield micro_batch
+                    if self.layout != layout:
+                        first_batch = micro_batch.batch.number
+                        break
 
     def _fetched(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
         planned = self._planned(epoch, first_batch)
-        if self.source is None or self.source.sample_nbytes is None:
-            for micro_batch in planned:
-                data = self._fetch(epoch, micro_batch)
-                micro_batch.data = pinned(data) if self._pin_memory else data
-                yield micro_batch
-        else:
-            yield from self._several_at_once(planned, self.source)
+        if self.is_uniform:
+            yield from self._several_at_once(planned, self.source)  # type: ignore[arg-type]
+            return
+        for micro_batch in planned:
+            data = self._dataset[self._request(epoch, micro_batch)]
+            micro_batch.data = pinned(data) if self._pin_memory else data
+            yield micro_batch
 
     def _several_at_once(self, planned: Iterator[MicroBatch], source: TensorSource) -> Generator[MicroBatch]:
-        """Fetch what follows in one go, as far as it is small: that costs little more than one micro-batch does."""
+        """Fetch several small micro-batches at once: that costs little more than a single one."""
         for first in planned:
             size = len(first.data) * (source.sample_nbytes or 1)
             others = min(_TOGETHER, _TOGETHER_BYTES // max(1, size)) - 1
@@ -281,11 +246,10 @@ class MicroBatchLoader:
                 yield micro_batch
 
     def _from_workers(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
-        planned: deque[MicroBatch] = deque()  # workers run ahead; what they were asked waits here
-        self._requests.start(self._asked(epoch, first_batch, planned))
+        requested, planned = itertools.tee(self._planned(epoch, first_batch))  # workers run ahead
+        self._requests.start(self._request(epoch, micro_batch) for micro_batch in requested)
         with closing(read_from_workers(iter(self._workers))) as parcels:  # type: ignore[arg-type]
-            for parcel in parcels:
-                micro_batch = planned.popleft()
+            for parcel, micro_batch in zip(parcels, planned, strict=False):
                 micro_batch.data = parcel.data
                 yield micro_batch
 
@@ -309,36 +273,26 @@ class MicroBatchLoader:
             for piece in cut(batch_size, self.layout):
                 yield MicroBatch(indices if piece.is_whole else indices[piece.start : piece.stop], piece, batch)
 
-    def _asked(self, epoch: int, first_batch: int, planned: deque[MicroBatch]) -> Iterator[Request]:
-        for micro_batch in self._planned(epoch, first_batch):
-            planned.append(micro_batch)
-            yield self._request(epoch, micro_batch)
-
     def _request(self, epoch: int, micro_batch: MicroBatch) -> Request:
         indices = micro_batch.data
         indices = indices.tolist() if isinstance(indices, torch.Tensor) else list(indices)
         return Request(indices, derive_seed(self.seed, FETCH, epoch, micro_batch.batch.number, micro_batch.piece.start))
 
-    def _fetch(self, epoch: int, micro_batch: MicroBatch) -> Any:
-        if self.source is not None:
-            return self.source(micro_batch.data)
-        return self._dataset[self._request(epoch, micro_batch)]
-
     def _streamed(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
         """Read a stream on the main process only, share each batch, and take this process's samples out of it."""
-        _tell_epoch(self.data_loader.dataset, epoch - 1)
-        is_reader = self.layout.process == 0
-        batches = None
-        if is_reader:
+        _set_epoch(self.data_loader.dataset, epoch - 1)
+        batches: Iterator[Any] = iter(())
+        if self.layout.process == 0:
             with sheltered(self.data_loader):
                 read = read_from_workers(SeededIterator(self.data_loader, derive_seed(self.seed, DATA, epoch)))
             batches = itertools.islice(read, first_batch, None)
         for number in itertools.count(first_batch):
-            samples = next(batches, _END) if batches is not None else None
+            held = list(itertools.islice(batches, 1))
             if self.layout.num_processes > 1:
-                samples = share_object(samples)
-            if isinstance(samples, _End):
+                held = share_object(held)
+            if not held:
                 return
+            samples = held.pop()
             num_samples = count_samples(samples, may_be_pair=self._may_be_pairs)
             if num_samples is None:
                 raise TypeError(
@@ -359,28 +313,21 @@ class MicroBatchLoader:
 _UNDIVIDED = "Do not divide the data over the processes (split_dataset_by_node): the trainer divides each batch."
 
 
-def _tell_epoch(dataset: Any, epoch: int) -> None:
-    """Tell a stream, or the streams that it is made of, which epoch begins (0-based)."""
+def _set_epoch(dataset: Any, epoch: int) -> None:
+    """Set the epoch (0-based) of a stream, or of the streams that it is made of."""
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
         return
     for stream in _made_of(dataset):
-        _tell_epoch(stream, epoch)
+        _set_epoch(stream, epoch)
 
 
 def _is_part(dataset: Any) -> bool:
-    """Return whether a stream of the `datasets` library, or one that it is made of, is what a process has of it."""
-    own = getattr(getattr(dataset, "_distributed", None), "world_size", 1)
-    return own > 1 or (isinstance(dataset, IterableDataset) and any(map(_is_part, _made_of(dataset))))
+    """Return whether a stream of the `datasets` library, or a part of it, has been divided over processes."""
+    num_parts = getattr(getattr(dataset, "_distributed", None), "world_size", 1)
+    return num_parts > 1 or (isinstance(dataset, IterableDataset) and any(map(_is_part, _made_of(dataset))))
 
 
 def _made_of(dataset: Any) -> list[Dataset[Any]]:
     inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
-    return [one for one in inner if isinstance(one, Dataset)] if isinstance(inner, (list, tuple)) else []
-
-
-class _End:
-    """Mark the end of a stream."""
-
-
-_END = _End()
+    return [part for part in inner if isinstance(part, Dataset)] if isinstance(inner, (list, tuple)) else []

@@ -1,9 +1,9 @@
-"""The order of the samples, and what a loader says of itself."""
+"""The order of the samples, and checks of a loader."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,34 +21,28 @@ from .randomness import ORDER, SeededIterator, derive_seed
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
-    """Return what yields batches of indices."""
+    """Return the sampler that yields batches of indices."""
     return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
 
 
 def index_batches(
     loader: DataLoader[Any], seed: int, epoch: int, first_batch: int = 0
 ) -> Iterator[torch.Tensor | Sequence[Any]]:
-    """Yield the indices of each batch of this epoch: a pure function of (loader, seed, epoch).
+    """Yield the indices of each batch of a pass (1-based) over a map-style dataset, from a batch (0-based) on.
 
-    Args:
-        loader: A loader of a map-style dataset.
-        seed: The user's seed.
-        epoch: Pass over the data, 1-based.
-        first_batch: Where to begin, 0-based; a sampler that is not torch's own draws the indices before it too.
+    They are a pure function of (loader, seed, epoch). A sampler of the user draws the batches before the first one too.
     """
     sampler = sampler_of(loader)
     inner = getattr(sampler, "sampler", sampler)
     for stateful in (sampler, inner):
         if hasattr(stateful, "set_epoch"):
-            stateful.set_epoch(epoch - 1)  # 0-based by torch's custom
-    own = getattr(inner, "generator", None)
-    path = (own.initial_seed() & (2**63 - 1),) if isinstance(own, torch.Generator) else ()
+            stateful.set_epoch(epoch - 1)  # torch counts from 0
+    generator = getattr(inner, "generator", None)
+    path = (generator.initial_seed() & (2**63 - 1),) if isinstance(generator, torch.Generator) else ()
     seed = derive_seed(seed, ORDER, epoch, *path)
     order = _own_order(inner, seed) if type(sampler) is BatchSampler else None
     if order is None:
-        # The generator of a sampler sits in the batch sampler or in the sampler inside.
-        drawn = SeededIterator(sampler if own is None else _Drawing(sampler, own), seed)
-        yield from itertools.islice(drawn, first_batch, None)
+        yield from itertools.islice(SeededIterator(sampler, seed, generator), first_batch, None)
     else:
         size: int = sampler.batch_size
         end = len(order) - len(order) % size if sampler.drop_last else len(order)
@@ -57,23 +51,13 @@ def index_batches(
 
 
 def dataset_order(loader: DataLoader[Any]) -> Any:
-    """Return a sampler of the samples that a loader reaches, each once, in the order of the dataset."""
+    """Return a sampler of all samples that a loader can yield, each once, in the order of the dataset."""
     sampler = sampler_of(loader)
     inner = getattr(sampler, "sampler", sampler)
     if type(inner) in (SequentialSampler, RandomSampler, WeightedRandomSampler):
         return SequentialSampler(loader.dataset)  # type: ignore[arg-type]
     drawn = list(SeededIterator(inner, 0))
     return sorted({index for item in drawn for index in (item if isinstance(item, (list, tuple)) else [item])})
-
-
-class _Drawing:
-    """A batch sampler shown together with the generator of the sampler inside it."""
-
-    def __init__(self, sampler: Iterable[Any], generator: torch.Generator) -> None:
-        self.sampler, self.generator = sampler, generator
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.sampler)
 
 
 def _own_order(sampler: object, seed: int) -> torch.Tensor | None:
@@ -107,7 +91,7 @@ def check_loader(loader: object, name: str, may_be_empty: bool = False) -> None:
     """Refuse a loader that the trainer could not divide, before anything is trained.
 
     Raises:
-        TypeError: Not a plain torch `DataLoader`.
+        TypeError: It is not torch's own `DataLoader`.
         ValueError: It has a `DistributedSampler`, or yields no batch.
     """
     if not isinstance(loader, DataLoader):

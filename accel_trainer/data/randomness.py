@@ -1,4 +1,4 @@
-"""Seeds as pure functions of where a run stands, and the generators that they set."""
+"""Seeds as pure functions of the position in a run, and the generators that they set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-# What a seed is for; the second number of every path, so that no two uses share a stream.
+# The uses of a seed: the second number of every path, so that no two uses share a stream.
 ORDER, DATA, FETCH, TRAINING, EVALUATION = range(5)
 _packers = [struct.Struct(f"<{length}q").pack for length in range(8)]
 
@@ -23,26 +23,24 @@ _packers = [struct.Struct(f"<{length}q").pack for length in range(8)]
 def derive_seed(*path: int) -> int:
     """Return a seed from 0 to 2**63 - 1 that depends on every number of the path, the same on every machine.
 
-    Costs about one microsecond.
-
-    Args:
-        *path: The user's seed, what it is for, then numbers such as epoch and position; each below 2**63.
+    The path is the user's seed, its use, then numbers such as epoch and position; each below 2**63. Costs about one
+    microsecond.
     """
     digest = blake2b(_packers[len(path)](*path), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_all(
-    seed: int, generators: Sequence[torch.Generator] = (torch.default_generator,), is_all_torchs: bool = False
+    seed: int, generators: Sequence[torch.Generator] = (torch.default_generator,), runs_only_torch: bool = False
 ) -> None:
     """Set the generators that code may draw from: Python's, NumPy's and torch's.
 
     Args:
         seed: From 0 to 2**63 - 1.
-        generators: Those of torch; that of the CPU alone unless given.
-        is_all_torchs: Leave out Python's and NumPy's, which take 10 of 13 microseconds.
+        generators: Torch's generators; by default only that of the CPU.
+        runs_only_torch: Leave out Python's and NumPy's, which take 10 of 13 microseconds.
     """
-    if not is_all_torchs:
+    if not runs_only_torch:
         random.seed(seed)
         numpy.random.seed(seed & 0xFFFFFFFF)  # the legacy generator takes 32 bits
     for generator in generators:
@@ -55,12 +53,10 @@ _HOOKS_EVERYWHERE = [
 _PLAIN = frozenset({bool, int, float, str, tuple, type(None)})  # attributes that are neither code nor hooks
 
 
-def is_all_torchs(model: nn.Module, *others: Any) -> bool:
-    """Return whether no code but torch's runs: then nothing draws from Python's and NumPy's generators.
+def runs_only_torch(model: nn.Module, *others: Any) -> bool:
+    """Return whether only torch's code runs, in a model with its hooks, and in other modules, functions, optimizers.
 
-    Args:
-        model: With its modules, parameters and hooks.
-        *others: Modules, functions, optimizers, callbacks.
+    Then nothing draws from Python's and NumPy's generators.
     """
     if any(_HOOKS_EVERYWHERE) or not all(map(_has_no_code, model.parameters())):
         return False
@@ -75,9 +71,9 @@ def _has_no_code(parameter: nn.Parameter) -> bool:
 def _is_torchs(thing: Any) -> bool:
     kind = thing if isinstance(thing, (FunctionType, BuiltinFunctionType)) else type(thing)
     code = getattr(kind, "forward", kind)
-    if not all(str(one.__module__).startswith(("torch.nn.", "torch.optim.")) for one in (kind, code)):
+    if not all(str(part.__module__).startswith(("torch.nn.", "torch.optim.")) for part in (kind, code)):
         return False
-    is_optimizer = isinstance(thing, Optimizer)  # whose methods its scheduler wraps
+    is_optimizer = isinstance(thing, Optimizer)  # a scheduler wraps its methods
     for name, value in getattr(thing, "__dict__", {}).items():
         if type(value) not in _PLAIN and (name.endswith("_hooks") or callable(value)) and not is_optimizer:
             if value if name.endswith("_hooks") else not _is_torchs(value):
@@ -86,7 +82,7 @@ def _is_torchs(thing: Any) -> bool:
 
 
 def torch_generators(device: torch.device) -> list[torch.Generator]:
-    """Return the generators that dropout and friends draw from on this device.
+    """Return the generators that operations such as dropout draw from on this device.
 
     `torch.manual_seed` would reach every device of the machine and costs 200 times as much as these.
     """
@@ -114,11 +110,7 @@ def _put_back(generators: list[torch.Generator], states: tuple[Any, ...]) -> Non
 
 @contextmanager
 def generators_kept(*generators: torch.Generator) -> Iterator[None]:
-    """Put Python's, NumPy's and torch's generators back as they were before the block.
-
-    Args:
-        *generators: The torch generators to guard; none means the CPU's default one.
-    """
+    """Put back Python's and NumPy's generators, and these of torch (the CPU's default one without any), at the end."""
     guarded = list(generators) or [torch.default_generator]
     states = _snapshot(guarded)
     try:
@@ -128,22 +120,18 @@ def generators_kept(*generators: torch.Generator) -> Iterator[None]:
 
 
 class SeededIterator(Iterator[Any]):
-    """Iterate over something that may draw at random as if it were alone with freshly seeded generators.
+    """Iterate over something that may draw at random, with generators seeded for it alone.
 
-    Its draws depend on the seed only, not on what others draw between two of its items, and leave no trace in the
-    generators of others. Costs about 50 microseconds an item.
-
-    Attributes:
-        iterator: What is iterated.
+    Its draws depend on the seed only, not on other draws between two of its items, and do not change the generators of
+    other code. `generator` is the one it draws from, if that is not its own attribute. Costs about 50 microseconds an
+    item.
     """
 
-    def __init__(self, iterable: Any, seed: int) -> None:
-        own = getattr(iterable, "generator", None)
-        self._generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
+    def __init__(self, iterable: Any, seed: int, generator: torch.Generator | None = None) -> None:
+        generator = getattr(iterable, "generator", None) if generator is None else generator
+        self._generators = [torch.default_generator, *([generator] if isinstance(generator, torch.Generator) else [])]
         with generators_kept(*self._generators):
-            seed_all(seed)
-            for generator in self._generators[1:]:
-                generator.manual_seed(seed)
+            seed_all(seed, self._generators)
             self.iterator = iter(iterable)
             self._states = _snapshot(self._generators)
 

@@ -1,7 +1,6 @@
 """Fetch many samples at once from data that is rows of numbers: tensors, and tables of the `datasets` library.
 
-What is fetched equals what the loader's default collate function would make of single samples, without Python work for
-each of them.
+The result equals that of the loader's default collate function, without Python work for each sample.
 """
 
 from __future__ import annotations
@@ -22,19 +21,12 @@ from .collated import aligned, pinned
 
 
 class TensorSource:
-    """The samples of a dataset as rows that are fetched together.
+    """The samples of a dataset as rows that are fetched together."""
 
-    Attributes:
-        in_memory: Whether they are tensors already; a loader worker would only add the way back.
-        sample_nbytes: What one row takes as tensors; `None` if they are not all of one shape.
-        nbytes: Bytes needed to keep the data in memory.
-        versioned: Tensors whose versions, which torch counts, grow when the data is changed in place. What NumPy writes
-            into shared memory is not counted.
-    """
-
-    in_memory = False
-    sample_nbytes: int | None = None
-    nbytes = 0
+    in_memory = False  # whether they are tensors already; a loader worker would only have to send them
+    sample_nbytes: int | None = None  # bytes of one row as tensors; `None` if rows have several shapes
+    nbytes = 0  # bytes needed to keep the data in memory
+    # Tensors whose versions, counted by torch, grow when the data is changed in place, except by NumPy.
     versioned: Sequence[Tensor] = ()
 
     def __call__(self, indices: Tensor) -> Any:
@@ -43,17 +35,17 @@ class TensorSource:
 
     @property
     def columns(self) -> Any:
-        """The tensors of all rows and maybe of others, collated as a batch is; `None` if not in memory."""
+        """The tensors of all rows, and maybe of more, in the form of a batch; `None` if not in memory."""
         return None
 
     @property
     def version(self) -> list[int]:
-        """What differs once the data has been changed in place."""
+        """A key that changes when the data is changed in place."""
         return [tensor._version for tensor in self.versioned]
 
     @property
     def is_current(self) -> bool:
-        """Whether the dataset has still the form in which these rows were found."""
+        """Whether the dataset still is as it was when this source was made."""
         return True
 
     def loaded(self) -> TensorSource:
@@ -69,9 +61,9 @@ class MemorySource(TensorSource):
     """TensorSource of tensors, as the list of a `TensorDataset` or a dictionary of columns.
 
     Args:
-        tensors: With a row per sample each.
-        source: What they are a copy of.
-        owner: The dataset that they are of, which may be given others.
+        tensors: Each with a row per sample.
+        source: The source that they are a copy of, if any.
+        owner: The dataset that they belong to, if any; it may get other tensors later.
     """
 
     in_memory = True
@@ -86,12 +78,10 @@ class MemorySource(TensorSource):
         self._names = tuple(tensors) if isinstance(tensors, Mapping) else None
         self._tensors = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
         self._source, self._copied = source, None if source is None else source.version
-        if source is not None:
-            self.versioned = source.versioned
-        else:
-            self.versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]  # which have no version
+        with_version = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self.versioned = with_version if source is None else source.versioned
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors)
-        if not any(tensor.requires_grad for tensor in self._tensors):  # those lead back to the whole, one by one
+        if not any(tensor.requires_grad for tensor in self._tensors):  # the graph of each row would lead to the whole
             self.sample_nbytes = sum(tensor[:1].nbytes for tensor in self._tensors)
 
     def __call__(self, indices: Tensor) -> Any:
@@ -104,7 +94,7 @@ class MemorySource(TensorSource):
 
     @property
     def is_current(self) -> bool:
-        """Whether the dataset has still the form in which these rows were found."""
+        """Whether the dataset still is as it was when this source was made."""
         if self._owner is not None:
             now = self._owner.tensors
             return len(now) == len(self._given) and all(map(operator.is_, now, self._given))
@@ -140,22 +130,26 @@ class TableSource(TensorSource):
 
     def __init__(self, table: Any) -> None:
         self._table, self._format = table, table.format
-        self._fingerprint, self._is_current = _fingerprint_of(table), True
+        self._fingerprint, self._is_current = getattr(table, "_fingerprint", None), True
+        self._like: dict[str, Tensor] = {}  # a row of each column; empty if Arrow is not read directly
         some = sorted({0, len(table) // 2, len(table) - 1}) if len(table) else []
         formatted = _numbers(table[some]) if some else None
-        self._like = None if formatted is None else _plain_columns(table, formatted)
-        if self._like is not None:
-            self._arrow = table.with_format("arrow", columns=list(self._like))
-            if all(_same(formatted[name], column) for name, column in self._from_arrow(some).items()):  # type: ignore[index]
-                self.sample_nbytes = sum(one.nbytes for one in self._like.values())
-                self.nbytes = self.sample_nbytes * len(table)
-            else:
-                self._like = None
+        if formatted is None or table.format["output_all_columns"]:
+            return
+        like = {name: column[0] for name, column in formatted.items()}
+        if not all(_is_dense(chunk, row.shape) for name, row in like.items() for chunk in table.data[name].chunks):
+            return
+        self._like, self._arrow = like, table.with_format("arrow", columns=list(like))
+        if all(_same(formatted[name], column) for name, column in self._from_arrow(some).items()):
+            self.sample_nbytes = sum(row.nbytes for row in like.values())
+            self.nbytes = self.sample_nbytes * len(table)
+        else:
+            self._like = {}
 
     def __call__(self, indices: Tensor) -> Any:
         """Return the rows of these indices."""
         rows = indices.tolist()
-        if self._like is not None:
+        if self._like:
             return self._from_arrow(rows, copies=True)
         columns = _numbers(self._table[rows])
         if columns is None:  # text, ragged or nested
@@ -168,30 +162,24 @@ class TableSource(TensorSource):
 
     @property
     def is_current(self) -> bool:
-        """Whether the dataset has still the form in which these rows were found."""
+        """Whether the dataset still is as it was when this source was made."""
         # The library renews the fingerprint with every change; to ask for the format costs a hundred times as much.
-        fingerprint = _fingerprint_of(self._table)
+        fingerprint = getattr(self._table, "_fingerprint", None)
         if fingerprint is None or fingerprint != self._fingerprint:
             self._fingerprint, self._is_current = fingerprint, self._table.format == self._format
         return self._is_current
 
     def _from_arrow(self, rows: list[int] | slice, copies: bool = False) -> dict[str, Tensor]:
         table = self._arrow[rows]
-        return {name: _column(table[name], like, copies) for name, like in self._like.items()}  # type: ignore[union-attr]
+        return {name: _column(table[name], like, copies) for name, like in self._like.items()}
 
 
 class SubsetSource(TensorSource):
-    """TensorSource of a `Subset`, fetched from what it is a subset of.
+    """TensorSource of a `Subset`: rows of `whole`, the source of its dataset."""
 
-    Args:
-        rows: Place of each sample in the whole.
-        whole: What it is a subset of.
-        subset: The dataset, which may be given other samples; `None` if it may not.
-    """
-
-    def __init__(self, rows: Tensor, whole: TensorSource, subset: Subset[Any] | None = None) -> None:
-        self._rows, self._whole, self._subset = rows, whole, subset
-        self._given = None if subset is None else (copy.copy(subset.indices), subset.dataset)
+    def __init__(self, indices: Tensor, whole: TensorSource, subset: Subset[Any]) -> None:
+        self._indices, self._whole, self._subset = indices, whole, subset
+        self._given = copy.copy(subset.indices), subset.dataset  # which may be replaced later
         self.in_memory = whole.in_memory
         self.sample_nbytes, self.nbytes, self.versioned = whole.sample_nbytes, whole.nbytes, whole.versioned
 
@@ -202,24 +190,22 @@ class SubsetSource(TensorSource):
 
     @property
     def is_current(self) -> bool:
-        """Whether the dataset has still the form in which these rows were found."""
-        if self._subset is not None and self._given is not None:
-            indices, dataset = self._given
-            if self._subset.dataset is not dataset or not _equal(self._subset.indices, indices):
-                return False
-        return self._whole.is_current
+        """Whether the dataset still is as it was when this source was made."""
+        indices, dataset = self._given
+        is_same = self._subset.dataset is dataset and _equal(self._subset.indices, indices)
+        return is_same and self._whole.is_current
 
     def __call__(self, indices: Tensor) -> Any:
         """Return the rows of these indices."""
-        return self._whole(self._rows.index_select(0, indices))
+        return self._whole(self._indices.index_select(0, indices))
 
     def loaded(self) -> TensorSource:
         """Return the same rows of the whole as tensors."""
-        return SubsetSource(self._rows, self._whole.loaded(), self._subset)
+        return SubsetSource(self._indices, self._whole.loaded(), self._subset)
 
     def to(self, device: torch.device) -> TensorSource:
         """Return the same rows of the whole on a device."""
-        return SubsetSource(self._rows, self._whole.to(device), self._subset)
+        return SubsetSource(self._indices, self._whole.to(device), self._subset)
 
 
 def _equal(now: Any, before: Any) -> bool:
@@ -230,23 +216,25 @@ def _equal(now: Any, before: Any) -> bool:
 
 
 def tensor_source_of(dataset: Dataset[Any]) -> TensorSource | None:
-    """Return what fetches many samples at once, just as the default collate function joins single ones.
+    """Return a source whose batches equal those of the default collate function; `None` if there is none.
 
-    Only for what is known to draw nothing and to index alike: by exact type a `TensorDataset`, a `datasets.Dataset` in
-    torch or numpy format, and a `Subset` of one; `None` for anything else.
+    There is one for the types that draw nothing at random and have known rows: exactly `TensorDataset`,
+    `datasets.Dataset` in torch or numpy format, and a `Subset` of one of these.
     """
     if type(dataset) is TensorDataset:
         can_be = all(map(_can_be_selected, dataset.tensors))
         return MemorySource(dataset.tensors, owner=dataset) if can_be else None
     if type(dataset) is Subset:
-        rows = dataset.indices if isinstance(dataset.indices, (Sequence, numpy.ndarray)) else ()
-        places = numpy.asarray(rows)
-        whole = tensor_source_of(dataset.dataset) if places.ndim == 1 and places.dtype.kind in "iu" else None
+        indices = numpy.asarray(dataset.indices if isinstance(dataset.indices, (Sequence, numpy.ndarray)) else ())
+        whole = tensor_source_of(dataset.dataset) if indices.ndim == 1 and indices.dtype.kind in "iu" else None
         if whole is None:
             return None
         length = len(dataset.dataset)  # type: ignore[arg-type]
-        return SubsetSource(torch.as_tensor(not_negative(places.tolist(), length), dtype=torch.int64), whole, dataset)
-    return TableSource(dataset) if _is_table(dataset) else None
+        return SubsetSource(torch.as_tensor(not_negative(indices.tolist(), length), dtype=torch.int64), whole, dataset)
+    if not _is_of_datasets(dataset):
+        return None
+    form: Any = dataset.format  # type: ignore[attr-defined]
+    return TableSource(dataset) if form["type"] in ("torch", "numpy") and not form["format_kwargs"] else None
 
 
 def _can_be_selected(tensor: Tensor) -> bool:
@@ -259,39 +247,28 @@ def not_negative(indices: Iterable[Any], length: int) -> list[int]:
 
 
 def mark_of(dataset: Any) -> int:
-    """Return a number by which it shows that data is not the same on all processes.
+    """Return a checksum that shows whether data differs between processes.
 
-    It is of the rows of a subset, and of a few samples of tensors and tables; nobody else's code is run.
+    It covers the indices of a subset, and a few samples of tensors and tables; no code of the user is run.
     """
     if type(dataset) is Subset:
         return crc32(repr(list(dataset.indices)).encode(), mark_of(dataset.dataset))
     if type(dataset) is ConcatDataset:
-        return crc32(repr([mark_of(one) for one in dataset.datasets]).encode())
+        return crc32(repr([mark_of(part) for part in dataset.datasets]).encode())
     if type(dataset) is TensorDataset and len(dataset):
         few = [
             tensor[[0, len(dataset) // 2, -1]].detach().cpu() for tensor in dataset.tensors if _can_be_selected(tensor)
         ]
-        return crc32(b"".join(one.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for one in few))
+        return crc32(b"".join(rows.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for rows in few))
     if _is_of_datasets(dataset) and len(dataset):
         return crc32(repr(dataset.with_format("arrow")[[0, len(dataset) // 2, len(dataset) - 1]].to_pydict()).encode())
     return 0
 
 
 def _is_of_datasets(dataset: Any) -> bool:
-    # Asked by name: importing datasets costs a second, and who has one has imported it.
+    # Compared by name: importing `datasets` takes a second.
     kind = type(dataset)
     return (kind.__module__, kind.__qualname__) == ("datasets.arrow_dataset", "Dataset")
-
-
-def _is_table(dataset: Any) -> bool:
-    if not _is_of_datasets(dataset):
-        return False
-    return dataset.format["type"] in ("torch", "numpy") and not dataset.format["format_kwargs"]
-
-
-def _fingerprint_of(table: Any) -> str | None:
-    fingerprint: str | None = getattr(table, "_fingerprint", None)
-    return fingerprint
 
 
 def _numbers(columns: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -303,18 +280,9 @@ def _numbers(columns: Mapping[str, Any]) -> dict[str, Tensor] | None:
     return {name: torch.as_tensor(column) for name, column in columns.items()} or None
 
 
-def _plain_columns(table: Any, formatted: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return a row of each column; `None` if not all are plain in the whole table."""
-    like = {name: column[0] for name, column in formatted.items()}
-    if table.format["output_all_columns"]:
-        return None
-    are_plain = all(_is_plain(chunk, one.shape) for name, one in like.items() for chunk in table.data[name].chunks)
-    return like if are_plain else None
-
-
-def _is_plain(array: Any, shape: Sequence[int]) -> bool:
+def _is_dense(array: Any, shape: Sequence[int]) -> bool:
     """Return whether an Arrow array holds numbers, or lists of lists of them of this shape, and nothing is missing."""
-    array = getattr(array, "storage", array)  # of datasets' own types, such as Array2D
+    array = getattr(array, "storage", array)  # in `datasets`' own types, such as Array2D
     if array.null_count:
         return False
     if not shape:
@@ -322,16 +290,13 @@ def _is_plain(array: Any, shape: Sequence[int]) -> bool:
     if not hasattr(array, "value_lengths"):
         return False
     lengths = array.value_lengths().to_numpy(zero_copy_only=False)
-    return bool((lengths == shape[0]).all()) and _is_plain(array.flatten(), shape[1:])
+    return bool((lengths == shape[0]).all()) and _is_dense(array.flatten(), shape[1:])
 
 
 def _column(column: Any, like: Tensor, copies: bool) -> Tensor:
-    """Return a plain Arrow column as a tensor.
+    """Return a dense Arrow column as a tensor, with the shape and dtype of `like`, a row of it.
 
-    Args:
-        column: Of an Arrow table.
-        like: A row of it, as the library formats it: shape and dtype.
-        copies: For who may write to it: otherwise the memory can be Arrow's own, or that of a file.
+    Without `copies` nobody may write to it: the memory can be Arrow's own, or that of a file.
     """
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     for _ in like.shape:
@@ -342,19 +307,16 @@ def _column(column: Any, like: Tensor, copies: bool) -> Tensor:
     return values.reshape(len(column), *like.shape).to(like.dtype, copy=copies)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+def _same(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 def divide(batch: Any, sizes: Sequence[int]) -> list[Any]:
-    """Divide rows that were fetched together into micro-batches.
+    """Divide a batch that a `TensorSource` has fetched into micro-batches of these sizes.
 
-    Each is memory of its own to who uses it: no writing to one, and no gradient through it, reaches another. Each is
-    aligned as if it had been fetched alone.
-
-    Args:
-        batch: A list or a dictionary of tensors, as `TensorSource` return it.
-        sizes: Samples of each part.
+    No gradient through one of them reaches another, and each is aligned as if it had been fetched alone.
     """
     if isinstance(batch, Mapping):
         columns = [_parts(column, sizes) for column in batch.values()]

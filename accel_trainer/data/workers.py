@@ -1,4 +1,4 @@
-"""Loader workers: what they are asked, how they are seeded, and how they end."""
+"""Loader workers: their requests, their seeds, and their end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import atexit
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -18,7 +19,7 @@ from .sources import TensorSource
 
 
 class Request(NamedTuple):
-    """What one micro-batch needs: its samples and the seed of what the dataset draws for them."""
+    """The samples of one micro-batch, and the seed for what the dataset draws for them."""
 
     indices: Sequence[Any]
     seed: int
@@ -35,58 +36,49 @@ class SeededDataset(Dataset[Any]):
         if self._source is not None:
             return self._source(torch.as_tensor(request.indices))
         seed_all(request.seed)
-        return self._collate(self._items(request.indices))
-
-    def _items(self, indices: Sequence[Any]) -> Any:
         if self._answers_lists:
-            return self._dataset[indices]
+            return self._collate(self._dataset[request.indices])
         many = getattr(self._dataset, "__getitems__", None)
-        return many(indices) if many else [self._dataset[index] for index in indices]
+        return self._collate(many(request.indices) if many else [self._dataset[index] for index in request.indices])
 
 
 class Parcel:
-    """A micro-batch on its way from a loader worker; the thread of torch that pins memory asks it to do so itself."""
+    """A micro-batch from a loader worker; torch's thread that pins memory calls its `pin_memory`."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
 
     def pin_memory(self) -> Parcel:
-        """Return it with what can be pinned in page-locked memory."""
+        """Return it with its data in page-locked memory, as far as possible."""
         return Parcel(pinned(self.data))
 
 
 class RequestSampler:
-    """The sampler of the loader with workers: it yields the requests that `start` was given last."""
+    """The sampler of the loader with workers: it yields the requests of the last `start`."""
 
     def __init__(self) -> None:
         self._pending: Iterator[Request] = iter(())
 
     def start(self, requests: Iterator[Request]) -> None:
-        """Yield these from here on."""
+        """Yield these requests from now on."""
         self._pending = requests
 
     def __iter__(self) -> Iterator[Request]:
         return self._pending
 
 
-class WorkerInit:
-    """Shelter a loader worker from signals that are meant for its parent, then do what the user asks for.
+def _init_worker(user: Callable[[int], object] | None, worker: int) -> None:
+    """Shelter a loader worker from signals that are meant for its parent, then call the user's `worker_init_fn`.
 
-    Schedulers and terminals send them to whole groups of processes. The parent finishes its step and ends its workers;
-    one that it does not end leaves 20 seconds later.
+    Schedulers and terminals send signals to whole groups of processes. The parent finishes its step and ends its
+    workers; a worker that it does not end leaves 20 seconds later.
     """
-
-    def __init__(self, user: Callable[[int], object] | None) -> None:
-        self._user = user
-
-    def __call__(self, worker: int) -> None:
-        """Begin as this worker."""
-        for name in ("SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _leave_soon)
-        if self._user is not None:
-            self._user(worker)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave_soon)
+    if user is not None:
+        user(worker)
 
 
 def _leave_soon(signum: int, frame: object) -> None:
@@ -109,37 +101,37 @@ def loader_of_requests(
         sampler=requests,
         collate_fn=Parcel,
         pin_memory=pin_memory,
-        worker_init_fn=WorkerInit(data_loader.worker_init_fn),
+        worker_init_fn=partial(_init_worker, data_loader.worker_init_fn),
     )
     _loaders.add(loader)
     return loader
 
 
 def like_loader(data_loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
-    """Return a loader like the user's, but for its sampler and what is given."""
+    """Return a loader like the user's, with some arguments changed; the sampler must be one of them."""
     names = "dataset collate_fn num_workers pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor"
     kept = {name: getattr(data_loader, name) for name in (*names.split(), "persistent_workers")}
     return DataLoader(**(kept | changes))
 
 
 def _end_workers() -> None:
-    """End persistent workers by the door: at its end multiprocessing would send them SIGTERM and wait."""
+    """End persistent workers in time: multiprocessing would send them SIGTERM and wait when the process exits."""
     for loader in list(_loaders):
         loader._iterator = None
 
 
-atexit.register(_end_workers)  # what is registered last, after multiprocessing, runs first
+atexit.register(_end_workers)  # registered after multiprocessing's function, it runs before that
 
 
 def read_from_workers(iterator: Iterator[Any]) -> Generator[Any]:
-    """Yield what loader workers bring, and end them all where one has been killed.
+    """Yield the items of loader workers, and end all workers if one has been killed.
 
-    The others may wait for a lock that it held, and are sheltered from the signal that would end them.
+    The other workers may wait for a lock that it held, and are sheltered from the signal that would end them.
     """
     workers = getattr(getattr(iterator, "iterator", iterator), "_workers", ())
     try:
         yield from iterator
-    except (RuntimeError, OSError, EOFError):  # as the main process hears of it, by one way or another
+    except (RuntimeError, OSError, EOFError):  # the main process may see any of these
         _kill(workers)
         raise
     finally:
@@ -154,9 +146,9 @@ def _kill(workers: Iterable[Any]) -> None:
 
 @contextmanager
 def sheltered(loader: DataLoader[Any]) -> Iterator[None]:
-    """Let the workers that a loader starts in this block be sheltered."""
+    """Shelter the workers that a loader starts in this block from signals."""
     user = loader.worker_init_fn
-    loader.worker_init_fn = WorkerInit(user)
+    loader.worker_init_fn = partial(_init_worker, user)
     _loaders.add(loader)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Build the one `Accelerator`, or refuse what the launch asks for and would not happen."""
+"""Build the one `Accelerator`, or refuse requests of the launch that would be ignored."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ _PLUGINS = {
 
 
 def check_environment() -> None:
-    """Refuse what the launch asks for and would not happen."""
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", ""):
-        raise HardwareError(_accumulation_hint(steps))
+    """Refuse requests of the launch that would be ignored."""
+    _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
     for variable, plugin in _PLUGINS.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+        if _is_set(variable):
             _refuse_plugin(plugin)
 
 
-def _accumulation_hint(steps: object) -> str:
-    return (
-        f"gradient_accumulation_steps={steps} is not used here: the loader's batch is what one update sees, on any "
-        "number of processes. Multiply batch_size by it and set num_micro_batches in TrainConfig to cut the batch."
-    )
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+
+
+def _check_accumulation(steps: int | str) -> None:
+    if str(steps) != "1":
+        raise HardwareError(
+            f"gradient_accumulation_steps={steps} is not used here: the loader's batch is what one update sees, on any "
+            "number of processes. Multiply batch_size by it and set num_micro_batches in TrainConfig to cut the batch."
+        )
 
 
 def _refuse_plugin(plugin: str) -> None:
@@ -48,8 +51,8 @@ def _refuse_plugin(plugin: str) -> None:
 
 
 def build_accelerator(mixed_precision: str | None, factory: Callable[[], Accelerator] | None) -> Accelerator:
-    """Return the `Accelerator` of this process: the user's own, or one for what is there."""
-    if not torch.accelerator.is_available() or _asks_for_cpu():
+    """Return the `Accelerator` of this process: from the user's function, or one for the hardware found."""
+    if not torch.accelerator.is_available() or _is_set("ACCELERATE_USE_CPU"):
         _meet_after_restart()
     if factory is not None:
         accelerator = factory()
@@ -63,8 +66,7 @@ def build_accelerator(mixed_precision: str | None, factory: Callable[[], Acceler
             f"Accelerate cannot change it to {mixed_precision!r}. Use the same setting, or a fresh process."
         )
     # Without an accelerator Accelerate would start as many separate trainings as there are processes.
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    cpu = several and not torch.accelerator.is_available()
+    cpu = int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available()
     _check_precision(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
 
@@ -74,7 +76,7 @@ _OF_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER
 
 @contextmanager
 def without_blank_variables() -> Iterator[None]:
-    """Take a launcher's variable that is set to nothing as not set; Accelerate takes it for a broken number."""
+    """Remove empty variables of a launcher, which Accelerate takes for broken numbers, and put them back."""
     blank = [name for name in _OF_LAUNCHERS if os.environ.get(name) == ""]
     for name in blank:
         del os.environ[name]
@@ -84,15 +86,11 @@ def without_blank_variables() -> Iterator[None]:
         os.environ.update(dict.fromkeys(blank, ""))
 
 
-def _asks_for_cpu() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
-
-
 def _meet_after_restart() -> None:
     """Form the group of processes that a launcher has started again.
 
-    The store outlives them, and gloo would find in it the addresses of those that are gone: each attempt gets names of
-    its own (huggingface/accelerate and torch up to 2.13 leave them out).
+    The store outlives them, and gloo would find the addresses of the ended processes in it: each attempt gets a prefix
+    of its own (Accelerate and torch up to 2.13 use none).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE") or 1) == 1:
@@ -105,7 +103,7 @@ def _meet_after_restart() -> None:
 
 
 def check_accelerator(accelerator: Accelerator, mixed_precision: str | None) -> None:
-    """Refuse an `Accelerator` that would do something else than what was asked for."""
+    """Refuse an `Accelerator` that would not do what was asked for."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     if world_size != accelerator.num_processes:
         raise HardwareError(
@@ -118,16 +116,8 @@ def check_accelerator(accelerator: Accelerator, mixed_precision: str | None) -> 
             f"The Accelerator knows of {world_size} processes and would not add up their gradients: each would train "
             'alone. backend="gloo" needs cpu=True beside it, or ACCELERATE_USE_CPU=true.'
         )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise HardwareError(_accumulation_hint(accelerator.gradient_accumulation_steps))
-    for name, plugin in (
-        ("fsdp_plugin", "FSDP"),
-        ("deepspeed_plugin", "DeepSpeed"),
-        ("megatron_lm_plugin", "Megatron"),
-    ):
-        if getattr(accelerator.state, name, None) is not None:
-            _refuse_plugin(plugin)
-    check_environment()  # the user's function may have set a plugin, which announces itself there
+    _check_accumulation(accelerator.gradient_accumulation_steps)
+    check_environment()  # Accelerate sets a variable for each plugin that the user's function has given it
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         _refuse_plugin(str(accelerator.distributed_type.value))
     if mixed_precision is not None and accelerator.mixed_precision != mixed_precision:
@@ -139,7 +129,7 @@ def check_accelerator(accelerator: Accelerator, mixed_precision: str | None) -> 
 
 
 def possible_precisions(device_type: str) -> list[str]:
-    """Return the precisions that a kind of device can train in here."""
+    """Return the precisions in which a type of device can train here."""
     if device_type == "cpu":
         return ["no", "bf16"]
     if device_type == "cuda":
@@ -150,7 +140,7 @@ def possible_precisions(device_type: str) -> list[str]:
 def _check_precision(precision: str, device_type: str | None = None) -> None:
     if device_type is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device_type = "cpu" if found is None or _asks_for_cpu() else found.type
+        device_type = "cpu" if found is None or _is_set("ACCELERATE_USE_CPU") else found.type
     possible = possible_precisions(device_type)
     if precision not in possible:
         raise HardwareError(
@@ -172,6 +162,6 @@ def precision_source(mixed_precision: str | None, factory: object) -> str:
 
 def device_source(device: torch.device) -> str:
     """Return why this device was chosen, in words."""
-    if _asks_for_cpu():
+    if _is_set("ACCELERATE_USE_CPU"):
         return "asked for by ACCELERATE_USE_CPU"
     return "no accelerator found" if device.type == "cpu" and not torch.accelerator.is_available() else "found"

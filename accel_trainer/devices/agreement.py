@@ -1,12 +1,12 @@
-"""One decision for all processes: stop together, fail together, wait for nobody who is gone.
+"""One decision for all processes: stop together, fail together, never wait for a process that has ended.
 
-Every process of a run has a thread that looks five times a second at the key-value store of the process group. It
-carries two kinds of news, without touching a device and without any collective:
+Every process of a run has a thread that reads the key-value store of the process group five times a second. Two kinds
+of messages pass through it, without a device and without a collective:
 
-- *requests*: some process wants to end the run (a signal, the time limit, a callback) or to save it. Each process
-  publishes how many batches it has begun; from then on nobody begins another until all have published; all end, or
-  save, before the batch after the greatest number.
-- *failure*: some process has left the run with an error. The others name it and end too, instead of waiting in a
+- *requests*: a process asks to end the run (a signal, the time limit, a callback) or to save it. Each process
+  publishes how many batches it has begun; from then on no process begins another until all have published; all end,
+  or save, before the batch after the greatest number.
+- *failure*: a process has left the run with an error. The others name it and end too, instead of waiting in a
   collective for its time-out.
 """
 
@@ -14,227 +14,166 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, TypeVar
 
-from torch.distributed import distributed_c10d
+from torch.distributed import HashStore, distributed_c10d  # type: ignore[attr-defined]
 
 from ..base.console import complain, is_first_rank
 from ..base.exchange import gather_objects
 from ..errors import ProcessFailedError
 
 _POLL_SECONDS = 0.2
-_VOTE_SECONDS = 20.0  # the threads answer within a poll: who does not is gone
-_GRACE_SECONDS = 3.0  # for the main thread to notice by itself that its peer is gone
+_VOTE_SECONDS = 20.0  # the threads answer within a poll: a process that does not has ended
+_GRACE_SECONDS = 3.0  # for the main thread to notice by itself that another process has ended
 _numbers = itertools.count()
+_Found = TypeVar("_Found")
 
 
 class StopRequest(NamedTuple):
-    """A wish to end the run.
+    """A request to end the run, with its reason in words.
 
-    Attributes:
-        reason: In words.
-        kind: `callback`, whose decision is part of the run, or what interrupts it: `Ctrl-C`, `time limit` or the name
-            of a signal that asks the program to leave.
+    The kind is `callback`, whose decision is part of the run, or what interrupts it: `Ctrl-C`, `time limit` or the name
+    of a signal that asks the program to leave.
     """
 
     reason: str
     kind: str
 
-    @property
-    def rank(self) -> int:
-        """How much it matters against others: a signal to leave most, the decision of a callback least."""
-        return 0 if self.kind == "callback" else 2 if self.kind.startswith("SIG") else 1
 
+def _foremost(requests: Iterable[StopRequest | None]) -> StopRequest | None:
+    """Return the request that matters most, the first of several: signals to leave most, callbacks least."""
 
-def _foremost(wishes: Iterable[StopRequest | None]) -> StopRequest | None:
-    """Return the wish of the highest rank, of several the first."""
-    return max((wish for wish in wishes if wish is not None), key=lambda wish: wish.rank, default=None)
+    def rank(request: StopRequest) -> int:
+        return 0 if request.kind == "callback" else 2 if request.kind.startswith("SIG") else 1
 
-
-class _Timer:
-    """Is up some seconds after it was started.
-
-    Args:
-        seconds: How many; `None` for never.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to count."""
-        self._end = None if self.seconds is None else time.monotonic() + self.seconds
-
-    def stop(self) -> None:
-        """Count no more until it is restarted."""
-        self._end = None
-
-    @property
-    def is_up(self) -> bool:
-        """Whether the time is over."""
-        return self._end is not None and time.monotonic() >= self._end
+    return max(filter(None, requests), key=rank, default=None)
 
 
 class Stopping:
     """Ask for, and agree on, the batch before which a run ends or is saved.
 
     Args:
-        board: Where the processes meet; `None` with one process.
-        time_limit_seconds: Ask for the end after this long.
+        votes: Where the processes agree; `None` to agree with no other process.
+        time_limit_seconds: Ask for the end after this time; `None` for never.
         any_process: Returns for each flag whether it is set on any process.
         save_seconds: Ask for a save this long after the one before; `None` for never.
 
     Attributes:
+        reason: Why the run ends, once that is agreed.
+        kind: The kind of that request.
         save_is_due: Whether the processes have agreed to save here; until `note_save`.
     """
 
     def __init__(
         self,
-        board: _Board | None,
+        votes: _Votes | None,
         time_limit_seconds: float | None = None,
         any_process: Callable[..., list[bool]] = lambda *flags: list(flags),
         save_seconds: float | None = None,
     ) -> None:
-        self._board, self._any_process = board, any_process
-        self._time_limit, self._save_timer = _Timer(time_limit_seconds), _Timer(save_seconds)
-        self._request: StopRequest | None = None
-        self._agreed: StopRequest | None = None
-        self._wants_save = False
+        self._votes, self._any_process = votes or _Votes(HashStore(), 0, 1), any_process
+        self._time_limit = math.inf if time_limit_seconds is None else time_limit_seconds
+        self._save_seconds = math.inf if save_seconds is None else save_seconds
+        self._end_at, self._save_at = time.monotonic() + self._time_limit, time.monotonic() + self._save_seconds
+        self.reason: str | None = None
+        self.kind: str | None = None
         self.save_is_due = False
 
     def request(self, reason: str, kind: str = "callback") -> None:
         """Ask for the end of the run; returns at once and may be called from a signal handler."""
-        request = StopRequest(reason, kind)
-        if self._request is None or request.rank > self._request.rank:
-            self._request = request
-            if self._board is not None:
-                self._board.votes.request = request
-
-    def before_leaving(self, function: Callable[[], None]) -> None:
-        """Have something done before this process is ended because another one has failed."""
-        if self._board is not None:
-            self._board.before_leaving = function
-
-    def request_save(self) -> None:
-        """Ask for a save; one process is enough."""
-        self._wants_save = True
-        if self._board is not None:
-            self._board.votes.wants_save = True
+        self._votes.request = _foremost((self._votes.request, StopRequest(reason, kind)))
 
     def note_save(self) -> None:
-        """Take in that the run is saved here."""
+        """Note that the run is saved here."""
         self.save_is_due = False
-        self._save_timer.restart()
+        self._save_at = time.monotonic() + self._save_seconds
 
     def may_go_on(self) -> bool:
         """Return whether the next batch is begun; every process gets the same answer for the same batch.
 
         Every process calls it before each batch of training and evaluation. It costs less than a microsecond.
         """
-        if self._agreed is not None:
+        if self.kind is not None:
             return False
-        if self._time_limit.is_up:
-            self.request(f"time limit of {self._time_limit.seconds:g} seconds reached", "time limit")
-        if self._save_timer.is_up:
-            self._save_timer.stop()
-            self.request_save()
-        if self._board is not None:
-            if self._board.votes.may_begin():
-                return True
-            self._settle(self._board.votes.end_round())
-        elif self._request is not None or self._wants_save:
-            self._settle((self._request, self._wants_save))
-        return self._agreed is None
+        now = time.monotonic()
+        if now >= self._end_at:
+            self.request(f"time limit of {self._time_limit:g} seconds reached", "time limit")
+        if now >= self._save_at:
+            self._save_at = math.inf
+            self._votes.wants_save = True
+        decision = self._votes.begin_batch()
+        if decision is not None:
+            self._settle(*decision)
+        return self.kind is None
 
     def interrupts(self) -> bool:
         """Ask `may_go_on` within an evaluation, which the decision of a callback lets come to its end."""
         return not self.may_go_on() and self.kind != "callback"
 
     def agree(self) -> bool:
-        """Return whether the run ends here; every process calls it at the same place (one small exchange)."""
-        request = self._agreed or self._request
-        # One process may know already what another will only hear here: all must take part.
-        has_request, wants_save = self._any_process(request is not None, self._wants_save)
-        if has_request and self._board is not None:
-            request = _foremost(gather_objects(request))
-        self._settle((request, wants_save))
-        return self._agreed is not None
+        """Return whether the run ends here; every process calls it at the same point (one small exchange)."""
+        request = self._votes.request
+        # One process may have a request that another only receives here: all must take part.
+        has_request, wants_save = self._any_process(request is not None, self._votes.wants_save)
+        self._settle(_foremost(gather_objects(request)) if has_request else None, wants_save)
+        return self.kind is not None
 
-    def _settle(self, decision: tuple[StopRequest | None, bool]) -> None:
-        request, save = decision
-        self._agreed = self._agreed or request
-        if save:
-            self.save_is_due, self._wants_save = True, False
-            if self._board is not None:
-                self._board.votes.wants_save = False
+    def _settle(self, request: StopRequest | None, is_save_due: bool) -> None:
+        if request is not None and self.kind is None:
+            self.reason, self.kind = request
+        if is_save_due:
+            self.save_is_due, self._votes.wants_save = True, False
 
-    @property
-    def reason(self) -> str | None:
-        """Why the run ends, once that is agreed."""
-        return None if self._agreed is None else self._agreed.reason
-
-    @property
-    def kind(self) -> str | None:
-        """What ends the run, once that is agreed."""
-        return None if self._agreed is None else self._agreed.kind
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
+    def on_signals(self) -> AbstractContextManager[None]:
         """Let the first signal end the run after the step under way, and a second Ctrl-C at once.
 
-        Ctrl-C, SIGTERM and SIGUSR1 are listened to. At the end the old handlers are put back; one that no end of the
-        run has answered is sent again, to them.
+        These are Ctrl-C, SIGTERM and SIGUSR1. At the end the old handlers are put back; a signal that did not end the
+        run is sent to them again.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread only
-            return
-        listener = _Listener(self)
-        try:
-            listener.start()
-            yield
-        finally:
-            listener.stop()
+        return _Listener(self)
 
 
-class _Listener:
+class _Listener(AbstractContextManager[None]):
     """The signal handlers of one run."""
-
-    _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 
     def __init__(self, stopping: Stopping) -> None:
         self._stopping, self._process = stopping, os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         self._first: dict[signal.Signals, float] = {}
 
-    def start(self) -> None:
-        for number in [getattr(signal, name) for name in self._NAMES if hasattr(signal, name)]:
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread only
+        for number in [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]:
             before = signal.getsignal(number)
-            if before not in (None, signal.SIG_IGN):  # set by foreign code, which has no way back, or not wanted
+            if before not in (None, signal.SIG_IGN):  # `None`: set by other code, and cannot be put back
                 self._before[number] = before
                 signal.signal(number, self._hear)
 
-    def stop(self) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         agreed = self._stopping.kind
-        is_answered = agreed is not None and agreed.startswith("SIG")
         late = [number for number in self._first if number is not signal.SIGINT or agreed in (None, "callback")]
-        if late and not is_answered and sys.exc_info()[0] is None:
-            os.kill(os.getpid(), late[0])  # it came too late for the run to end by it
+        if late and not (agreed or "").startswith("SIG") and error is None:
+            os.kill(os.getpid(), late[0])  # it came too late to end the run
 
     def _hear(self, signum: int, frame: FrameType | None) -> None:
         number = signal.Signals(signum)
-        if os.getpid() != self._process:
-            self._hear_in_child(number)
+        if os.getpid() != self._process:  # a forked child, such as a loader worker
+            if number is not signal.SIGINT:  # the parent has it too, and closes its workers
+                signal.signal(number, self._before[number])
+                os.kill(os.getpid(), number)
             return
         now = time.monotonic()
         # A launcher forwards the Ctrl-C that the terminal has sent already: within a second it is the same one.
@@ -246,27 +185,17 @@ class _Listener:
             name = "Ctrl-C" if is_interrupt else number.name
             self._stopping.request(f"interrupted ({name})", name)
             again = " Ctrl-C again leaves at once." if is_interrupt else ""
-            # Without a standard error output from the start, that number is a file's by now.
+            # A program that started without standard error may have opened a file under that number.
             if is_first_rank() and sys.__stderr__ is not None:
-                with suppress(OSError):  # the terminal may be gone
+                with suppress(OSError):  # the terminal may be closed
                     os.write(2, f"\n{name}: stopping after this step.{again}\n".encode())
-
-    def _hear_in_child(self, number: signal.Signals) -> None:
-        """Do in a forked child, such as a loader worker, what would be done without this listener."""
-        if number is not signal.SIGINT:  # the parent has it too, and closes its workers
-            signal.signal(number, self._before[number])
-            os.kill(os.getpid(), number)
 
 
 class _Votes:
-    """Agree, through the store, on the batch before which requests are met.
+    """Agree in rounds, through the store, on the batch before which requests are met.
 
-    They are met in rounds. A process that has voted has published how many batches it has begun, and begins no further
-    one that no other process has begun.
-
-    Attributes:
-        request: What this process asks for.
-        wants_save: Whether it asks for a save.
+    A process that has voted has published how many batches it has begun, and begins no further batch that no other
+    process has begun. `request` and `wants_save` are what this process asks for.
     """
 
     def __init__(self, store: Any, process: int, num_processes: int) -> None:
@@ -276,78 +205,74 @@ class _Votes:
         self._lock = threading.Lock()
         self._round, self._voted_in = 0, -1
         self._num_begun = 0  # batches
-        # The greatest number of any process, and what all ask for, once they are known.
+        # The greatest number of batches, the request to end and whether to save, over all processes; once known.
         self._outcome: tuple[int, StopRequest | None, bool] | None = None
 
-    def may_begin(self) -> bool:
-        """Return whether the next batch may be begun without a further word; if not, `end_round` says what is due."""
+    def begin_batch(self) -> tuple[StopRequest | None, bool] | None:
+        """Count the next batch as begun; return the end and the save that are due before it, or `None`."""
         with self._lock:
             if self._voted_in < self._round and self.request is None and not self.wants_save:
                 self._num_begun += 1
-                return True
+                return None
             number = self._round
         if self._outcome is None:
             self._vote(number)
             self._outcome = self._read_votes()
-        if self._num_begun < self._outcome[0]:
-            self._num_begun += 1
-            return True
-        return False
-
-    def end_round(self) -> tuple[StopRequest | None, bool]:
-        """Return what all ask for at this place - an end, a save - and begin the next batch and round."""
+        last_batch, request, is_save_due = self._outcome
         with self._lock:
-            (_, request, save), self._outcome = self._outcome, None  # type: ignore[misc]
-            self._round += 1
             self._num_begun += 1
-            return request, save
+            if self._num_begun <= last_batch:
+                return None
+            self._outcome = None
+            self._round += 1
+        return request, is_save_due
 
     def look(self) -> None:
-        """Vote if any process has asked for something; called by the thread."""
-        number, asks = self._round, self.request is not None or self.wants_save
-        if self._voted_in < number and (asks or self._store.check([f"wish/{number}"])):
+        """Vote if any process has a request; called by the thread."""
+        number = self._round
+        if self._voted_in < number and (self.request or self.wants_save or self._store.check([f"request/{number}"])):
             self._vote(number)
 
     def _vote(self, number: int) -> None:
-        """Publish the batches begun; from here on this process begins no further one on its own."""
+        """Publish the number of batches begun; from here on this process begins no further batch on its own."""
         with self._lock:
             if self._voted_in < number == self._round:
                 self._voted_in = number
-                self._store.set(f"wish/{number}", "1")
+                self._store.set(f"request/{number}", "1")
                 vote = json.dumps([self._num_begun, self.request, self.wants_save])
                 self._store.set(f"vote/{number}/{self._processes[0]}", vote)
 
     def _read_votes(self) -> tuple[int, StopRequest | None, bool]:
-        keys = [f"vote/{self._round}/{process}" for process in range(self._processes[1])]
-        nums_begun, requests, wants = zip(*(json.loads(self._wait_for(key)) for key in keys), strict=True)
-        request = _foremost(StopRequest(*one) for one in requests if one is not None)
-        return max(nums_begun), request, any(wants)
+        votes = []
+        for process in range(self._processes[1]):
+            key = f"vote/{self._round}/{process}"
+            if not _wait_for(partial(self._store.check, [key]), _VOTE_SECONDS):
+                raise ProcessFailedError(
+                    f"Process {process} has ended without an error message: it did not answer a request to stop."
+                )
+            votes.append(json.loads(self._store.get(key)))
+        nums_begun, requests, wants_save = zip(*votes, strict=True)
+        request = _foremost(StopRequest(*request) for request in requests if request is not None)
+        return max(nums_begun), request, any(wants_save)
 
-    def _wait_for(self, key: str) -> bytes:
-        deadline = time.monotonic() + _VOTE_SECONDS
-        while not self._store.check([key]):
-            if time.monotonic() > deadline:
-                process = key.rpartition("/")[2]
-                raise ProcessFailedError(f"Process {process} is gone without a word: it did not answer a wish to stop.")
-            time.sleep(0.005)
-        return bytes(self._store.get(key))
+
+def _wait_for(look: Callable[[], _Found], seconds: float) -> _Found:
+    """Look until something is found or the time is over; the store itself would keep the other thread waiting too."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return found
 
 
 class _Board:
-    """The keys of one run in the store of the process group, and the thread that watches them.
+    """The keys of one run in the store of the process group, and the thread that watches them."""
 
-    Attributes:
-        before_leaving: Called before this process is ended because another one has failed.
-        votes: Where the processes agree.
-    """
-
-    def __init__(self, process: int, num_processes: int) -> None:
+    def __init__(self, process: int, num_processes: int, before_leaving: Callable[[], object]) -> None:
         # All processes make the same calls in the same order, so this number names the same run everywhere.
         store = distributed_c10d._get_default_store()
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store of a launcher outlives the processes
         self._store = distributed_c10d.PrefixStore(f"accel_trainer/{attempt}/{next(_numbers)}", store)
-        self.process, self.num_processes = process, num_processes
-        self.before_leaving: Callable[[], None] = lambda: None
+        self.process, self.num_processes, self._before_leaving = process, num_processes, before_leaving
         self.votes = _Votes(self._store, process, num_processes)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="accel_trainer watch", daemon=True)
@@ -373,18 +298,15 @@ class _Board:
                 failure = self.failure()
                 self.votes.look()
             except RuntimeError as error:
-                failure = (0, f"its store is gone ({type(error).__name__})")
+                failure = (0, f"its store is closed ({type(error).__name__})")
             if failure is not None:
-                if failure[0] != self.process:
-                    self._leave(*failure)
+                # The main thread may wait for the process that has ended.
+                if failure[0] != self.process and not self._closed.wait(_GRACE_SECONDS):
+                    self._before_leaving()
+                    cause = "Process {} failed with {}".format(*failure)
+                    complain(f"accel_trainer: process {self.process} ends. {cause}")
+                    os._exit(1)
                 return
-
-    def _leave(self, process: int, message: str) -> None:
-        """End this process if its main thread does not do so by itself: it may wait for a process that is gone."""
-        if not self._closed.wait(_GRACE_SECONDS):
-            self.before_leaving()
-            complain(f"accel_trainer: process {self.process} ends. {_failure_message(process, message)}")
-            os._exit(1)
 
     def close(self) -> None:
         """End the thread."""
@@ -394,23 +316,22 @@ class _Board:
             self._thread.join(timeout=10.0)
 
 
-def _failure_message(process: int, message: str) -> str:
-    return f"Process {process} failed with {message}"
-
-
 @contextmanager
-def shared_failure(process: int, num_processes: int) -> Iterator[_Board | None]:
+def shared_failure(
+    process: int, num_processes: int, before_leaving: Callable[[], object] = lambda: None
+) -> Iterator[_Votes | None]:
     """Let an error of one process end the block on all of them, with one message that names it.
 
-    The process that fails first prints its error at once; its exit closes its connections, so that peers waiting in a
-    collective come out of it. They raise `ProcessFailedError`. A peer that stays stuck is ended after three seconds.
+    The process that fails first prints its error at once; its exit closes its connections, so that processes waiting in
+    a collective with it come out of it. They raise `ProcessFailedError`. A process that stays stuck is ended after
+    three seconds; before that, its `before_leaving` is called. Yields what `Stopping` needs for several processes.
     """
     if num_processes == 1:
         yield None
         return
-    board = _Board(process, num_processes)
+    board = _Board(process, num_processes, before_leaving)
     try:
-        yield board
+        yield board.votes
     except BaseException as error:
         cause = _settle(board, error)
         if cause is None:
@@ -420,36 +341,23 @@ def shared_failure(process: int, num_processes: int) -> Iterator[_Board | None]:
         board.close()
 
 
+_SIGNS_OF_A_LOST_PROCESS = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL")
+
+
 def _settle(board: _Board, error: BaseException) -> ProcessFailedError | None:
     """Publish this process's error, or return the earlier one of another process that explains it."""
     message = f"{type(error).__name__}: {error}"
-    lost_peer = _looks_like_lost_peer(error)
+    is_lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS)
     try:
-        failure = _earlier_failure(board, patience_seconds=1.0 if lost_peer else 0.0)
-        if failure is None and not lost_peer and board.publish_failure(message):
-            where = f"process {board.process} of {board.num_processes}"
-            complain(f"accel_trainer: {where} failed with {message}")
+        failure = _wait_for(board.failure, 1.0 if is_lost else 0.0)
+        if failure is None and not is_lost and board.publish_failure(message):
+            complain(f"accel_trainer: process {board.process} of {board.num_processes} failed with {message}")
             return None
-        failure = failure or _earlier_failure(board, patience_seconds=1.0)
-    except RuntimeError:  # the store is gone with the process that held it
+        failure = failure or _wait_for(board.failure, 1.0)
+    except RuntimeError:  # the process that held the store has ended
         failure = None
-    if failure is None and lost_peer:
-        return ProcessFailedError(f"Another process is gone without a word: {message}")
+    if failure is None and is_lost:
+        return ProcessFailedError(f"Another process has ended without an error message: {message}")
     if failure is None or failure[1] == message:
-        return None  # an error that all raise alike is each one's own
-    return ProcessFailedError(_failure_message(*failure))
-
-
-def _earlier_failure(board: _Board, patience_seconds: float) -> tuple[int, str] | None:
-    deadline = time.monotonic() + patience_seconds
-    while True:
-        failure = board.failure()
-        if failure is not None or time.monotonic() >= deadline:
-            return failure
-        time.sleep(0.02)
-
-
-def _looks_like_lost_peer(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(
-        word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL")
-    )
+        return None  # an error that all raise alike
+    return ProcessFailedError("Process {} failed with {}".format(*failure))

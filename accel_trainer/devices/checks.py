@@ -1,4 +1,4 @@
-"""What model and optimizer the trainer takes."""
+"""Which models and optimizers the trainer accepts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from torch.optim import Optimizer
 
 
 def check_model(model: object, bitwise: bool = False) -> None:
-    """Refuse what is not a plain model.
-
-    Args:
-        model: What the user gave.
-        bitwise: Whether not one bit may depend on the number of processes.
+    """Refuse a model that cannot be trained; with `bitwise`, one whose bits depend on the number of processes.
 
     Raises:
         TypeError: Not a module, or one that is wrapped for several processes already.
@@ -42,11 +38,11 @@ def check_model(model: object, bitwise: bool = False) -> None:
 
 def _needs_closure(optimizer: Optimizer) -> bool:
     try:
-        inspect.signature(type(optimizer).step).bind(optimizer)  # a scheduler wraps that of the object
+        inspect.signature(type(optimizer).step).bind(optimizer)  # a scheduler wraps the method of the object
     except TypeError:
         return True
-    except ValueError:  # of compiled code, which does not tell
-        return False
+    except ValueError:  # compiled code has no signature
+        pass
     return False
 
 
@@ -55,12 +51,10 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
 
     Raises:
         TypeError: Not a torch optimizer, or one that calls the loss by itself.
-        ValueError: A model without trainable parameters, or an optimizer that holds others.
+        ValueError: A model without trainable parameters, or an optimizer of other parameters.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates the loss several times in a step, which this loop does not do. Use another.")
     if _needs_closure(optimizer):
         raise TypeError(
             f"The optimizer {type(optimizer).__name__} wants a closure, to evaluate the loss several times in a step, "
@@ -79,6 +73,6 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
 
 
 def foreign_parameters(optimizer: Optimizer, model: nn.Module) -> list[torch.Tensor]:
-    """Return the parameters of an optimizer that are not, or no longer, those of a model."""
-    own = {id(parameter) for parameter in model.parameters()}
-    return [one for group in optimizer.param_groups for one in group["params"] if id(one) not in own]
+    """Return the parameters of an optimizer that are not, or no longer, parameters of a model."""
+    ids = {id(parameter) for parameter in model.parameters()}
+    return [parameter for group in optimizer.param_groups for parameter in group["params"] if id(parameter) not in ids]

@@ -6,14 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, convert_to_fp32
+from accelerate.utils import AutocastKwargs, DynamoBackend, convert_to_fp32
 from torch import nn
 
 from ..numbers.objective import call_model
@@ -21,10 +21,10 @@ from ..numbers.objective import call_model
 
 @contextmanager
 def neither_compiling_nor_casting(accelerator: Accelerator) -> Iterator[None]:
-    """Keep Accelerate from two things that it does by new code hung on the model.
+    """Keep Accelerate from compiling the model and from giving it a forward in lower precision.
 
-    Compiling by regions it makes copies of modules, which would not follow the user's. Its cast to lower precision
-    is a new function for each `prepare`, so that what is compiled around it would be compiled anew.
+    When it compiles by regions it copies modules, and the copies would not follow the user's modules. Its cast is a
+    new function for each `prepare`, so compiled code around it would be compiled anew.
     """
     plugin = accelerator.state.dynamo_plugin
     backend, casts = plugin.backend, accelerator.native_amp
@@ -39,16 +39,15 @@ def autocast_of(accelerator: Accelerator) -> tuple[Any, ...] | None:
     """Return the arguments of `torch.autocast` for a forward in lower precision; `None` where nothing is cast."""
     if not accelerator.native_amp:
         return None
-    handler = accelerator.autocast_handler
-    options = {} if handler is None else handler.to_kwargs()
+    handler = accelerator.autocast_handler or AutocastKwargs()
     dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
-    return accelerator.device.type, dtype, options.get("enabled", True), options.get("cache_enabled")
+    return accelerator.device.type, dtype, handler.enabled, handler.cache_enabled
 
 
 def cast_forward(forward: Any, autocast: tuple[Any, ...]) -> Any:
     """Return a forward that computes in lower precision and returns full precision.
 
-    A method stays one of its object, so that a copy of the model computes with its own weights.
+    A method stays bound to its object, so that a copy of the model computes with its own weights.
     """
     if isinstance(forward, MethodType):
         return MethodType(_casting(forward.__func__, autocast), forward.__self__)
@@ -57,50 +56,42 @@ def cast_forward(forward: Any, autocast: tuple[Any, ...]) -> Any:
 
 @lru_cache
 def _casting(function: Any, autocast: tuple[Any, ...]) -> Any:
-    """Return a function that casts; the same for the same, as compiled code needs it."""
+    """Return a function that casts; the same one for equal arguments, so that compiled code is not compiled anew."""
     device_type, dtype, enabled, cache_enabled = autocast
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device_type, dtype, enabled, cache_enabled):  # a new one: a model may call itself
+        with torch.autocast(device_type, dtype, enabled, cache_enabled):  # not shared: a model may call itself
             outputs = function(*args, **kwargs)
         return convert_to_fp32(outputs)
 
-    return wraps(function)(_own_code(called))
+    return wraps(function)(_with_own_code(called))
 
 
-def _own_code(function: Any) -> Any:
-    """Return the same function with a code object of its own, whose graphs the compiler counts apart from others'."""
+def _with_own_code(function: Any) -> Any:
+    """Return the function with a code object of its own: the compiler limits the graphs of each code object."""
     return FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
     )
 
 
-@lru_cache
-def model_and_loss(what: Hashable) -> Any:
-    """Return a function that computes a loss with a model, to be compiled; one for each class of models and loss."""
-
-    def compute(model: nn.Module, loss_fn: Callable[[Any, Any], torch.Tensor], inputs: Any, targets: Any) -> Any:
-        return loss_fn(call_model(model, inputs), targets)
-
-    return _own_code(compute)
+@lru_cache(maxsize=256)
+def own_code(function: Any, key: Hashable) -> Any:
+    """Return the function with a code object for each key; the same one each time, so that it is not compiled anew."""
+    return _with_own_code(function)
 
 
-@lru_cache
-def compilable_call(kind: Any) -> Callable[..., Any]:
-    """Return a function that makes calls of a class of modules into functions to be compiled.
+def loss_of_model(model: nn.Module, loss_fn: Callable[[Any, Any], torch.Tensor], inputs: Any, targets: Any) -> Any:
+    """Compute a loss with a model, to be compiled as one function."""
+    return loss_fn(call_model(model, inputs), targets)
 
-    Torch passes over the code of its own modules where it stands alone.
-    """
 
-    def called(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
-
-    own = _own_code(called)
-    return lambda call: partial(own, call)
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a module of torch, whose own code torch does not compile where it is called directly."""
+    return function(*args, **kwargs)
 
 
 def uses_cuda_graphs(how: Mapping[str, Any]) -> bool:
-    """Return whether code that is compiled so may be replayed in the same memory on a GPU."""
+    """Return whether code compiled with these arguments may be replayed in the same memory on a GPU."""
     options = how.get("options") or {}
     return (
         how.get("mode") in ("reduce-overhead", "max-autotune")
@@ -112,7 +103,7 @@ def uses_cuda_graphs(how: Mapping[str, Any]) -> bool:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that a model repeats: one graph serves all of a kind."""
+    """Return the blocks that a model repeats: one graph serves all of a class."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     blocks = [block for module in lists if len({type(block) for block in module}) == 1 for block in module]
     inner = {module for block in blocks for module in block.modules() if module is not block}
@@ -121,5 +112,5 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 def num_compilations() -> int:
     """Return how many graphs this process has compiled so far."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # nobody else counts them
+    dynamo = sys.modules.get("torch._dynamo.utils")  # the only counter
     return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

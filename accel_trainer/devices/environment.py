@@ -1,4 +1,4 @@
-"""What a run ran on: hardware, versions, git commit, command line; and what memory the host has left."""
+"""The environment of a run: hardware, versions, git commit, command line; and the free memory of the host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,41 +17,44 @@ import torch
 
 
 def describe_environment(hardware: str) -> dict[str, Any]:
-    """Return what `environment.json` holds: hardware, versions, git commit, command line."""
-    names = ("accel_trainer", "torch", "accelerate", "safetensors", "datasets", "numpy")
+    """Return the content of `environment.json`: hardware, versions, git commit, command line."""
+    versions = {}
+    for name in ("accel_trainer", "torch", "accelerate", "safetensors", "datasets", "numpy"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "hardware": hardware,
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: found for name in names if (found := _version(name)) is not None},
+        "versions": versions,
         "git_commit": _git_commit(),
         "command": masked(sys.orig_argv),
         "environment": {
             name: _HIDDEN if _SECRET.search(name) else _without_secrets(value)
             for name, value in sorted(os.environ.items())
-            if _matters(name)
+            if name.startswith("ACCELERATE_") or name in ("WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
         },
     }
 
 
 _HIDDEN = "***"
-# Parts of names; what tokenizers are told is no secret.
+# Parts of names; options of tokenizers are no secrets.
 _NAMES = (
     r"token(?!i[sz]|s|[-_](?:id|len|type|dim|drop|count))|passw|passphrase|passcode|pass(?![a-z]|[-_][a-z])"
     r"|(?<![a-z])(?:pwd|pat|sig)(?![a-z])|secret|credential|signature|auth(?!ors?(?![a-z]))|cookie|webhook"
     r"|(?:api|access|private|account|encryption|signing|wandb|hf|hub|openai)[-_]?key"
 )
 _SECRET = re.compile(_NAMES, re.IGNORECASE)
-# Such a name and its value within a text: an address, a header, JSON, code. The lengths bound the time that it takes.
+# Such a name and its value within a text: an address, a header, JSON, code. The lengths bound the time of a search.
 _PAIRS = re.compile(
     rf"((?:{_NAMES})[\w.-]{{0,40}}[\"']?\s?[:=]\s?)"
     r"(?:\"[^\"]{0,200}\"|'[^']{0,200}'|(?:(?:bearer|basic)\s)?[^\s\"'&;,)\]}]+)",
     re.IGNORECASE,
 )
-# User and password in an address, and keys whose makers let one know them: of Hugging Face, OpenAI, GitHub, GitLab,
-# Slack, AWS, Google, NVIDIA and others; and JSON web tokens.
+# User and password in an address, and keys with a known prefix: of Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS,
+# Google, NVIDIA and others; and JSON web tokens.
 _SHAPES = re.compile(
     r"(?<=://)(?:[^/\s]{1,200}|[^/\s]{0,99}:(?!\d+/)\S{1,99})(?=@)|\b[\w.+-]{1,40}:[^\s:@/]{1,99}(?=@[\w.-])"
     r"|\b(?:hf_|api_org_|sk-|sk_live_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza|ya29\.|nvapi-|gsk_|xai-"
@@ -59,7 +63,7 @@ _SHAPES = re.compile(
 
 
 def masked(command: Sequence[str]) -> list[str]:
-    """Return a command line without what nobody else should know, by name and by shape.
+    """Return a command line without secrets, which are known by their name or their shape.
 
     Example:
         >>> masked(["train.py", "--token=abc", "--password", "def", "--data", "https://me:pass@host/x"])
@@ -72,7 +76,7 @@ def masked(command: Sequence[str]) -> list[str]:
         is_option = argument.startswith("-")
         if hides_next and not is_option:
             shown.append(_HIDDEN)
-        elif is_pair and _SECRET.search(name) and _IS_NAME.fullmatch(name):
+        elif is_pair and _SECRET.search(name) and re.fullmatch(r"[\w.-]+", name):
             shown.append(f"{name}={_HIDDEN}")
         else:
             shown.append(_without_secrets(argument))
@@ -80,22 +84,8 @@ def masked(command: Sequence[str]) -> list[str]:
     return shown
 
 
-_IS_NAME = re.compile(r"[\w.-]+")
-
-
 def _without_secrets(text: str) -> str:
     return _SHAPES.sub(_HIDDEN, _PAIRS.sub(rf"\1{_HIDDEN}", text))
-
-
-def _matters(variable: str) -> bool:
-    return variable in ("WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES") or variable.startswith("ACCELERATE_")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:
@@ -111,8 +101,8 @@ def _git_commit() -> str | None:
 
 
 def free_memory() -> float:
-    """Return the bytes of memory to be had, a container's limit considered."""
-    import psutil  # half a megabyte that most runs do without
+    """Return the bytes of host memory that are available, within the limit of a container."""
+    import psutil  # takes half a megabyte, which most runs do not need
 
     free = float(psutil.virtual_memory().available)
     try:

@@ -1,7 +1,8 @@
-"""What a model returns for all samples, of all processes, in the order of the samples."""
+"""The outputs of a model for all samples, of all processes, in the order of the samples."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,37 +16,31 @@ from ..data.micro_batches import MicroBatch
 from .environment import free_memory
 from .hardware import Hardware
 
-_HOST = torch.device("cpu")
-
 
 class Gathered:
-    """Outputs of all processes, in the memory of the main process's host; of the others only those under way.
+    """Outputs of all processes, in the host memory of the main process; the others keep those of a few batches.
 
-    Args:
-        hardware: Of the run.
-        is_bounded: Whether to stop before half of the host's free memory is taken.
+    With `is_bounded` it is an error that they take more than half of the host's free memory.
     """
 
-    _BATCHES_AT_A_TIME = 32
-
     def __init__(self, hardware: Hardware, is_bounded: bool = False) -> None:
-        self._hardware = hardware
+        self._hardware, self._is_on_host = hardware, hardware.device.type == "cpu"
         self._limit = 0.5 * free_memory() if is_bounded else None
         self._nbytes = 0
         self._waiting: list[Any] = []
         self._parts: list[Any] = []
 
     def add(self, micro_batch: MicroBatch, outputs: Any) -> None:
-        """Take in the outputs of a micro-batch; the copy is under way while the device goes on."""
-        is_here = self._hardware.device.type == "cpu"  # where a model may write its next outputs to the same memory
-        copies = (
-            recursively_apply(torch.clone, outputs) if is_here else send_to_device(outputs, _HOST, non_blocking=True)
-        )
+        """Copy the outputs of a micro-batch to the host, while the device goes on."""
+        if self._is_on_host:  # a model may write its next outputs to the same memory
+            copies = recursively_apply(torch.clone, outputs)
+        else:
+            copies = send_to_device(outputs, "cpu", non_blocking=True)
         self._waiting.append((micro_batch.position, copies))
 
     def after(self, micro_batch: MicroBatch) -> None:
-        """Let the processes meet after every so many batches, of which all have as many."""
-        if micro_batch.piece.is_last and (micro_batch.batch.number + 1) % self._BATCHES_AT_A_TIME == 0:
+        """Collect the outputs after every 32 batches; all processes call it for the same batches."""
+        if micro_batch.piece.is_last and (micro_batch.batch.number + 1) % 32 == 0:
             self._collect()
 
     def _collect(self) -> None:
@@ -54,10 +49,12 @@ class Gathered:
         Raises:
             ValueError: They take too much memory.
         """
-        waiting, self._waiting = self._hardware.arrived(self._waiting), []
-        if self._hardware.num_processes > 1:
-            waiting = [part for one in gather_on_main(waiting) for part in one]
-        parts = [outputs for _, outputs in sorted(waiting, key=lambda part: part[0])]
+        waiting, self._waiting = self._waiting, []
+        if not self._is_on_host:
+            torch.accelerator.synchronize(self._hardware.device)
+            waiting = recursively_apply(torch.clone, waiting)  # out of page-locked memory
+        everyone = [waiting] if self._hardware.num_processes == 1 else gather_on_main(waiting)
+        parts = [outputs for _, outputs in sorted(itertools.chain(*everyone), key=lambda part: part[0])]
         self._nbytes += sum(tensor.nbytes for part in parts for tensor in tensors_in(part))
         if self._limit is not None and self._nbytes > self._limit:
             raise ValueError(
@@ -73,38 +70,32 @@ class Gathered:
 
 
 def of_samples(outputs: Any, num_samples: int, left_out: set[str], name: str = "") -> Any:
-    """Return those of a model's outputs that have an entry per sample, which can be put in the order of the dataset.
+    """Return the parts of a model's outputs that have an entry per sample, and can be put in the order of the dataset.
 
-    Of a dictionary the others are left out, as a loss or a cache beside the scores; in a list or tuple `None` stands
-    in their place.
-
-    Args:
-        outputs: What the model returned.
-        num_samples: Samples of the micro-batch.
-        left_out: Takes the names of what is left out.
-        name: Of these outputs within the whole; empty for the whole.
+    Other parts, such as a loss or a cache beside the scores, are left out of a dictionary and become `None` in a list
+    or tuple; their names are added to `left_out`. `name` is that of a part, empty for all outputs.
 
     Raises:
-        ValueError: Nothing has an entry per sample.
+        ValueError: No part has an entry per sample.
     """
     if outputs is None or (isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == num_samples):
         return outputs
     if isinstance(outputs, Mapping):
-        own = {key: of_samples(one, num_samples, left_out, f"{name}[{key!r}]") for key, one in outputs.items()}
-        kept = {key: one for key, one in own.items() if one is not None}
-        if kept or not own or name:
+        found = {key: of_samples(part, num_samples, left_out, f"{name}[{key!r}]") for key, part in outputs.items()}
+        kept = {key: part for key, part in found.items() if part is not None}
+        if kept or not found or name:
             return kept or None
     elif isinstance(outputs, (list, tuple)):
-        parts = [of_samples(one, num_samples, left_out, f"{name}[{place}]") for place, one in enumerate(outputs)]
-        if any(one is not None for one in parts) or not parts or name:
+        parts = [of_samples(part, num_samples, left_out, f"{name}[{index}]") for index, part in enumerate(outputs)]
+        if any(part is not None for part in parts) or not parts or name:
             return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
     elif name:
         left_out.add(name)
         return None
-    told = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+    description = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
     raise ValueError(
         f"predict joins outputs along the samples, their first dimension: for {num_samples} samples the model returned "
-        f"{told}."
+        f"{description}."
     )
 
 

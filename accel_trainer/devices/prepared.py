@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -19,10 +19,11 @@ from ..data.collated import aligned, leaves_of, tensors_in
 from ..numbers.reductions import share_from_main
 from .compiled import (
     autocast_of,
+    call,
     cast_forward,
-    compilable_call,
-    model_and_loss,
+    loss_of_model,
     neither_compiling_nor_casting,
+    own_code,
     repeated_blocks,
     uses_cuda_graphs,
 )
@@ -36,17 +37,13 @@ _Compile = bool | Literal["regional"]
 class Prepared:
     """A model, and an optimizer, on the hardware.
 
-    The user's model stays the same object. What hangs on it for the run is there only inside `attached()`.
-
-    Args:
-        hardware: Where it goes.
-        model: The user's model.
-        optimizer: The user's optimizer; `None` to evaluate only.
-        compile: Whether to compile the model, or its repeated blocks (`regional`), if the launch does not.
+    The user's model stays the same object. The attributes that a run gives it are there only inside `attached()`.
+    Without an optimizer it only evaluates. `compile` compiles the model, or its repeated blocks (`regional`), also if
+    the launch does not ask for it.
 
     Attributes:
         user_model: The user's model.
-        model: What to call in its place.
+        model: The function to call in its place.
         place: Returns a micro-batch on the device.
     """
 
@@ -55,15 +52,17 @@ class Prepared:
     ) -> None:
         self.hardware, self.user_model, self.optimizer = hardware, model, optimizer
         self.place = Placement(hardware.device, hardware.bitwise)
-        self._traces = _Traces(model)
+        before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
+        wrapped, self._accelerated = _accelerated(hardware, model, optimizer)
         autocast = autocast_of(hardware.accelerator)
-        self.model, self._accelerated = _accelerated(hardware, model, optimizer)
         if autocast is not None:
             model.__dict__["forward"] = cast_forward(model.forward, autocast)
-        self._compiled = _Compiled(hardware, model, self.model, compile)
+        self._compiled = _Compiled(hardware, model, wrapped, compile)
         self.model = self._compiled.model
         self._last_rate: float | torch.Tensor = _rate_of(optimizer)
-        self._traces.take_off(self._compiled.blocks)
+        self._attached = {model: _exchanged(model, _TRACES, before)}
+        for block, compiled_call in self._compiled.blocks.items():
+            self._attached.setdefault(block, {})["_compiled_call_impl"] = compiled_call
 
     @property
     def is_compiled(self) -> bool:
@@ -72,21 +71,21 @@ class Prepared:
 
     @property
     def reuses_memory(self) -> bool:
-        """Whether what the model returns, and its gradients, lie in memory that the next call writes to."""
-        return self._compiled.reuses_memory
+        """Whether outputs and gradients lie in memory that the next call of the model writes to (CUDA graphs)."""
+        return self.is_compiled and uses_cuda_graphs(self._compiled.how)
 
     @property
     def copies_losses(self) -> bool:
-        """Whether losses may lie in such memory too: on a GPU the user's own code may be compiled so."""
+        """Whether losses may lie in such memory too: on a GPU the user may have compiled the loss that way."""
         return self.reuses_memory or self.hardware.device.type == "cuda"
 
     @property
     def learning_rate(self) -> float:
-        """That of the last update (first group of parameters); nan where the optimizer finds its own."""
+        """The learning rate of the last update (first group of parameters); nan where the optimizer has none."""
         return float(self._last_rate)
 
     def note_learning_rate(self, rate: float | None = None) -> None:
-        """Take a learning rate, that of the optimizer unless given, as that of the last update."""
+        """Take a learning rate as that of the last update; `None` for the one that the optimizer has now."""
         self._last_rate = _rate_of(self.optimizer) if rate is None else rate
 
     def joined(
@@ -95,27 +94,20 @@ class Prepared:
         """Return the model and a loss as one compiled function `(inputs, targets) -> loss`.
 
         The compiler can then compute the loss together with the last layer, whose outputs need not stand in memory in
-        full precision.
-
-        Args:
-            loss_fn: `(outputs, targets) -> loss`, which keeps nothing from call to call: what it kept could make the
-                compiler begin anew, with the whole model.
-            form: What it does, as far as that can differ: code is compiled for each.
+        full precision. The loss must have no state, whose changes could make the compiler begin anew, with the whole
+        model. It is compiled once for each `form`, which identifies its code.
 
         Returns:
             `None` where the model is not compiled as a whole, or is wrapped for several processes.
         """
         how = self._compiled.how
-        if not self._compiled.is_one_graph or how.get("fullgraph"):  # the loss was not meant by that
+        if not self._compiled.is_one_graph or how.get("fullgraph"):  # which was asked of the model, not of the loss
             return None
-        return partial(
-            torch.compile(model_and_loss((type(self.user_model), form)), **how),
-            self.user_model,
-            loss_fn,
-        )
+        compute = torch.compile(own_code(loss_of_model, (type(self.user_model), form)), **how)
+        return partial(compute, self.user_model, loss_fn)
 
     def forward_mode(self, is_full: bool) -> AbstractContextManager[Any]:
-        """Return what a forward runs under: a batch of another size than all others is not worth a graph of its own."""
+        """Return a context manager for a forward: a batch of another size is not worth a graph of its own."""
         if is_full or not self._compiled.is_compiled:
             return _NOTHING
         eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -123,21 +115,22 @@ class Prepared:
 
     @contextmanager
     def attached(self) -> Iterator[nn.Module]:
-        """Yield what to call in place of the model."""
-        self._traces.put_on(self._compiled.blocks)
+        """Yield the function to call in place of the model, which has the attributes of the run meanwhile."""
+        before = [(module, _exchanged(module, new, new)) for module, new in self._attached.items()]
         try:
             yield self.model
         finally:
-            self._traces.take_off(self._compiled.blocks)
+            for module, old in before:
+                _exchanged(module, self._attached[module], old)
 
     def put_optimizer(self, mode: Literal["train", "eval"]) -> None:
-        """Let an optimizer whose weights differ between training and evaluation, as schedule-free ones, change them."""
+        """Let an optimizer with different weights for training and evaluation (schedule-free) exchange them."""
         change = getattr(self.optimizer, mode, None)
         if callable(change):
             change()
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-        """Scale the gradients down to a global norm and return the norm they had."""
+        """Scale the gradients down to a global norm and return their norm before."""
         norm: torch.Tensor = self.hardware.accelerator.clip_grad_norm_(parameters, max_norm)
         return norm
 
@@ -155,14 +148,11 @@ class Prepared:
         updates: list[bool] = []
 
         def note(optimizer: Optimizer, *_: Any) -> None:
-            found = getattr(optimizer, "found_inf", None)  # by the scaler, for an optimizer that skips by itself
+            found = getattr(optimizer, "found_inf", None)  # the scaler leaves it to optimizers that skip by themselves
             updates.append(found is None or not found.item())
 
-        handle = optimizer.register_step_pre_hook(note)
-        try:
+        with optimizer.register_step_pre_hook(note):
             self._accelerated.step()
-        finally:
-            handle.remove()
         self._last_rate = rate if any(updates) else self._last_rate
         return any(updates)
 
@@ -171,49 +161,33 @@ def _rate_of(optimizer: Optimizer | None) -> float | torch.Tensor:
     rate = None if optimizer is None else optimizer.param_groups[0].get("lr")
     if rate is None:
         return math.nan
-    return rate.clone() if isinstance(rate, torch.Tensor) else float(rate)  # not read back from the device here
+    return rate.clone() if isinstance(rate, torch.Tensor) else float(rate)  # no read-back from the device
 
 
-class _Traces:
-    """What hangs on the user's model for a run."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before, self._attached = _traces_of(model), {}  # type: ignore[var-annotated]
-
-    def put_on(self, blocks: Mapping[nn.Module, Any]) -> None:
-        """Hang it on the model; and compiled calls on its blocks."""
-        self._model.__dict__.update(self._attached)
-        for block, compiled in blocks.items():
-            block._compiled_call_impl = compiled
-
-    def take_off(self, blocks: Mapping[nn.Module, Any]) -> None:
-        """Give the model back as it was."""
-        self._attached = self._attached or _traces_of(self._model)
-        for name in self._attached:
-            self._model.__dict__.pop(name, None)
-        self._model.__dict__.update(self._before)
-        for block in blocks:
-            block._compiled_call_impl = None
-
-
-def _traces_of(model: nn.Module) -> dict[str, Any]:
-    return {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
+def _exchanged(module: nn.Module, names: Iterable[str], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a module these attributes in place of those with these names, and return the old ones."""
+    before = {name: module.__dict__.pop(name) for name in names if name in module.__dict__}
+    module.__dict__.update(attributes)
+    return before
 
 
 class _Compiled:
-    """A model, compiled or not.
+    """A model, compiled or not, as the launch says, or the user.
 
     Attributes:
         how: Arguments of `torch.compile`.
-        model: What to call.
-        is_compiled: Whether anything is.
+        is_compiled: Whether the model or a part of it is compiled.
         is_one_graph: Whether the model is compiled as a whole.
         blocks: Module -> its compiled call.
     """
 
     def __init__(self, hardware: Hardware, model: nn.Module, wrapped: nn.Module, compile: _Compile) -> None:
-        self.how, compile = _settings_of_compiler(hardware, compile)
+        self.how: dict[str, Any] = {}
+        if hardware.compiler != "no":
+            plugin = hardware.accelerator.state.dynamo_plugin
+            self.how = plugin.to_kwargs()
+            is_regional = getattr(plugin, "use_regional_compilation", False)  # since Accelerate 1.4
+            compile = compile or ("regional" if is_regional else True)
         self.model: Any = wrapped
         self.is_compiled = bool(compile)
         blocks = repeated_blocks(model) if compile == "regional" else []
@@ -222,52 +196,38 @@ class _Compiled:
             self.model = torch.compile(wrapped, **self.how)
         elif compile and not blocks:
             blocks = [model]  # torch does not look at the code of its own modules within a wrapper
-        kinds: list[tuple[nn.Module, Any]] = [(block, type(block)) for block in blocks]
         self.blocks = {
-            block: torch.compile(compilable_call(kind)(block._call_impl), **self.how) for block, kind in kinds
+            block: torch.compile(partial(own_code(call, (type(block),)), block._call_impl), **self.how)
+            for block in blocks
         }
-
-    @property
-    def reuses_memory(self) -> bool:
-        """Whether what it returns lies in memory that the next call writes to (CUDA graphs)."""
-        return self.is_compiled and uses_cuda_graphs(self.how)
-
-
-def _settings_of_compiler(hardware: Hardware, compile: _Compile) -> tuple[dict[str, Any], _Compile]:
-    """Return how to compile, and what: as the launch says, or the user."""
-    plugin = hardware.accelerator.state.dynamo_plugin
-    if hardware.compiler == "no":
-        return {}, compile
-    by_launch: _Compile = "regional" if getattr(plugin, "use_regional_compilation", False) else True  # since 1.4
-    return plugin.to_kwargs(), compile or by_launch
 
 
 def _accelerated(hardware: Hardware, model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Any]:
     """Move the model and wrap it for the processes, by Accelerate.
 
     Returns:
-        What to call, and the optimizer where Accelerate has to step it: with a scaler, and on XLA.
+        The model to call, and the optimizer where Accelerate has to step it: with a scaler, and on XLA.
     """
     accelerator = hardware.accelerator
-    # Under a launcher Accelerate's CPU is "cpu:0", and moving there would copy what is on "cpu": memory that
-    # parameters share would part, on several processes only.
-    places = hardware.device.type != "cpu"
+    # Under a launcher Accelerate's CPU is "cpu:0", and moving there would copy what is on "cpu": parameters would no
+    # longer share memory, on several processes only.
+    moves_model = hardware.device.type != "cpu"
     # Accelerate would move the counters of steps too, which torch reads on the host in each step.
-    places_state = hardware.device.type == "xla"
-    if not places:
+    moves_state = hardware.device.type == "xla"
+    if not moves_model:
         model.to("cpu")
     if optimizer is None or hardware.bitwise:
         # Not wrapped: nothing is exchanged, or gradients.TreeGradients does it.
         if hardware.bitwise:
             _realign(model)
         with neither_compiling_nor_casting(accelerator):
-            wrapped = accelerator.prepare_model(model, device_placement=places, evaluation_mode=True)
+            wrapped = accelerator.prepare_model(model, device_placement=moves_model, evaluation_mode=True)
         if hardware.num_processes > 1:
             tensors = (*model.parameters(), *model.buffers())
             share_from_main([tensor for tensor in tensors if tensor.layout == torch.strided])
         accelerated: Any = None
         if optimizer is not None:
-            accelerated = accelerator.prepare(optimizer, device_placement=[places_state])
+            accelerated = accelerator.prepare(optimizer, device_placement=[moves_state])
     else:
         # Each micro-batch starts from the step's own buffers (numbers.buffers): no broadcast in the forward.
         handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
@@ -276,21 +236,21 @@ def _accelerated(hardware: Hardware, model: nn.Module, optimizer: Optimizer | No
         with warnings.catch_warnings(), neither_compiling_nor_casting(accelerator):
             # torch 2.13 renames the setting; Accelerate 1.15 knows the old name only.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            placement = [places, places_state]
+            placement = [moves_model, moves_state]
             wrapped, accelerated = accelerator.prepare(model, optimizer, device_placement=placement)
-    if optimizer is not None and not places_state:
+    if optimizer is not None and not moves_state:
         place_state(optimizer)
-    return wrapped, accelerated if accelerator.scaler is not None or places_state else None
+    return wrapped, accelerated if accelerator.scaler is not None or moves_state else None
 
 
 def place_state(optimizer: Optimizer) -> None:
-    """Move what an optimizer keeps of a parameter to where that is; the counter of steps, where torch reads it."""
+    """Move the optimizer's state of each parameter to its device, and the counter of steps to where torch reads it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            own = optimizer.state.get(parameter, {})
-            device = parameter.device
-            count = device if counts_on_device(group) else torch.device("cpu")
-            own.update({key: send_to_device(one, count if key == "step" else device) for key, one in own.items()})
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                is_on_host = key == "step" and not counts_on_device(group)
+                state[key] = send_to_device(value, "cpu" if is_on_host else parameter.device)
 
 
 def counts_on_device(group: Mapping[str, Any]) -> bool:
@@ -299,7 +259,7 @@ def counts_on_device(group: Mapping[str, Any]) -> bool:
 
 
 def _realign(model: nn.Module) -> None:
-    """Move weights that foreign code has placed, such as NumPy's, to where torch would have them."""
+    """Move weights in memory of other libraries, such as NumPy's, to addresses that torch would give them."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.layout == torch.strided]
     sharing = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
     for tensor in tensors:
@@ -309,12 +269,7 @@ def _realign(model: nn.Module) -> None:
 
 
 class Placement:
-    """Bring micro-batches to the device.
-
-    Args:
-        device: The device.
-        aligns: Whether each tensor must begin where torch's own allocator would let it.
-    """
+    """Bring micro-batches to the device; with `aligns`, to addresses that torch's own allocator would give them."""
 
     def __init__(self, device: torch.device, aligns: bool = False) -> None:
         self._device, self._aligns = torch.empty(0, device=device).device, aligns  # with its index
@@ -331,7 +286,7 @@ class Placement:
             return data
         if self._copying is None or not may_be_streamed(data):
             return send_to_device(data, self._device, non_blocking=True)
-        # On a stream of its own the copy runs while the device still computes what was asked before.
+        # On another stream the copy runs while the device still computes the micro-batch before.
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._copying):
             placed = send_to_device(data, self._device, non_blocking=True)
@@ -344,28 +299,24 @@ class Placement:
 
 @lru_cache
 def _stream_of_copies(device: torch.device) -> Any:
-    """Return the stream of a GPU that copies run on: memory freed on another one could not be used again here."""
+    """Return the one stream for copies to a GPU: memory freed on another stream could not be used again on it."""
     return torch.get_device_module(device).Stream(device)
 
 
 def is_on(data: Any, device: torch.device) -> bool:
-    """Return whether a batch is on the device already, as far as it can be anywhere."""
+    """Return whether a batch is on the device already, apart from values that cannot be moved."""
     return all(
-        leaf.device == device if isinstance(leaf, torch.Tensor) else not _moves(leaf) for leaf in leaves_of(data)
+        leaf.device == device if isinstance(leaf, torch.Tensor) else not hasattr(leaf, "to") for leaf in leaves_of(data)
     )
 
 
 def may_be_streamed(data: Any) -> bool:
-    """Return whether a batch can be copied on another stream than that which computes with it.
+    """Return whether a batch can be copied on another stream than the one which computes with it.
 
-    Torch has to know of both streams, for each tensor: it can be told of plain ones only, and of none in an object.
+    Torch has to know of both streams for each tensor, which works neither for subclasses of tensors nor in objects.
     """
-    plain = (torch.Tensor, nn.Parameter)
     return all(
-        type(leaf) in plain and leaf.layout == torch.strided and not leaf.is_nested if _moves(leaf) else True
+        type(leaf) in (torch.Tensor, nn.Parameter) and leaf.layout == torch.strided and not leaf.is_nested
         for leaf in leaves_of(data)
+        if hasattr(leaf, "to")
     )
-
-
-def _moves(leaf: Any) -> bool:
-    return hasattr(leaf, "to")

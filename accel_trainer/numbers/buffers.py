@@ -1,12 +1,12 @@
-"""Buffers that do not depend on who computed them."""
+"""Buffers that do not depend on the process that computed them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from ..data.micro_batches import Batch, MicroBatch
@@ -14,21 +14,15 @@ from .reductions import ChainSum, TreeSum, share_from_main
 
 
 class Buffers:
-    """Let every micro-batch of a step start from the same buffers, and average what they leave.
+    """Let every micro-batch of a step start from the same buffers, and average their changes.
 
-    A chain of updates, as a plain accumulation loop makes it, would depend on how many processes share the batch.
-    Here BatchNorm's running statistics move once per step, by the mean of what the non-empty micro-batches would
-    make of them; whole-number buffers, such as its counter, advance once per step. A buffer that changes its shape is
-    a cache: each process keeps its own.
+    A chain of updates, as in a loop that accumulates gradients, would depend on how many processes share the batch.
+    Here BatchNorm's running statistics move once per step, by the mean of their changes in the non-empty micro-batches;
+    whole-number buffers, such as its counter, advance once per step. A buffer that changes its shape is a cache: each
+    process keeps its own.
 
-    All buffers of a kind go through each operation together: a kernel for each of them would cost more than the
-    layers that they belong to.
-
-    Args:
-        roots: The user's model, and his loss if it is a module.
-        changes: Adds up what the micro-batches have changed: in the order of a tree, or as they come.
-        num_processes: Of the run.
-        any_process: Returns for each flag whether it is set on any process.
+    All buffers of a kind go through each operation together: a kernel for each buffer would cost more than the layers
+    that the buffers belong to.
     """
 
     def __init__(
@@ -40,11 +34,11 @@ class Buffers:
     ) -> None:
         self._roots, self._sum, self._num_processes, self._any_process = roots, changes, num_processes, any_process
         self._found = _Found(roots)
-        self._batch: Batch | None = None  # whose start these are:
+        self._batch: Batch | None = None  # the batch at whose start these copies were taken:
         self._start, self._start_of_counted, self._counted_after = _Copies(), _Copies(), _Copies()
 
     def start_epoch(self) -> None:
-        """Take in buffers of modules that a callback has added, and forget a batch that was left unfinished."""
+        """Find the buffers of modules that a callback has added, and forget a batch that was left unfinished."""
         self._found = _Found(self._roots, self._found)
         self._forget()
 
@@ -52,25 +46,25 @@ class Buffers:
         self._batch = None
         self._sum.clear()
 
-    def start_batch(self, batch: Batch, must_undo: bool) -> None:
-        """Keep what the buffers are now, where that is needed."""
+    def start_batch(self, batch: Batch, can_undo: bool) -> None:
+        """Copy the buffers, where that is needed."""
         self._batch = None
-        if self._found.owners and (must_undo or not self._is_plain(batch)):
+        if self._found.owners and (can_undo or not self._is_whole(batch)):
             self._batch = batch
             self._start.take(self._found.averaged())
             self._start_of_counted.take(self._found.counted())
 
-    def _is_plain(self, batch: Batch) -> bool:
-        # One micro-batch on one process moves the buffers as a plain loop does.
+    def _is_whole(self, batch: Batch) -> bool:
+        # One micro-batch on one process moves the buffers as a loop without micro-batches does.
         return self._num_processes == 1 and batch.layout.num_micro_batches == 1
 
     def start_micro_batch(self, micro_batch: MicroBatch) -> None:
-        """Let it start from the buffers of the start of the batch."""
+        """Set the buffers to those at the start of the batch."""
         if not micro_batch.piece.is_first:
             self._go_back()
 
     def undo(self) -> None:
-        """Go back to the start of the batch under way, or of the last one."""
+        """Set the buffers to those at the start of the present batch, or of the last one."""
         self._go_back()
         self._forget()
 
@@ -80,12 +74,8 @@ class Buffers:
             _copy_all(self._found.counted(), self._start_of_counted.tensors)
 
     def end_micro_batch(self, micro_batch: MicroBatch) -> None:
-        """Take in what a micro-batch has made of the buffers.
-
-        Raises:
-            RuntimeError: A whole-number buffer has changed its shape, on several processes.
-        """
-        if self._batch is None or self._is_plain(self._batch):
+        """Add the changes of the buffers in a micro-batch."""
+        if self._batch is None or self._is_whole(self._batch):
             return
         if micro_batch.piece.is_first:
             if self._num_processes > 1:
@@ -97,11 +87,11 @@ class Buffers:
     def _check_counted(self) -> None:
         for (module, name), buffer in zip(self._found.are_counted, self._found.counted(), strict=True):
             first = self._found.shapes[module, name]
-            if first is not None and buffer.shape != first:
+            if buffer.shape != first:
                 raise RuntimeError(
                     f"The whole-number buffer {name!r} of {type(module).__name__} changes its shape from "
                     f"{tuple(first)} to {tuple(buffer.shape)}, so that the processes cannot share it. "
-                    "Keep it as a plain attribute, or give it its largest shape from the start."
+                    "Keep it as an attribute that is no buffer, or give it its largest shape from the start."
                 )
 
     @torch.no_grad()
@@ -109,28 +99,30 @@ class Buffers:
         """Return how far each averaged buffer has moved; `None` for a cache."""
         now, bases = self._found.averaged(), self._start.finite()
         is_steady = [self._found.is_steady(owner) for owner in self._found.are_averaged]
-        steady = [pair for pair, is_one in zip(zip(now, bases, strict=True), is_steady, strict=True) if is_one]
-        moved = iter(_together(torch._foreach_sub, [one for one, _ in steady], [base for _, base in steady]))
-        return [next(moved) if is_one else None for is_one in is_steady]
+        moved = iter(_together(torch._foreach_sub, list(compress(now, is_steady)), list(compress(bases, is_steady))))
+        return [next(moved) if has_moved else None for has_moved in is_steady]
 
     def finish(self) -> None:
         """Set the buffers to the average over the micro-batches of the whole batch."""
-        if self._batch is not None and not self._is_plain(self._batch):
-            self._set_averages(self._batch.num_micro_batches)
-
-    @torch.no_grad()
-    def _set_averages(self, num_micro_batches: int) -> None:
+        if self._batch is None or self._is_whole(self._batch):
+            return
         if self._found.are_averaged:
-            self._average(num_micro_batches)
+            self._average(self._batch.num_micro_batches)
         counted = self._counted_after.tensors
         if self._num_processes > 1 and self._found.has_foreign_modules and counted:
             counted = [tensor.clone() for tensor in counted]
-            share_from_main(counted)  # what the first micro-batch of all has made of them
+            share_from_main(counted)  # from the process of the first micro-batch
         _copy_all(self._found.counted(), counted)
 
+    @torch.no_grad()
     def _average(self, num_micro_batches: int) -> None:
-        owners, starts = self._found.are_averaged, self._start.tensors
-        like = [self._found.with_first_shape(owner, one) for owner, one in zip(owners, starts, strict=True)]
+        owners = self._found.are_averaged
+        shapes = [self._found.shapes[owner] for owner in owners]
+        # Every process sends equally many elements: zeros of the first shape where a buffer has changed its own.
+        like = [
+            start if start.shape == shape else start.new_zeros(shape)
+            for start, shape in zip(self._start.tensors, shapes, strict=True)
+        ]
         total = self._sum.total(num_micro_batches, like)
         moved = [
             (buffer, base, change)
@@ -141,11 +133,11 @@ class Buffers:
         ]
         if moved:
             buffers, bases, changes = zip(*moved, strict=True)
-            means = _together(lambda own: torch._foreach_div(own, num_micro_batches), changes)
+            means = _together(lambda group: torch._foreach_div(group, num_micro_batches), changes)
             _copy_all(buffers, _together(torch._foreach_add, bases, means))
 
     def share(self) -> None:
-        """Make the buffers those of the main process, but for caches; before an evaluation and a save."""
+        """Copy the buffers of the main process, except caches, to all; called before an evaluation and a save."""
         owners = self._found.owners
         if self._num_processes > 1 and owners:
             are_caches = self._any_process(*(not self._found.is_steady(owner) for owner in owners))
@@ -153,24 +145,17 @@ class Buffers:
 
 
 class _Found:
-    """The buffers that there are.
+    """The buffers of some modules, each by its owner: its module and its name there.
 
-    Args:
-        roots: Modules.
-        before: What was found before, if anything: what changes its shape between the two is a cache.
-
-    Attributes:
-        shapes: Owner of a buffer -> its first shape; `None` where it could not be averaged.
-        owners: Owners of those that could.
-        are_averaged: Owners of floating-point buffers.
-        are_counted: Owners of the others.
-        has_foreign_modules: Whether a buffer hangs on a module that is not torch's.
+    `shapes` has the first shape of each, `None` where it could not be averaged then, and `owners` those that can be:
+    `are_averaged` of them have floating-point buffers, `are_counted` the others. A buffer whose shape has changed since
+    `before`, the buffers found earlier, is a cache.
     """
 
     def __init__(self, roots: Sequence[nn.Module], before: _Found | None = None) -> None:
         modules = {module for root in roots for module in root.modules()}
-        self._settled = set() if before is None else modules  # what they make in a forward is their own
-        self.shapes: dict[_Owner, torch.Size | None] = {} if before is None else before.shapes
+        self._settled = set() if before is None else modules  # buffers that they make in a forward are their own
+        self.shapes: dict[_Owner, Any] = {} if before is None else before.shapes
         found = _owners_of_buffers(roots)
         for module, name in found:
             if before is None or module not in before._settled:
@@ -180,24 +165,19 @@ class _Found:
         self.owners = [owner for owner in found if self.shapes.get(owner) is not None]
         self.are_averaged = [owner for owner in self.owners if _is_averaged(_now(owner))]
         self.are_counted = [owner for owner in self.owners if not _is_averaged(_now(owner))]
-        self.has_foreign_modules = any(not type(one).__module__.startswith("torch.nn.") for one, _ in self.owners)
+        self.has_foreign_modules = any(not type(module).__module__.startswith("torch.nn.") for module, _ in self.owners)
 
     def averaged(self) -> list[Tensor]:
         """Return the floating-point buffers as they are now."""
         return [_now(owner) for owner in self.are_averaged]
 
     def counted(self) -> list[Tensor]:
-        """Return the others as they are now."""
+        """Return the other buffers as they are now."""
         return [_now(owner) for owner in self.are_counted]
 
     def is_steady(self, owner: _Owner) -> bool:
         """Return whether a buffer has its first shape."""
-        return _now(owner).shape == self.shapes[owner]
-
-    def with_first_shape(self, owner: _Owner, value: Tensor) -> Tensor:
-        """Return a value of a buffer, or zeros of its first shape: every process sends as much as the others."""
-        shape: torch.Size = self.shapes[owner]  # type: ignore[assignment]
-        return value if value.shape == shape else value.new_zeros(shape)
+        return bool(_now(owner).shape == self.shapes[owner])
 
 
 _MISSING = torch.empty(0)  # in place of a buffer that has been set to None
@@ -217,7 +197,7 @@ class _Copies:
         self._pieces: list[Tensor] = []
         self._finite: list[Tensor] = []
         self._finite_pieces: list[Tensor] = []
-        self._is_new = False  # since the finite ones were computed
+        self._is_new = False  # whether tensors were copied since the finite ones were computed
 
     @torch.no_grad()
     def take(self, tensors: list[Tensor]) -> None:
@@ -230,7 +210,7 @@ class _Copies:
 
     @torch.no_grad()
     def finite(self) -> list[Tensor]:
-        """Return what changes are counted from: infinities, which a difference would turn into nan, count from zero."""
+        """Return the values that changes start from: zero for an infinity, whose difference would be nan."""
         if len(self._finite) != len(self.tensors):
             self._finite, self._finite_pieces = _like(self.tensors)
         if self._is_new:
@@ -244,11 +224,11 @@ def _like(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Return new tensors like these, and the pieces of memory that they are views of."""
     pieces: list[Tensor] = []
 
-    def views(own: list[Tensor]) -> list[Tensor]:
-        piece = own[0].new_empty(sum(tensor.numel() for tensor in own))
-        pieces.append(piece)
-        parts = torch.split(piece, [tensor.numel() for tensor in own])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, own, strict=True)]
+    def views(group: list[Tensor]) -> list[Tensor]:
+        sizes = [tensor.numel() for tensor in group]
+        pieces.append(group[0].new_empty(sum(sizes)))
+        parts = torch.split(pieces[-1], sizes)
+        return [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)]
 
     return _together(views, tensors), pieces
 
@@ -259,26 +239,26 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Overwrite tensors with others of their shape, in one operation; one that has changed its shape stays."""
+    """Overwrite tensors with others of their shape, in one operation; a tensor that has changed its shape stays."""
     pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.shape == source.shape]
     _together(torch._foreach_copy_, [target for target, _ in pairs], [source for _, source in pairs])
 
 
 def _together(operation: Callable[..., Any], first: Sequence[Tensor], *others: Sequence[Tensor]) -> list[Tensor]:
-    """Apply one of torch's operations on lists to tensors of one dtype and device at a time: mixed ones are slow."""
+    """Apply one of torch's operations on lists to tensors of one dtype and device at a time: mixed lists are slow."""
     groups: dict[Any, list[int]] = {}
     for index, tensor in enumerate(first):
         groups.setdefault((tensor.dtype, tensor.device), []).append(index)
     results: list[Tensor] = list(first)
     for indices in groups.values():
-        own = operation(*([tensors[index] for index in indices] for tensors in (first, *others)))
-        for index, result in zip(indices, own or (), strict=False):
+        of_group = operation(*([tensors[index] for index in indices] for tensors in (first, *others)))
+        for index, result in zip(indices, of_group or (), strict=False):
             results[index] = result
     return results
 
 
 class FixedBuffers:
-    """Let every micro-batch of an evaluation start from the same buffers; what it changes in them is dropped."""
+    """Let every micro-batch of an evaluation start from the same buffers; its changes are dropped."""
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
         self._kept = [
@@ -289,7 +269,7 @@ class FixedBuffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo changes; costs a look at each buffer where there are none. A cache that has grown stays."""
+        """Undo changes; without any this costs a look at each buffer. A cache that has grown stays."""
         for index, (module, name, buffer, version, values) in enumerate(self._kept):
             now = module._buffers[name]
             is_same = now is buffer and buffer._version == version
@@ -302,7 +282,7 @@ _Owner = tuple[nn.Module, str]
 
 
 def _owners_of_buffers(roots: Iterable[nn.Module]) -> list[_Owner]:
-    """Return where each buffer hangs, those that are `None` yet too; one that several modules share, once."""
+    """Return module and name of each buffer, also of those that are still `None`; of a shared buffer once."""
     owners: dict[Any, _Owner] = {}
     for module in (module for root in roots for module in root.modules()):
         for name, buffer in module._buffers.items():

@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are not finite: found, and told with their place."""
+"""Find losses, gradients and weights that are not finite, and report where they are."""
 
 from __future__ import annotations
 
@@ -17,35 +17,30 @@ _ADVICE = "Lower the learning rate, set max_grad_norm, or look at the data."
 
 
 class FiniteCheck:
-    """Look whether a training stays finite.
-
-    Args:
-        model: The user's model.
-        on_nonfinite: What to do: `raise` an error, `skip` the update, or `ignore` it.
-    """
+    """Check whether a training stays finite; if not, `raise` an error, `skip` the update, or `ignore` it."""
 
     def __init__(self, model: nn.Module, on_nonfinite: Literal["raise", "skip", "ignore"]) -> None:
         self._model, self._on_nonfinite = model, on_nonfinite
         unchanging = dict(model.named_buffers())
-        unchanging |= {name: one for name, one in model.named_parameters() if not one.requires_grad}
+        unchanging |= {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
         self._infinite = frozenset(not_finite(unchanging))  # at the start, such as masks
-        self._last_checked = 1  # number of a batch
+        self._last_checked = 1  # number of a batch in the run
 
     def is_sound(self) -> bool:
-        """Return whether weights and buffers are finite, but for what was not so at the start: one read-back."""
+        """Return whether weights and buffers are finite, those aside that never were: one read-back."""
         named = (*self._model.named_parameters(), *self._model.named_buffers())
         return is_finite([tensor for name, tensor in named if name not in self._infinite])
 
-    def must_skip(self, losses: LossTable, parameters: Sequence[nn.Parameter], has_scaler: bool) -> bool:
+    def is_batch_wrong(self, losses: LossTable, parameters: Sequence[nn.Parameter], has_scaler: bool) -> bool:
         """Return whether a loss of this batch, or its gradient, is not finite on this process: one read-back."""
         # What overflows in fp16 is skipped by the scaler, which then lowers its scale.
-        gradients = [] if has_scaler else [one.grad for one in parameters if one.grad is not None]
+        gradients = [] if has_scaler else [weight.grad for weight in parameters if weight.grad is not None]
         are_losses_finite = losses.is_finite()
         norms = sum_of_norms(gradients)
         are_finite = are_losses_finite & norms.isfinite() if isinstance(norms, Tensor) else are_losses_finite
         return not are_finite and not (are_losses_finite and is_finite(gradients))
 
-    def check(self, fault: Fault | None, norms: MeanNorm, state: TrainState) -> None:
+    def raise_if_nonfinite(self, fault: Fault | None, norms: MeanNorm, state: TrainState) -> None:
         """End the run, on all processes alike, when a train loss or the weights are not finite.
 
         Raises:
@@ -56,7 +51,8 @@ class FiniteCheck:
             return
         if fault is None and self.is_sound() and norms.is_finite():
             return
-        named = not_finite({name: one for name, one in self._model.named_parameters() if name not in self._infinite})
+        weights = dict(self._model.named_parameters())
+        named = not_finite({name: weight for name, weight in weights.items() if name not in self._infinite})
         names = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
         in_weights = f" Not finite by now: {names}." if named else ""
         first = f"epoch {state.epoch}, step "
@@ -68,12 +64,8 @@ class FiniteCheck:
             fault.places,
         )
 
-    def check_weight(self, totals: Totals, epoch: int) -> None:
-        """End the run, on all processes alike, when nothing of an epoch weighs anything.
-
-        Raises:
-            NonFiniteError: There is no mean then, and nothing to be learned.
-        """
+    def raise_if_weightless(self, totals: Totals, epoch: int) -> None:
+        """End the run with a NonFiniteError, on all processes alike, when everything in an epoch has the weight 0."""
         is_empty = totals.num_samples and math.isnan(totals.loss) and totals.fault is None
         if is_empty and self._on_nonfinite == "raise":
             raise NonFiniteError(

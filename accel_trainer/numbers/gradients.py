@@ -26,26 +26,38 @@ _NOTHING = nullcontext()
 
 
 class _Gradients:
-    """What the three kinds share: the parameters, one backward, one division.
+    """What all kinds of gradients share: the trained parameters, one backward, one division.
 
-    Args:
-        model: The user's model.
-        accelerator: The accelerator that prepared it.
-        copies: Whether the next backward writes to the memory that gradients are in (CUDA graphs).
-
-    Attributes:
-        parameters: Those that are trained.
+    With `copies` gradients are copied after a backward, since the next one writes to their memory (CUDA graphs).
     """
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator, copies: bool) -> None:
+    _batch: Batch  # the present batch
+    _weight_is_num_samples = False
+    _is_unweighted = False
+    _weight: Any = 0  # sum over the micro-batches so far, where it is not known beforehand
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator, copies: bool = False) -> None:
         self._model, self._accelerator, self._copies = model, accelerator, copies
         self._names, self.parameters = _trainable(model)
 
     def start_epoch(self) -> None:
-        """Drop old gradients, and take in what was frozen or unfrozen since the last epoch."""
+        """Drop old gradients, and find which parameters are trained now."""
         self._names, self.parameters = _trainable(self._model)
         for parameter in self._model.parameters():
             parameter.grad = None
+
+    def start_batch(self, batch: Batch, weight_is_num_samples: bool) -> None:
+        """Begin to add up; `weight_is_num_samples` says that every process knows the weight of the batch."""
+        self._batch, self._weight_is_num_samples, self._weight = batch, weight_is_num_samples, 0
+        are_equal = weight_is_num_samples and batch.size % batch.layout.num_micro_batches == 0
+        self._is_unweighted = are_equal or batch.layout.num_processes == batch.layout.num_micro_batches == 1
+
+    def context(self, micro_batch: MicroBatch, is_deferred: bool) -> AbstractContextManager[Any]:
+        """Return the context for forward and backward of a micro-batch.
+
+        With `is_deferred` nothing is sent before `finish`, since the batch may have to be computed again.
+        """
+        return _NOTHING
 
     def clear(self) -> None:
         """Drop the gradients of a step, those of parameters outside the optimizer too."""
@@ -73,35 +85,14 @@ class _Gradients:
 
 
 class LocalGradients(_Gradients):
-    """The gradient on one process; arguments as of `_Gradients`."""
-
-    def __init__(self, model: nn.Module, accelerator: Accelerator, copies: bool = False) -> None:
-        super().__init__(model, accelerator, copies)
-        self._batch: Batch | None = None
-        self._weight_is_num_samples = self._is_plain = self._is_equally_weighted = False
-        self._weight: Any = 0  # of the micro-batches so far, where it is not known beforehand
-
-    def start_batch(self, batch: Batch, weight_is_num_samples: bool) -> None:
-        """Begin to add up.
-
-        Args:
-            batch: The batch.
-            weight_is_num_samples: Whether its weight is known everywhere without an exchange.
-        """
-        self._batch, self._weight_is_num_samples, self._weight = batch, weight_is_num_samples, 0
-        self._is_equally_weighted = weight_is_num_samples and batch.has_equal_pieces
-        self._is_plain = batch.layout.num_processes == batch.layout.num_micro_batches == 1
-
-    def context(self, micro_batch: MicroBatch, is_deferred: bool) -> AbstractContextManager[Any]:
-        """Return what forward and backward of a micro-batch run under."""
-        return _NOTHING
+    """The gradient on one process."""
 
     def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
         """Add the gradient of one micro-batch."""
         self._run_backward(self._weighted_loss(forward, micro_batch), micro_batch)
 
     def _weighted_loss(self, forward: Forward, micro_batch: MicroBatch) -> Tensor:
-        if self._is_plain or (self._is_equally_weighted and not micro_batch.piece.is_padding):
+        if self._is_unweighted and not micro_batch.piece.is_padding:
             return forward.loss
         weight = usable(forward.weight)
         self._weight = self._weight + weight
@@ -109,42 +100,33 @@ class LocalGradients(_Gradients):
 
     def finish(self) -> None:
         """Make the gradients those of the mean over the batch, on every process."""
-        if not self._is_plain:
-            self._divide(self._divisor())
+        self._divide(self._divisor())
 
     def _divisor(self) -> float | Tensor:
-        batch: Batch = self._batch  # type: ignore[assignment]
-        if self._is_equally_weighted:
-            return batch.layout.num_micro_batches
-        return batch.size if self._weight_is_num_samples else _never_zero(self._total_weight())
+        if self._is_unweighted:
+            return self._batch.layout.num_micro_batches
+        return self._batch.size if self._weight_is_num_samples else _never_zero(self._total_weight())
 
     def _total_weight(self) -> Tensor:
         return self._as_weight(self._weight)
 
 
 class SummedGradients(LocalGradients):
-    """The gradient over several processes, added after the backward.
-
-    Args:
-        model: The user's model.
-        accelerator: The accelerator that prepared it.
-        copies: Whether the next backward writes to the memory that gradients are in (CUDA graphs).
-        wrapped: What `Accelerator.prepare` made of the model.
-    """
+    """The gradient over several processes, added after the backward; `wrapped` is the prepared model."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, copies: bool, wrapped: nn.Module) -> None:
         super().__init__(model, accelerator, copies)
         self._wrapped = wrapped
 
     def context(self, micro_batch: MicroBatch, is_deferred: bool) -> AbstractContextManager[Any]:
-        """Return what forward and backward of a micro-batch run under: nothing is sent."""
+        """Return a context in which nothing is sent."""
         local: AbstractContextManager[Any] = self._accelerator.no_sync(self._wrapped)
         return local
 
     def finish(self) -> None:
         """Make the gradients those of the mean over the batch, on every process."""
         self._add_over_processes()
-        self._divide(self._divisor())
+        super().finish()
 
     def _add_over_processes(self) -> int:
         """Sum the gradients; one that no process has stays `None`. Return on how many processes each is, at least."""
@@ -168,31 +150,24 @@ class OverlappedGradients(SummedGradients):
     """The gradient over several processes, added by `DistributedDataParallel` while the last backward still runs.
 
     It needs every parameter to get a gradient on every process. The first step shows whether that is so; where it is
-    not, or where parameters are frozen or unfrozen later, and in batches that may have to be done again, the gradients
-    are added after the backward. Arguments as of `SummedGradients`.
+    not, or where parameters are frozen or unfrozen later, and in batches that may have to be computed again, the
+    gradients are added after the backward.
     """
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator, copies: bool, wrapped: nn.Module) -> None:
-        super().__init__(model, accelerator, copies, wrapped)
-        self._can_overlap: bool | None = None  # not known before the first step
-        self._overlaps = False  # in this batch
-        self._exchange: tuple[Tensor, Any] | None = None  # of the weight, under way
+    _can_overlap: bool | None = None  # not known before the first step
+    _overlaps = False  # in this batch
+    _exchange: tuple[Tensor, Any] | None = None  # the sum of the weights, under way
 
     def start_epoch(self) -> None:
-        """Drop old gradients, and take in what was frozen or unfrozen since the last epoch."""
+        """Drop old gradients, and find which parameters are trained now."""
         names = self._names
         super().start_epoch()
         if names != self._names:
-            self._can_overlap = False  # it waits for the gradients of those it was made with
+            self._can_overlap = False  # it waits for gradients of the parameters it was made with
         self._exchange = None
 
     def context(self, micro_batch: MicroBatch, is_deferred: bool) -> AbstractContextManager[Any]:
-        """Return what forward and backward of a micro-batch run under: gradients are sent after the last one only.
-
-        Args:
-            micro_batch: The micro-batch.
-            is_deferred: Send nothing before `finish`, since the batch may have to be done again.
-        """
+        """Return a context in which gradients are sent during the last backward only, with `is_deferred` never."""
         self._overlaps = self._can_overlap is True and not is_deferred
         if self._overlaps and micro_batch.piece.is_last:
             return _NOTHING
@@ -207,18 +182,19 @@ class OverlappedGradients(SummedGradients):
         self._run_backward(loss, micro_batch)
 
     def finish(self) -> None:
-        """Make the gradients those of the mean over the batch, on every process.
-
-        Raises:
-            RuntimeError: A parameter has no gradient that had one in the first step.
-        """
+        """Make the gradients those of the mean over the batch, on every process."""
         if self._overlaps:
-            self._check_all_present()
-            self._divide(self._divisor() / self._batch.layout.num_processes)  # type: ignore[union-attr]
+            missing = [name for name, weight in zip(self._names, self.parameters, strict=True) if weight.grad is None]
+            if missing:
+                raise RuntimeError(
+                    f"No gradient for {', '.join(missing)} in this batch on process {self._accelerator.process_index}, "
+                    "though the first step gave every parameter one. Set find_unused_parameters=True in TrainConfig."
+                )
+            self._divide(self._divisor() / self._batch.layout.num_processes)
             return
         num_present = self._add_over_processes()
         if self._can_overlap is None:
-            self._can_overlap = num_present == self._batch.layout.num_processes  # type: ignore[union-attr]
+            self._can_overlap = num_present == self._batch.layout.num_processes
         self._divide(self._divisor())
 
     def _total_weight(self) -> Tensor:
@@ -228,26 +204,11 @@ class OverlappedGradients(SummedGradients):
         exchange.wait()
         return total
 
-    def _check_all_present(self) -> None:
-        missing = [name for name, parameter in zip(self._names, self.parameters, strict=True) if parameter.grad is None]
-        if missing:
-            raise RuntimeError(
-                f"No gradient for {', '.join(missing)} in this batch on process {self._accelerator.process_index}, "
-                "though the first step gave every parameter one. Set find_unused_parameters=True in TrainConfig."
-            )
-
 
 class TreeGradients(_Gradients):
     """The same gradient to the last bit on any number of processes: summed in the order of one tree.
 
     The model is not wrapped; nothing is sent before the last backward.
-
-    Args:
-        model: The user's model.
-        accelerator: The accelerator that prepared it.
-        copies: Whether the next backward writes to the memory that gradients are in (CUDA graphs).
-        layout: This process and the cut.
-        is_compiled: Whether the model is.
     """
 
     def __init__(
@@ -255,26 +216,20 @@ class TreeGradients(_Gradients):
     ) -> None:
         super().__init__(model, accelerator, copies)
         self._sum = TreeSum(layout)
-        self._batch: Batch | None = None
-        self._weight_is_num_samples = False
-        # What is met under a mode that compilers do not look past is never compiled, in later batches neither.
+        # A function that first runs under a mode that compilers do not look past is not compiled later either.
         self._is_watched = not is_compiled or hasattr(TorchDispatchMode, "ignore_compile_internals")
 
     def start_batch(self, batch: Batch, weight_is_num_samples: bool) -> None:
-        """Begin to add up; arguments as of `LocalGradients`."""
+        """Begin to add up; `weight_is_num_samples` says that every process knows the weight of the batch."""
+        super().start_batch(batch, weight_is_num_samples)
         self._sum.clear()
-        self._batch, self._weight_is_num_samples = batch, weight_is_num_samples
 
     def context(self, micro_batch: MicroBatch, is_deferred: bool) -> AbstractContextManager[Any]:
-        """Return what forward and backward run under: in the first batch, a look for layers that communicate."""
+        """Return a context that refuses layers that communicate, in the first batch."""
         return _NoCommunication() if self._is_watched else _NOTHING  # type: ignore[no-untyped-call]
 
     def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
-        """Add the gradient of one micro-batch to the tree.
-
-        Raises:
-            ValueError: A sparse gradient.
-        """
+        """Add the gradient of one micro-batch to the tree; refuse (ValueError) a sparse one."""
         if micro_batch.piece.is_padding:
             return
         weight = usable(forward.weight)
@@ -293,12 +248,11 @@ class TreeGradients(_Gradients):
     def finish(self) -> None:
         """Make the gradients those of the mean over the batch, on every process."""
         self._is_watched = False
-        batch: Batch = self._batch  # type: ignore[assignment]
         like: list[Tensor] = [*self.parameters]
         if not self._weight_is_num_samples:
             like.append(self._as_weight(0))
-        total = self._sum.total(batch.num_micro_batches, like)
-        weight = batch.size if self._weight_is_num_samples else _never_zero(total.pop())  # type: ignore[arg-type]
+        total = self._sum.total(self._batch.num_micro_batches, like)
+        weight = self._batch.size if self._weight_is_num_samples else _never_zero(total.pop())  # type: ignore[arg-type]
         for parameter, gradient in zip(self.parameters, total, strict=True):
             parameter.grad = gradient
         self._divide(weight)
@@ -327,11 +281,11 @@ def _trainable(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
 
 
 def _weighted(loss: Tensor, weight: Any) -> Tensor:
-    """Return weight x loss; a loss that weighs nothing may be nan without harm."""
+    """Return weight x loss; a loss of weight 0 may be nan without harm."""
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, loss * weight)
     return loss * weight if weight else torch.nan_to_num(loss) * 0
 
 
 def _never_zero(total: Tensor) -> Tensor:
-    return torch.where(total == 0, 1, total)  # a batch that weighs nothing has a gradient of zeros
+    return torch.where(total == 0, 1, total)  # a batch of weight 0 has a gradient of zeros

@@ -1,4 +1,4 @@
-"""What the user's loss is: what it divides by, and what its code may do beside."""
+"""What the user's loss divides by, and what its code may change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ Weight = int | float | Tensor
 
 
 def unwrap_partial(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the function or module within partials, bound methods and compiled code, and the keywords given to it."""
+    """Return the function or module within partials, bound methods and compiled code, and its keyword arguments."""
     keywords: dict[str, Any] = {}
     while True:
         if isinstance(loss_fn, functools.partial):
@@ -40,14 +39,12 @@ def unwrap_partial(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def check_reduction(loss_fn: Any) -> None:
-    """Refuse a loss that is not the mean over its samples.
-
-    Raises:
-        ValueError: Its reduction is `sum`, or `none`.
-    """
+    """Refuse (ValueError) a loss that is not the mean over its samples, since its reduction is `sum` or `none`."""
     function, keywords = unwrap_partial(loss_fn)
     reduction = keywords.get("reduction", getattr(function, "reduction", "mean"))
-    if reduction == "sum" or (reduction == "none" and _is_torchs(function)):  # another may take the mean of them itself
+    if reduction == "sum" or (
+        reduction == "none" and _is_torchs(function)
+    ):  # other losses may take the mean themselves
         raise ValueError(
             f"loss_fn has reduction={reduction!r}, but a loss here is the mean over its samples: use reduction='mean'. "
             "For another weighting give weight_fn, or compute_loss returning (loss, weight)."
@@ -55,13 +52,13 @@ def check_reduction(loss_fn: Any) -> None:
 
 
 def _is_torchs(function: Any) -> bool:
-    """Return whether what is computed is torch's own, and not that of a subclass."""
+    """Return whether a function, or the forward of a module, is torch's own, not that of a subclass."""
     code = type(function).forward if isinstance(function, nn.Module) else function
     return str(getattr(code, "__module__", "")).startswith("torch.")
 
 
 def divisor_of(loss_fn: Any) -> functools.partial[Weight] | None:
-    """Return what computes, from the targets, the number that this loss divides by; `None`: the number of samples."""
+    """Return a function of the targets for the number that a loss divides by; `None` for the number of samples."""
     function, keywords = unwrap_partial(loss_fn)
     if function in (F.cross_entropy, F.nll_loss):
         weight, ignore_index = keywords.get("weight"), keywords.get("ignore_index", -100)
@@ -76,9 +73,9 @@ def divisor_of(loss_fn: Any) -> functools.partial[Weight] | None:
 
 @torch.no_grad()
 def _is_mean_of_samples(loss_fn: nn.CrossEntropyLoss | nn.NLLLoss) -> bool:
-    """Return whether a subclass of torch's losses, on some made-up samples, is their mean; not what torch divides by.
+    """Return whether a subclass of torch's losses divides made-up samples by their number, not as torch does.
 
-    Where both are the same, or it takes other outputs and targets than torch's, it is taken for what it inherits.
+    It is assumed to divide as torch does if both agree, or if it needs other outputs and targets than torch's loss.
     """
     weight, ignored = loss_fn.weight, loss_fn.ignore_index
     num_classes = 4 if weight is None else len(weight)
@@ -88,9 +85,9 @@ def _is_mean_of_samples(loss_fn: nn.CrossEntropyLoss | nn.NLLLoss) -> bool:
     targets[1] = ignored
     pieces = [(outputs[part], targets[part]) for part in (slice(0, 2), slice(2, 5))]
     try:
-        own = copy.deepcopy(loss_fn)  # which may keep something from call to call
+        copied = copy.deepcopy(loss_fn)  # it may keep a state
         with generators_kept():
-            whole, *losses = (float(own(*pair)) for pair in ((outputs, targets), *pieces))
+            whole, *losses = (float(copied(*pair)) for pair in ((outputs, targets), *pieces))
     except Exception:
         return False
     divisors = [float(_class_divisor(labels, weight, ignored, loss_fn)) for _, labels in pieces]
@@ -120,7 +117,7 @@ _CHANGES = {"add", "append", "clear", "extend", "insert", "pop", "popleft", "rem
 
 
 def may_leave_traces(function: Any) -> bool:
-    """Return whether a function may change something that outlives its call, as far as its code tells."""
+    """Return whether a function may change something that outlives its call, as far as its code shows."""
     while isinstance(function, functools.partial):
         function = function.func
     if isinstance(function, nn.Module):
@@ -129,26 +126,26 @@ def may_leave_traces(function: Any) -> bool:
         function = type(function).__call__
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     codes = [code] if code is not None else []
-    for code in codes:  # those of inner functions too
+    for code in codes:  # also those of inner functions
         codes += [inner for inner in code.co_consts if hasattr(inner, "co_code")]
-        for one in dis.get_instructions(code):
-            is_outer = one.opname == "STORE_DEREF" and one.argval in code.co_freevars
-            is_change = one.opname in ("LOAD_METHOD", "LOAD_ATTR") and one.argval in _CHANGES
-            if one.opname in _WRITES or is_outer or is_change:
+        for step in dis.get_instructions(code):
+            is_outer = step.opname == "STORE_DEREF" and step.argval in code.co_freevars
+            is_change = step.opname in ("LOAD_METHOD", "LOAD_ATTR") and step.argval in _CHANGES
+            if step.opname in _WRITES or is_outer or is_change:
                 return True
     return False
 
 
 def form_of(loss_fn: Any) -> Hashable | None:
-    """Return what tells a loss from others; `None` if it is not torch's own and may keep, or refer to, what changes."""
+    """Return a key of what a loss computes; `None` if it is not torch's own and may depend on a state."""
     if isinstance(loss_fn, nn.Module):
-        own = {name: value for name, value in vars(loss_fn).items() if name not in vars(nn.Module())}
+        settings = {name: value for name, value in vars(loss_fn).items() if name not in vars(nn.Module())}
         parts = any(vars(loss_fn)[name] for name in ("_parameters", "_buffers", "_modules"))
         is_torchs = type(loss_fn).__module__.startswith("torch.nn.")
-        return (type(loss_fn), repr(sorted(own.items()))) if is_torchs or not (own or parts) else None
+        return (type(loss_fn), repr(sorted(settings.items()))) if is_torchs or not (settings or parts) else None
     if isinstance(loss_fn, BuiltinFunctionType):
         return loss_fn
     if not isinstance(loss_fn, FunctionType) or loss_fn.__closure__:
         return None
-    writes = any(one.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for one in dis.get_instructions(loss_fn))
+    writes = any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in dis.get_instructions(loss_fn))
     return None if writes else (loss_fn.__code__, repr(loss_fn.__defaults__), repr(loss_fn.__kwdefaults__))

@@ -21,18 +21,12 @@ from .scalars import column_of, widest_float
 
 @dataclass(frozen=True)
 class Fault:
-    """A train loss that is not finite.
-
-    Attributes:
-        value: The loss.
-        batch: Number of its batch, in the run.
-        process: Index of the process that has computed it.
-        places: Pass over the data, 1-based, and index in it, 0-based, of the batch and of the one before.
-    """
+    """A train loss that is not finite."""
 
     value: float
-    batch: int
+    batch: int  # number of its batch in the run, 1-based
     process: int
+    # Pass over the data, 1-based, and index in it, 0-based, of the batch and of the batch before it.
     places: tuple[tuple[int, int], ...] = ()
 
 
@@ -47,7 +41,7 @@ class Totals:
 
 
 class _Rows(NamedTuple):
-    """The rows of one batch in a loss table: one for each of its micro-batches, on whichever process."""
+    """The rows of one batch in a loss table, one for each of its micro-batches, on whichever process."""
 
     number: int
     data_pass: int
@@ -56,60 +50,48 @@ class _Rows(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Behind its last row."""
+        """Index behind its last row."""
         return self.first_row + self.batch.num_micro_batches
 
 
 class LossTable:
     """Collect loss and weight of every micro-batch on the device; add them up over processes and batches.
 
-    They are the rows of one table, in the order of the batches, of which each process fills in its own; the others
-    are zero there, so that a sum over the processes is exact. The rows are then added up in double precision and in
-    their order: every process gets the same numbers, and the layout changes no more than the rounding of the single
-    losses. What has been read is kept as sums only.
-
-    Args:
-        device: Where the losses are.
-        metrics: Names of the metrics whose totals will be added.
-        copies: Whether the memory of a loss is written to again before it is read (CUDA graphs).
+    They are the rows of one table, in the order of the batches. Each process fills in its own rows and leaves zeros in
+    the others, so that a sum over the processes is exact. The rows are then added up in double precision and in their
+    order: every process gets the same numbers, and the layout changes only the rounding of the single losses. Rows that
+    have been read are kept as sums only. `copies` says that the memory of a loss is written to again before it is read
+    (CUDA graphs).
     """
 
-    _BLOCK = 512  # scalars joined into one tensor at a time: one alone costs half a kilobyte
+    _BLOCK = 512  # scalars joined into one tensor at a time: a single one costs half a kilobyte
 
     def __init__(self, device: torch.device, metrics: Sequence[str] = (), copies: bool = False) -> None:
         self._device, self._metrics, self._copies = device, tuple(metrics), copies
-        self._batches: list[_Rows] = []  # those since the last read
-        self._open: list[tuple[Any, ...]] = []  # row, loss, weight, samples, then a total per metric
-        self._blocks: list[tuple[list[int], Tensor]] = []  # rows, and their columns
-        self._sums = _Sums(len(self._metrics))
-        self._before: list[_Rows] = []  # the last one of those read
-        self.fault: Fault | None = None
+        self._batches: list[_Rows] = []  # since the last read, and the last one read: its rows are negative
+        self.restart()
 
     def restart(self) -> None:
         """Begin an epoch."""
-        self._batches, self._open, self._blocks = [], [], []
-        self._sums, self.fault = _Sums(len(self._metrics)), None
+        self._batches = [rows for rows in self._batches if rows.first_row < 0]
+        self._open: list[tuple[Any, ...]] = []  # row, loss, weight, samples, then a total per metric
+        self._blocks: list[tuple[list[int], Tensor]] = []  # rows, and their columns
+        self.fault: Fault | None = None
+        self.restore([0.0] * (3 + len(self._metrics)))
+
+    def restore(self, sums: Sequence[float]) -> None:
+        """Go on from what `sums` returned, before anything is added."""
+        self._sums = [float(number) for number in sums]
+        self._recent = 0.0, 0.0  # sums of loss x weight, and of weights, since the last report
 
     def start_batch(self, number: int, batch: Batch, data_pass: int = 1) -> None:
-        """Make room for a batch; every process begins each of them, in the same order.
-
-        Args:
-            number: Of the batch, in the run.
-            batch: The batch.
-            data_pass: Pass over the data, 1-based.
-        """
+        """Make room for a batch, the `number`-th of the run; every process begins each batch, in the same order."""
         if len(self._open) >= self._BLOCK:
             self._close()
         self._batches.append(_Rows(number, data_pass, batch, self._batches[-1].end if self._batches else 0))
 
     def add(self, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
-        """Take in a micro-batch of the batch under way; padding leaves no trace.
-
-        Args:
-            micro_batch: The micro-batch.
-            forward: Its loss and weight.
-            totals: Sum of each metric over its samples, in the order of the names.
-        """
+        """Add a micro-batch of the present batch, and the sum of each metric over its samples; ignore padding."""
         if not micro_batch.piece.is_padding:
             row = self._batches[-1].first_row + micro_batch.piece.index
             loss, weight = forward.loss.detach(), forward.weight
@@ -118,13 +100,13 @@ class LossTable:
             self._open.append((row, loss, weight, micro_batch.num_samples, *totals))
 
     def drop_batch(self) -> None:
-        """Forget the batch under way, which will be done again."""
+        """Forget the present batch, which will be computed again."""
         first_row = self._batches.pop().first_row
         while self._open and self._open[-1][0] >= first_row:
             self._open.pop()
 
     def is_finite(self) -> bool | Tensor:
-        """Return whether the losses of the last batch are finite on this process; those that weigh nothing may not."""
+        """Return whether the losses of the last batch are finite on this process; those of weight 0 do not count."""
         flag: bool | Tensor = True
         for row, loss, weight, *_ in reversed(self._open):
             if row < self._batches[-1].first_row:
@@ -136,7 +118,7 @@ class LossTable:
         return flag
 
     def _close(self) -> None:
-        """Join the scalars that have come into one tensor, on the device."""
+        """Join the scalars collected since the last block into one tensor, on the device."""
         if self._open:
             rows, losses, *others = zip(*self._open, strict=True)
             joined = torch.stack([column_of(column, losses[0].device) for column in (losses, *others)])
@@ -150,7 +132,7 @@ class LossTable:
         several = self._batches[-1].batch.layout.num_processes > 1
         if blocks and not several:
             return torch.cat([block for _, block in blocks], dim=1)
-        shape = len(self._sums.all), self._batches[-1].end
+        shape = len(self._sums), self._batches[-1].end
         table = torch.zeros(*shape, dtype=widest_float(self._device), device=self._device)
         for rows, block in blocks:
             table[:, rows] = block
@@ -159,8 +141,8 @@ class LossTable:
         return table
 
     def _read(self) -> None:
-        """Add up what has come since the last read: one exchange, and one read-back."""
-        if not self._batches:
+        """Add up the rows since the last read: one exchange, and one read-back."""
+        if not self._batches or self._batches[-1].end == 0:
             return
         losses, weights, sizes, *totals = self._table().tolist()
         if min(weights, default=0.0) < 0:
@@ -168,32 +150,35 @@ class LossTable:
             where = f"in batch {batch}, on process {process}"
             raise ValueError(f"The weight of a micro-batch must be at least 0 and below 1e30; {where}, it was not.")
         products = [loss * weight if weight else 0.0 for loss, weight in zip(losses, weights, strict=True)]
-        self._sums.add(sizes, products, weights, *totals)
-        if self.fault is None and not math.isfinite(self._sums.all[1]):
+        columns = sizes, products, weights, *totals
+        self._sums = [functools.reduce(add, column, total) for total, column in zip(self._sums, columns, strict=True)]
+        product, weight = self._recent
+        self._recent = functools.reduce(add, products, product), functools.reduce(add, weights, weight)
+        if self.fault is None and not math.isfinite(self._sums[1]):
             self.fault = self._first_fault(losses, weights)
-        self._before, self._batches = self._batches[-1:], []
+        last = self._batches[-1]
+        self._batches = [last._replace(first_row=-last.batch.num_micro_batches)]
 
     def _first_fault(self, losses: list[float], weights: list[float]) -> Fault | None:
         for row, (loss, weight) in enumerate(zip(losses, weights, strict=True)):
             if weight and not math.isfinite(loss):
                 number, process = self._origin_of(row)
-                known = {one.number: (one.data_pass, one.batch.number) for one in (*self._before, *self._batches)}
+                known = {rows.number: (rows.data_pass, rows.batch.number) for rows in self._batches}
                 return Fault(loss, number, process, tuple(known[at] for at in (number, number - 1) if at in known))
         return None
 
     def _origin_of(self, row: int) -> tuple[int, int]:
-        """Return the number of the batch that a row is of, and the process that has computed it."""
+        """Return the number of the batch that a row belongs to, and the process that has computed it."""
         rows = next(rows for rows in reversed(self._batches) if rows.first_row <= row)
         return rows.number, process_of(row - rows.first_row, rows.batch.layout)
 
     def sums(self) -> list[float]:
-        """Return what `restore` takes, the same on all processes; all call it at the same place."""
-        self._read()
-        return list(self._sums.all)
+        """Return the sums since the start of the epoch, the same on all processes; all call it at the same point.
 
-    def restore(self, sums: Sequence[float]) -> None:
-        """Go on from what `sums` returned, before anything is added."""
-        self._sums = _Sums(len(self._metrics), sums)
+        They are of samples, of loss x weight, of weights, and of the totals of each metric.
+        """
+        self._read()
+        return list(self._sums)
 
     def report(self) -> float:
         """Return the mean loss since the last report.
@@ -201,7 +186,8 @@ class LossTable:
         Every process calls it after the same step. Costs one small exchange, and one read-back.
         """
         self._read()
-        return self._sums.mean_since_last_report()
+        recent, self._recent = self._recent, (0.0, 0.0)
+        return _mean(*recent)
 
     def exchange(self) -> Totals:
         """Return the means over all micro-batches of all processes; waits for the device."""
@@ -210,41 +196,13 @@ class LossTable:
         return Totals(_mean(loss, weight), metrics, int(count), self.fault)
 
 
-class _Sums:
-    """Sums over the rows that have been read, in their order.
-
-    Args:
-        num_metrics: Number of metrics.
-        before: What was added up before; `None` for nothing.
-
-    Attributes:
-        all: Of samples, loss x weight, weights, and the total of each metric, since the start of the epoch.
-    """
-
-    def __init__(self, num_metrics: int, before: Sequence[float] | None = None) -> None:
-        self.all = [0.0] * (3 + num_metrics) if before is None else [float(number) for number in before]
-        self._recent = 0.0, 0.0  # of loss x weight, and weights, since the last report
-
-    def add(self, *columns: Sequence[float]) -> None:
-        """Add rows, given as columns."""
-        self.all = [functools.reduce(add, column, total) for total, column in zip(self.all, columns, strict=True)]
-        product, weight = self._recent
-        self._recent = functools.reduce(add, columns[1], product), functools.reduce(add, columns[2], weight)
-
-    def mean_since_last_report(self) -> float:
-        """Return the mean loss of the rows added since this was asked last."""
-        recent, self._recent = self._recent, (0.0, 0.0)
-        return _mean(*recent)
-
-
 class MeanNorm:
     """The mean over the steps of an epoch of the gradient's norm, on the device until it is read."""
 
     def __init__(self) -> None:
-        self._total: Any = 0.0
-        self._number = 0
+        self.restore(0.0, 0)
 
-    def restore(self, total: float, number: int) -> None:
+    def restore(self, total: Any, number: int) -> None:
         """Go on from what `read` returned."""
         self._total, self._number = total, number
 
@@ -254,15 +212,15 @@ class MeanNorm:
         self._number += 1
 
     def is_finite(self) -> bool:
-        """Return whether all norms are; one read-back if there are any."""
+        """Return whether all norms are finite; one read-back if there are any."""
         return math.isfinite(self._total)
 
     def read(self) -> tuple[float, int]:
-        """Return sum and number; one read-back."""
+        """Return the sum of the norms, and their number; one read-back."""
         return float(self._total), self._number
 
     def mean(self) -> float | None:
-        """Return the mean; `None` without any."""
+        """Return the mean norm; `None` before the first."""
         total, number = self.read()
         return total / number if number else None
 

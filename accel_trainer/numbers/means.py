@@ -1,4 +1,4 @@
-"""Whether the user's functions are what they are taken for: means over the samples."""
+"""Whether the user's losses and metrics are means over the samples."""
 
 from __future__ import annotations
 
@@ -26,44 +26,38 @@ from .metrics import Metrics, total_of
 from .objective import Forward, Objective, split_batch
 from .scalars import column_of
 
-# What a function gives over the samples of a micro-batch, of which the model returned the second: value and weight.
-_Function = Callable[[MicroBatch, Any], tuple[float | Tensor, float | Tensor]]
+_Compute = Callable[[Any, MicroBatch, Any], Forward]  # of a function, a micro-batch and the model's outputs for it
 
 
 class _Measured(NamedTuple):
-    """What a function gave over some samples, twice, and over their halves; and what those weigh."""
+    """Values and weights of a function over some samples: over all of them, the same again, and over each half."""
 
     name: str
     num_samples: int
-    tolerance: float
+    tolerance: float  # relative
     hint: str
-    values: tuple[Any, ...]
-    weights: tuple[Any, ...]
+    values: list[Any]
+    weights: list[Any]
 
 
 class MeanProbe:
     """Find functions that are no means over samples.
 
-    A loss, its gradient and a metric are put together from micro-batches. So they are what they are called only if the
-    value over some samples is the mean of the values over two parts of them; otherwise they depend on how batches are
-    cut, and on the number of processes. The first few micro-batches of the first evaluation are looked at, whole and
-    in halves. Of what keeps a state, or draws at random, nothing can be said.
-
-    Attributes:
-        is_done: Whether all has been looked at.
-        wants_training: Whether a micro-batch of the training is still to be looked at.
-        doubts: Name of a function -> what is to be said of it; the same on all processes.
+    Losses, gradients and metrics are put together from micro-batches. This is right only if the value over some samples
+    is the mean of the values over two parts of them; otherwise the result depends on how batches are cut, and on the
+    number of processes. The probe looks at the first few micro-batches of the first evaluation, whole and in halves. It
+    says nothing of functions that keep a state or draw at random.
     """
 
     _NUM_LOOKS = 8  # micro-batches
 
     def __init__(self) -> None:
-        self.is_done = False
-        self.doubts: dict[str, str] = {}
-        self.wants_training = True
+        self.is_done = False  # whether there is a verdict
+        self.doubts: dict[str, str] = {}  # name of a function -> why it is no mean; the same on all processes
+        self.wants_training = True  # whether a micro-batch of the training is still to be looked at
         self._num_looks = 0
         self._measured: list[_Measured] = []
-        self._left_out: list[Tensor] = []  # whether labels hold -100, which weigh nothing to most losses
+        self._left_out: list[Tensor] = []  # whether labels hold -100, which weigh nothing in most losses
 
     def look(
         self,
@@ -74,28 +68,25 @@ class MeanProbe:
         micro_batch: MicroBatch,
         forward: Forward,
     ) -> None:
-        """Look at loss and metrics over a micro-batch of an evaluation.
+        """Look at loss and metrics over a micro-batch of an evaluation, which is on the device.
 
-        Args:
-            objective: The loss.
-            metrics: Maybe none.
-            model: What `compute_loss` is called with, for one micro-batch only, since it costs forwards.
-            uncompiled: Returns what such a forward runs under: halves are worth no graphs of their own.
-            micro_batch: On the device.
-            forward: What it gave.
+        `compute_loss` is called with the model for one micro-batch only, since it costs forwards, and `uncompiled`,
+        since halves are not worth a graph.
         """
-        if not self._is_due(micro_batch):
+        if self.is_done or micro_batch.num_samples < 2 or self._num_looks == self._NUM_LOOKS:
             return
+        self._num_looks += 1
         if objective.compute_loss is None:
             self._look_at_loss(objective, micro_batch, forward)
             for name, metric in metrics.functions.items():
-                if _leaves_no_trace(metric):
-                    self._measure(name, partial(_mean_of, name, metric), micro_batch, forward)
+                self._measure(name, metric, partial(_compute_metric, name), micro_batch, forward)
         else:
             self._look_at_labels(micro_batch, forward)
             if self._num_looks == 1 and not may_leave_traces(objective.compute_loss):
                 with uncompiled():
-                    self._measure(_COMPUTED, partial(_computed, objective, model), micro_batch, forward)
+                    self._measure(
+                        _COMPUTED, None, lambda _, part, outputs: objective(model, part, False), micro_batch, forward
+                    )
 
     def look_within_training(self, objective: Objective, micro_batch: MicroBatch, forward: Forward) -> None:
         """Look at the loss over the first micro-batch that is trained on."""
@@ -107,19 +98,12 @@ class MeanProbe:
         elif forward.outputs is not None:
             self._look_at_loss(objective, micro_batch, forward)
 
-    def _is_due(self, micro_batch: MicroBatch) -> bool:
-        is_due = not self.is_done and micro_batch.num_samples > 1 and self._num_looks < self._NUM_LOOKS
-        self._num_looks += is_due
-        return is_due
-
     def _look_at_loss(self, objective: Objective, micro_batch: MicroBatch, forward: Forward) -> None:
-        def make() -> _Function:
-            own = objective.with_loss(_copy_of(objective.loss_fn))
-            return lambda part, outputs: _pair(own(_Answers(outputs), part, False))
+        def compute(loss_fn: Any, part: MicroBatch, outputs: Any) -> Forward:
+            return objective.with_loss(loss_fn)(_Answers(outputs), part, False)
 
-        leaves_by_weight = objective.weight_fn is not None and may_leave_traces(objective.weight_fn)
-        if _leaves_no_trace(objective.loss_fn) and not leaves_by_weight:
-            self._measure(_LOSS, make, micro_batch, forward)
+        if objective.weight_fn is None or not may_leave_traces(objective.weight_fn):
+            self._measure(_LOSS, objective.loss_fn, compute, micro_batch, forward)
 
     def _look_at_labels(self, micro_batch: MicroBatch, forward: Forward) -> None:
         is_weighed = isinstance(forward.weight, Tensor) or forward.weight != micro_batch.num_samples
@@ -127,38 +111,44 @@ class MeanProbe:
             return
         labels = [micro_batch.data[name] for name in TARGET_NAMES if name in micro_batch.data]
         self._left_out += [
-            (one == -100).any() for one in labels if isinstance(one, Tensor) and not one.is_floating_point()
+            (label == -100).any() for label in labels if isinstance(label, Tensor) and not label.is_floating_point()
         ]
 
     @torch.no_grad()
-    def _measure(self, name: str, make: Callable[[], _Function], micro_batch: MicroBatch, forward: Forward) -> None:
-        """Note what a function gives over a micro-batch and its halves; nothing if it takes no other samples."""
+    def _measure(self, name: str, function: Any, compute: _Compute, micro_batch: MicroBatch, forward: Forward) -> None:
+        """Compute a function over a micro-batch, twice, and over its halves; leave it out if that fails."""
+        if not _leaves_no_trace(function):
+            return
         number = micro_batch.num_samples
-        halves = [(0, number // 2), (number // 2, number)]
+        values, weights = [], []
         try:
-            parts = [_part(micro_batch, forward.outputs, *half, number) for half in halves]
             with generators_kept(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the user has been told already
-                function = make()
-                pairs = [(micro_batch, forward.outputs)] * 2 + parts
-                whole, again, *pieces = (function(*_copied(*pair)) for pair in pairs)
+                warnings.simplefilter("ignore")  # the user has seen them already
+                copied = _copy_of(function)
+                for start, stop in ((0, number), (0, number), (0, number // 2), (number // 2, number)):
+                    result = compute(copied, *_part(micro_batch, forward.outputs, start, stop))
+                    values.append(result.loss)
+                    weights.append(result.weight)
+                    del result  # and the memory of its outputs
         except Exception:
             return
-        values, weights = zip(whole, again, *pieces, strict=True)
-        told = number, _tolerance_of(forward, *values), _hint_of(forward) if name == _LOSS else ""
-        self._measured.append(_Measured(name, *told, values, weights))
+        tolerance, hint = _tolerance_of(forward, *values), _hint_of(forward) if name == _LOSS else ""
+        self._measured.append(_Measured(name, number, tolerance, hint, values, weights))
 
     def settle(self, device: torch.device, is_main: bool) -> None:
-        """Come to a verdict, on all processes alike, and warn; all call it at the same place. One read-back."""
+        """Reach a verdict, on all processes alike, and warn; all call it at the same point. One read-back."""
         if self.is_done:
             return
-        first_last = reversed(_read(self._measured, device))
-        found = {one.name: text for one in first_last if (text := _doubt(one)) is not None}
+        numbers = [number for measured in self._measured for number in (*measured.values, *measured.weights)]
+        found: dict[str, str] = {}
+        for measured, read in zip(self._measured, column_of(numbers, device).view(-1, 2, 4).tolist(), strict=True):
+            if (text := _doubt(measured, *read)) is not None:
+                found.setdefault(measured.name, text)
         if self._left_out and torch.stack(self._left_out).any():
             found.setdefault(_COMPUTED, _ON_LABELS)
         self._measured, self._left_out = [], []
         have_looked, founds = zip(*gather_objects((self._num_looks > 0 or not self.wants_training, found)), strict=True)
-        self.is_done = any(have_looked)  # of single samples nothing can be said
+        self.is_done = any(have_looked)  # single samples allow no verdict
         for of_process in reversed(founds):
             self.doubts |= of_process
         if is_main:
@@ -172,13 +162,12 @@ _ON_LABELS = (
     "If it is a mean over labels, let it return (loss, number of labels that count), or give weight_fn."
 )
 _ON_LOSSES = (
-    "losses and gradients depend on how batches are cut, and without num_micro_batches on the number of processes."
+    "losses and gradients depend on how batches are cut, and without num_micro_batches on the number of processes. If "
+    "it divides by something else than samples, such as tokens, {}; if it is no mean at all, fix num_micro_batches."
 )
 _REMEDIES = {
-    _LOSS: f"{_ON_LOSSES} If it divides by something else than samples, give weight_fn, or compute_loss that returns "
-    "(loss, weight); if it is no mean at all, fix num_micro_batches.",
-    _COMPUTED: f"{_ON_LOSSES} If it divides by something else than samples, such as tokens, let it return "
-    "(loss, weight); if it is no mean at all, fix num_micro_batches.",
+    _LOSS: _ON_LOSSES.format("give weight_fn, or compute_loss that returns (loss, weight)"),
+    _COMPUTED: _ON_LOSSES.format("let it return (loss, weight)"),
 }
 _OF_METRICS = (
     "its value depends on how batches are cut. Give it as one of whole_metrics, which are computed of all outputs at "
@@ -186,43 +175,30 @@ _OF_METRICS = (
 )
 
 
-def _doubt(one: _Measured) -> str | None:
-    """Return what is to be said of a function that is no mean, `None` of one that may be."""
-    whole, again, *values = one.values
-    *_, first, second = one.weights
-    is_repeatable = math.isclose(whole, again, rel_tol=one.tolerance / 10)
-    if not (is_repeatable and all(map(math.isfinite, one.values)) and first + second > 0):
+def _doubt(measured: _Measured, values: list[float], weights: list[float]) -> str | None:
+    """Return a warning if a function is no mean by its values and weights on the host, `None` if it may be one."""
+    whole, again, *halves = values
+    *_, first, second = weights
+    is_repeatable = math.isclose(whole, again, rel_tol=measured.tolerance / 10)
+    if not (is_repeatable and all(map(math.isfinite, values)) and first + second > 0):
         return None
-    mean = (values[0] * first + values[1] * second) / (first + second)
-    scale = max(map(abs, one.values))
-    if abs(mean - whole) <= one.tolerance * scale:
+    mean = (halves[0] * first + halves[1] * second) / (first + second)
+    if abs(mean - whole) <= measured.tolerance * max(map(abs, values)):
         return None
-    what = one.name if one.name in _REMEDIES else f"The metric {one.name!r}"
+    name = measured.name if measured.name in _REMEDIES else f"The metric {measured.name!r}"
     return (
-        f"{what} is no mean over samples: over {one.num_samples} samples it is {whole:.4g}, but over their halves "
-        f"{mean:.4g} in the mean.{one.hint} So {_REMEDIES.get(one.name, _OF_METRICS)}"
+        f"{name} is no mean over samples: over {measured.num_samples} samples it is {whole:.4g}, but over their halves "
+        f"{mean:.4g} in the mean.{measured.hint} So {_REMEDIES.get(measured.name, _OF_METRICS)}"
     )
 
 
-def _read(measured: list[_Measured], device: torch.device) -> list[_Measured]:
-    """Return the same with plain numbers."""
-    numbers = column_of([number for one in measured for number in (*one.values, *one.weights)], device).view(-1, 2, 4)
-    return [
-        one._replace(values=values, weights=weights)
-        for one, (values, weights) in zip(measured, numbers.tolist(), strict=True)
-    ]
-
-
-def _part(micro_batch: MicroBatch, outputs: Any, start: int, stop: int, number: int) -> tuple[MicroBatch, Any]:
-    data = take(micro_batch.data, start, stop, number)
-    of_part = None if outputs is None else take(outputs, start, stop, number)
+def _part(micro_batch: MicroBatch, outputs: Any, start: int, stop: int) -> tuple[MicroBatch, Any]:
+    """Return a copy of some samples and their outputs: a function may write to what it is given."""
+    number = micro_batch.num_samples
+    data, of_part = (
+        recursively_apply(torch.clone, take(given, start, stop, number)) for given in (micro_batch.data, outputs)
+    )
     return replace(micro_batch, data=data, num_held=stop - start), of_part
-
-
-def _copied(micro_batch: MicroBatch, outputs: Any) -> tuple[MicroBatch, Any]:
-    """Return copies, in case that a function writes to what it is given."""
-    copy_of = partial(recursively_apply, torch.clone)
-    return replace(micro_batch, data=copy_of(micro_batch.data)), copy_of(outputs)
 
 
 class _Answers(nn.Module):
@@ -236,26 +212,13 @@ class _Answers(nn.Module):
         return self._outputs
 
 
-def _pair(forward: Forward) -> tuple[float | Tensor, float | Tensor]:
-    return forward.loss, forward.weight
-
-
-def _computed(objective: Objective, model: nn.Module) -> _Function:
-    return lambda part, outputs: _pair(objective(model, part, False))
-
-
-def _mean_of(name: str, metric: Callable[[Any, Any], Any]) -> _Function:
-    own = _copy_of(metric)
-
-    def measured(part: MicroBatch, outputs: Any) -> tuple[float | Tensor, float | Tensor]:
-        total = total_of(name, own(outputs, split_batch(part.data)[1]), part.num_samples)
-        return total / part.num_samples, part.num_samples
-
-    return measured
+def _compute_metric(name: str, metric: Any, part: MicroBatch, outputs: Any) -> Forward:
+    total: Any = total_of(name, metric(outputs, split_batch(part.data)[1]), part.num_samples)
+    return Forward(total / part.num_samples, part.num_samples)
 
 
 def _leaves_no_trace(function: Any) -> bool:
-    """Return whether a function may be called more often than the user has it called; of an object its copy is."""
+    """Return whether extra calls of a function change nothing; of an object a copy is called."""
     inner = function
     while isinstance(inner, partial):
         inner = inner.func
@@ -263,25 +226,20 @@ def _leaves_no_trace(function: Any) -> bool:
 
 
 def _copy_of(function: Any) -> Any:
-    """Return a function whose calls leave no trace in the user's, as far as that can be."""
+    """Return a copy of a function, or the function itself if it has no copy."""
     return copy.deepcopy(function) if _is_copied(function) else function
 
 
 def _is_copied(function: Any) -> bool:
-    """Return whether a function is an object that can have a copy; a whole model has none."""
-    return not isinstance(function, (FunctionType, BuiltinFunctionType, MethodType)) and not _has_parameters(function)
-
-
-def _has_parameters(function: Any) -> bool:
-    return isinstance(function, nn.Module) and next(function.parameters(), None) is not None
+    """Return whether a function is an object that is copied; a whole model is not."""
+    is_model = isinstance(function, nn.Module) and next(function.parameters(), None) is not None
+    return not is_model and not isinstance(function, (FunctionType, BuiltinFunctionType, MethodType))
 
 
 def _tolerance_of(forward: Forward, *values: Any) -> float:
-    """Return how far apart rounding may bring two values, relative: more where a model is asked once more."""
-    tensors = [
-        one for one in (forward.loss, forward.outputs, *values) if isinstance(one, Tensor) and one.is_floating_point()
-    ]
-    if any(one.element_size() < 4 for one in tensors):
+    """Return how far apart rounding may bring two values, relative: further where the model runs again."""
+    tensors = (value for value in (forward.loss, forward.outputs, *values) if isinstance(value, Tensor))
+    if any(tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors):
         return 0.05
     return 1e-4 if forward.outputs is not None else 1e-2
 

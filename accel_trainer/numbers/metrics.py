@@ -17,16 +17,10 @@ from .objective import Forward
 class Metrics:
     """The user's metrics over one evaluation.
 
-    An object or a function of all outputs may return several values, as a dictionary or a vector: each is then called
-    by the name of the metric, a slash, and its own name or number.
-
-    Args:
-        metrics: Name -> `(outputs, targets) -> per-sample values or their mean`, or a torchmetrics object.
-        whole: Name -> function of the outputs and targets of all samples.
-
-    Raises:
-        TypeError: A metric that is neither.
-        ValueError: A name that is taken.
+    `metrics` are functions `(outputs, targets) -> per-sample values or their mean` and torchmetrics objects, `whole`
+    functions of the outputs and targets of all samples, each by its name. An object, or a function of all outputs, may
+    return several values, as a dictionary or a vector: each is then called by the name of the metric, a slash, and its
+    own name or number.
     """
 
     def __init__(self, metrics: Mapping[str, Any] | None, whole: Mapping[str, Any] | None = None) -> None:
@@ -63,26 +57,17 @@ class Metrics:
         return [*self.functions.values(), *self._objects.values()]
 
     def better(self, name: str) -> Literal["min", "max"] | None:
-        """Return whether less or more of a metric is better, where the metric says so itself."""
+        """Return whether a lower or a higher value is better, `None` if the metric does not say so itself."""
         higher = getattr(self._objects.get(name), "higher_is_better", None)
         return None if higher is None else "max" if higher else "min"
 
-    @property
-    def totalled(self) -> tuple[str, ...]:
-        """Names of those whose totals go through the ledger."""
-        return tuple(self.functions)
-
     def check_merging(self) -> None:
-        """Refuse, before anything is trained, objects whose states cannot be merged over processes.
-
-        Raises:
-            TypeError: With the name of the metric.
-        """
+        """Refuse (TypeError), before anything is trained, objects whose states cannot be merged over processes."""
         for name, metric in self._objects.items():
             try:
-                one, other = copy.deepcopy(metric), copy.deepcopy(metric)
-                one.merge_state(other)
-                mergeable = all(callable(reduce) for reduce in getattr(one, "_reductions", {}).values())
+                copied = copy.deepcopy(metric)
+                copied.merge_state(copy.deepcopy(metric))
+                mergeable = all(callable(reduce) for reduce in getattr(copied, "_reductions", {}).values())
             except (AttributeError, RuntimeError):
                 mergeable = False
             if not mergeable:
@@ -92,11 +77,7 @@ class Metrics:
                 )
 
     def check_bitwise(self) -> None:
-        """Refuse objects that keep their own sums, whose last bits depend on who adds what.
-
-        Raises:
-            TypeError: With the name of the metric.
-        """
+        """Refuse (TypeError) objects that keep their own sums, whose last bits depend on the layout."""
         for name, metric in self._objects.items():
             raise TypeError(
                 f"The metric {name!r} is a {type(metric).__name__} object, which adds up in an order of its own: with "
@@ -133,7 +114,7 @@ class Metrics:
         return values
 
     def in_order(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return values in the order in which the user has named the metrics."""
+        """Return values in the order in which the user gave the metrics."""
         return {
             name: value
             for metric in self.names
@@ -143,12 +124,12 @@ class Metrics:
 
 
 def metric_of(name: str, names: tuple[str, ...]) -> str | None:
-    """Return the metric that a value is of: it has its name, or one that begins with it and a slash."""
+    """Return the metric that a value belongs to: its name is that of the metric, or begins with it and a slash."""
     return next((one for one in names if name == one or name.startswith(f"{one}/")), None)
 
 
 def _named_values(name: str, result: Any) -> dict[str, float]:
-    """Return what a metric has returned, one value or several, by name."""
+    """Return the value, or the several values, of the result of a metric, by name."""
     if isinstance(result, Mapping):
         return {
             key: one for inner, value in result.items() for key, one in _named_values(f"{name}/{inner}", value).items()
@@ -159,15 +140,15 @@ def _named_values(name: str, result: Any) -> dict[str, float]:
         raise TypeError(f"The metric {name!r} must return numbers, got a {type(result).__name__}.") from error
     if values.ndim == 0:
         return {name: float(values)}
-    return {f"{name}/{place}": float(value) for place, value in enumerate(values.flatten().tolist())}
+    return {f"{name}/{index}": float(value) for index, value in enumerate(values.flatten().tolist())}
 
 
 def total_of(name: str, result: Any, num_samples: int) -> float | Tensor:
-    """Return the sum over the samples of what a metric has returned: a value for each, or their mean.
+    """Return the sum over the samples of the result of a metric: a value for each, or their mean.
 
     Raises:
-        TypeError: Neither.
-        ValueError: Values, but not one per sample.
+        TypeError: The result is neither.
+        ValueError: It has values, but not one per sample.
     """
     if isinstance(result, (int, float)):
         return result * num_samples
@@ -189,14 +170,10 @@ def total_of(name: str, result: Any, num_samples: int) -> float | Tensor:
 
 
 def _merged(metric: Any) -> Any:
-    # Only from processes that have seen samples: merging an empty state fails for some metrics.
+    # Processes without samples are left out: merging an empty state fails for some metrics.
     parts = gather_objects(copy.deepcopy(metric).cpu() if metric.update_count else None)
     first, *others = [part for part in parts if part is not None] or [copy.deepcopy(metric)]
     for other in others:
         first.merge_state(other)
-    first.distributed_available_fn = _nowhere  # compute() would add the processes once more
+    first.distributed_available_fn = lambda: False  # compute() would add the processes once more
     return first
-
-
-def _nowhere() -> bool:
-    return False

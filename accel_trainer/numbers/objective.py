@@ -1,18 +1,15 @@
-"""The user's loss over one micro-batch, and what it weighs."""
+"""The user's loss over one micro-batch, and its weight."""
 
 from __future__ import annotations
 
-import functools
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from ..data.collated import TARGET_NAMES, tensors_in
@@ -24,27 +21,16 @@ from .scalars import on_device
 
 @dataclass(slots=True)
 class Forward:
-    """What one forward gave.
+    """The result of one forward; `outputs` of the model and `targets` are `None` with `compute_loss`."""
 
-    Attributes:
-        loss: Scalar mean over the micro-batch.
-        weight: How much it counts; a number, or a scalar on the device.
-        outputs: What the model returned; `None` with `compute_loss`.
-        targets: Second half of the batch; `None` with `compute_loss`.
-    """
-
-    loss: Tensor
-    weight: Weight
+    loss: Tensor  # scalar mean over the micro-batch
+    weight: Weight  # a number, or a scalar on the device
     outputs: Any = None
     targets: Any = None
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """Return inputs and targets of a batch: a pair, or a dictionary of two with one entry named label(s) or target(s).
-
-    Raises:
-        TypeError: The batch is neither; the message says what it holds.
-    """
+    """Return inputs and targets of a batch: a pair, or a dictionary of two, one of them named label(s) or target(s)."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     if isinstance(batch, Mapping) and len(batch) == 2:
@@ -67,22 +53,17 @@ def inputs_of(batch: Any) -> Any:
         if len(batch) not in (1, 2):
             raise TypeError(f"predict calls the model with the first of a pair or single; a batch has {len(batch)}.")
         return batch[0]
-    if isinstance(batch, Mapping) and not (len(batch) == 2 and any(name in batch for name in TARGET_NAMES)):
-        return batch
-    return split_batch(batch)[0] if isinstance(batch, Mapping) else batch
+    is_labelled = isinstance(batch, Mapping) and len(batch) == 2 and any(name in batch for name in TARGET_NAMES)
+    return split_batch(batch)[0] if is_labelled else batch
 
 
 class Objective:
-    """The user's loss and what it weighs.
+    """The user's loss and its weight.
 
     Args:
         loss_fn: `(outputs, targets) -> scalar` mean over the samples.
         compute_loss: `(model, batch) -> loss` or `(loss, weight)`, instead of `loss_fn`.
         weight_fn: `(batch) -> weight` of a micro-batch, called before the forward.
-
-    Raises:
-        ValueError: A loss that does not take the mean, or both or neither of `loss_fn` and `compute_loss`.
-        TypeError: Something that cannot be called.
     """
 
     def __init__(
@@ -101,49 +82,46 @@ class Objective:
         check_reduction(loss_fn)
         self.loss_fn, self.compute_loss, self.weight_fn = loss_fn, compute_loss, weight_fn
         self._divisor = divisor_of(loss_fn) if weight_fn is None else None
-        self._known: WeakKeyDictionary[TensorSource, tuple[Any, bool]] = WeakKeyDictionary()  # version of data, answer
+        self._known: WeakKeyDictionary[TensorSource, tuple[Any, bool]] = (
+            WeakKeyDictionary()
+        )  # version of the data, answer
         weight = None if self._divisor is None else self._divisor.keywords["weight"]
-        # torch's gradient of a micro-batch of no other class is nan.
+        # torch's gradient of a micro-batch that has only classes of weight 0 is nan.
         self._has_weightless_class = weight is not None and bool((weight == 0).any())
 
     def __reduce__(self) -> Any:
-        return type(self), (self.loss_fn, self.compute_loss, self.weight_fn)  # without what it knows of the data
+        return type(self), (self.loss_fn, self.compute_loss, self.weight_fn)  # without answers about the data
 
     def with_loss(self, loss_fn: Callable[[Any, Any], Tensor]) -> Objective:
-        """Return the same with a copy of its loss."""
+        """Return a copy of this objective with another loss of the same form."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, loss_fn=loss_fn)
         return other
 
     @property
     def may_leave_out(self) -> bool:
-        """Whether it depends on the data if each sample weighs the same."""
+        """Whether the loss leaves out some targets, so that only the data tells if each sample weighs the same."""
         return self._divisor is not None and self.compute_loss is None
 
-    def weighs_evenly(self, rows: TensorSource | None, may_hold_others: bool = False) -> bool:
+    def weighs_evenly(self, source: TensorSource | None, may_hold_others: bool = False) -> bool:
         """Return whether each sample weighs as much as any other, so that all processes know the weight of a batch.
 
-        Args:
-            rows: The data, where it is known. A loss that leaves targets out does so in some data only, and whether in
-                this is looked up if it is in memory (one read-back).
-            may_hold_others: Whether a micro-batch may hold more samples, or fewer, than it has indices.
+        If the loss leaves targets out, this depends on the data, which is searched if it is in memory (one read-back).
+        With `may_hold_others` a micro-batch may have more samples, or fewer, than indices.
         """
         if self.compute_loss is not None or self.weight_fn is not None or may_hold_others:
             return False
         if self._divisor is None:
             return True
-        if (
-            rows is None
-            or rows.sample_nbytes is None
-            or not rows.in_memory
-            or self._divisor.keywords["weight"] is not None
-        ):
+        if source is None or source.sample_nbytes is None or not source.in_memory:
             return False
-        if rows not in self._known or self._known[rows][0] != rows.version:
-            _, targets = split_batch(rows.columns)
+        if self._divisor.keywords["weight"] is not None:
+            return False
+        if source not in self._known or self._known[source][0] != source.version:
+            _, targets = split_batch(source.columns)
             left_out = not targets.is_floating_point() and (targets == self._divisor.keywords["ignore_index"]).any()
-            self._known[rows] = rows.version, not left_out
-        return self._known[rows][1]
+            self._known[source] = source.version, not left_out
+        return self._known[source][1]
 
     @property
     def functions(self) -> list[Any]:
@@ -152,9 +130,9 @@ class Objective:
         return [unwrap_partial(function)[0] for function in given if function is not None]
 
     def state_outside(self) -> dict[str, str]:
-        """Return what these functions keep as plain attributes, by name: no process knows that of another."""
+        """Return the numbers that these functions keep as attributes, by name: each process has its own."""
         owners = [getattr(function, "__self__", function) for function in self.functions]
-        parts = [part for one in owners for part in (one.modules() if isinstance(one, nn.Module) else [one])]
+        parts = [part for owner in owners for part in (owner.modules() if isinstance(owner, nn.Module) else [owner])]
         return {
             f"{type(part).__name__}.{name}": repr(value.tolist() if isinstance(value, Tensor) else value)
             for part in parts
@@ -164,19 +142,19 @@ class Objective:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Those of them that are modules, whose buffers change as those of the model do."""
+        """The modules among these functions, whose buffers change as those of the model do."""
         return [function for function in self.functions if isinstance(function, nn.Module)]
 
     def to(self, device: torch.device) -> None:
-        """Move what is a module, with its class weights and buffers, to where the model is."""
+        """Move the modules, with their class weights and buffers, to the device of the model."""
         for module in self.modules:
             module.to(device)
 
     @property
     def form(self) -> Hashable | None:
-        """What the loss does, where it may be compiled together with the model: it looks at nothing, and keeps nothing.
+        """A key of what the loss computes, if it may be compiled together with the model; `None` if it may not.
 
-        `None` where it may not. Losses of one form differ in nothing that compiled code depends on.
+        Losses of one form differ in nothing that compiled code depends on.
         """
         if self.compute_loss is not None or self.weight_fn is not None or self._has_weightless_class:
             return None
@@ -192,22 +170,18 @@ class Objective:
         is_even: bool,
         joined: Callable[[Any, Any], Tensor] | None = None,
     ) -> Forward:
-        """Run the model on a micro-batch and return its loss and weight (0 for a stand-in).
+        """Run the model on a micro-batch, which is on the device, and return its loss and weight (0 for padding).
 
-        Args:
-            model: What to call.
-            micro_batch: On the device.
-            is_even: Whether each sample is known to weigh the same.
-            joined: Computes the loss of inputs and targets in place of model and `loss_fn`, if it has a `form`.
+        With `is_even` each sample is known to weigh the same. `joined`, for a `loss_fn` with a `form`, computes the
+        loss of inputs and targets in place of model and `loss_fn`.
         """
-        if joined is not None:
-            return self._joined(joined, micro_batch, is_even)
         if self.compute_loss is None and self.weight_fn is None:
-            forward = self._forward(model, micro_batch, is_even)
+            forward = self._forward(model, micro_batch, is_even, joined)
             if self._has_weightless_class:
                 _mute(forward, list(tensors_in(forward.outputs)))
         else:
-            with _watch_outputs(model) as outputs:
+            outputs: list[Tensor] = []  # all tensors that the model returns
+            with model.register_forward_hook(lambda module, inputs, output: outputs.extend(tensors_in(output))):
                 forward = self._forward(model, micro_batch, is_even)
             forward.weight = _checked_weight(forward.weight, forward.loss)
             _mute(forward, outputs)
@@ -215,29 +189,31 @@ class Objective:
             forward.weight = 0
         return forward
 
-    def _forward(self, model: nn.Module, micro_batch: MicroBatch, is_even: bool) -> Forward:
+    def _forward(
+        self,
+        model: nn.Module,
+        micro_batch: MicroBatch,
+        is_even: bool,
+        joined: Callable[[Any, Any], Tensor] | None = None,
+    ) -> Forward:
         batch = micro_batch.data
         weight: Weight = micro_batch.num_samples if self.weight_fn is None else self.weight_fn(batch)
         if self.compute_loss is not None:
             result = self.compute_loss(model, batch)
             return Forward(*result) if isinstance(result, tuple) else Forward(result, weight)
         inputs, targets = split_batch(batch)
-        outputs = call_model(model, inputs)
-        loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
-        return Forward(loss, self._divided_by(targets, weight, is_even), outputs, targets)
-
-    def _joined(self, joined: Callable[[Any, Any], Tensor], micro_batch: MicroBatch, is_even: bool) -> Forward:
-        inputs, targets = split_batch(micro_batch.data)
-        loss = joined(inputs, targets)
-        is_real = not micro_batch.piece.is_padding
-        return Forward(loss, self._divided_by(targets, micro_batch.num_samples, is_even) if is_real else 0)
-
-    def _divided_by(self, targets: Any, weight: Weight, is_even: bool) -> Weight:
-        return weight if self._divisor is None or is_even else self._divisor(targets)
+        if joined is None:
+            outputs = call_model(model, inputs)
+            loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
+        else:
+            outputs, loss = None, joined(inputs, targets)
+        if self._divisor is not None and not is_even:
+            weight = self._divisor(targets)
+        return Forward(loss, weight, outputs, targets)
 
 
 def _is_small(value: Any) -> bool:
-    """Return whether a value is a number, or a few of them: what a loss may count, or average."""
+    """Return whether a value is a number, or a few of them, such as a loss counts or averages."""
     if isinstance(value, Tensor):
         return value.numel() < 1000
     if isinstance(value, (list, tuple, deque)):
@@ -246,22 +222,17 @@ def _is_small(value: Any) -> bool:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call the model with what it takes: a tensor, or a dictionary of arguments."""
+    """Call the model with one argument, or with a dictionary of them."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def usable(weight: Weight) -> Weight:
-    """Return a weight to compute with; one that is refused when it is read, negative until then, counts as 0."""
+    """Return a weight to compute with: a wrong one, which is negative until it is read and refused, counts as 0."""
     return weight.clamp_min(0) if isinstance(weight, Tensor) else weight
 
 
 def check_loss(loss: object, needs_grad: bool) -> None:
-    """Refuse what is not a scalar loss to differentiate.
-
-    Raises:
-        TypeError: Not a tensor.
-        ValueError: Not a scalar, or without a gradient to compute.
-    """
+    """Refuse a loss that is no tensor (TypeError), no scalar, or has no gradient to compute (ValueError)."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"The loss must be a tensor, got {type(loss).__name__}.")
     if loss.ndim != 0:
@@ -280,34 +251,19 @@ def _checked_weight(weight: Any, loss: Any) -> Weight:
         if weight.is_complex():
             raise ValueError(f"The weight of a micro-batch must be a real number, got {weight.dtype}.")
         weight = weight.detach().reshape(())
-        weight = weight.float() if weight.element_size() < 4 else weight  # a sum of such would overflow
+        weight = weight.float() if weight.element_size() < 4 else weight  # a sum of small types would overflow
         weight = on_device(weight, loss.device) if isinstance(loss, Tensor) else weight
-        return torch.where((weight >= 0) & (weight < _LARGEST_WEIGHT), weight, -1)  # found when it is read
+        return torch.where((weight >= 0) & (weight < _LARGEST_WEIGHT), weight, -1)  # refused when it is read
     if not isinstance(weight, Real) or not 0 <= float(weight) < _LARGEST_WEIGHT:
         raise ValueError(f"The weight of a micro-batch must be a number of at least 0 and below 1e30, got {weight!r}.")
     return float(weight)
 
 
-_LARGEST_WEIGHT = 1e30  # times a loss, and summed, that is still a number in single precision
-
-
-@contextmanager
-def _watch_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield a list that fills with the tensors that the model returns."""
-    seen: list[Tensor] = []
-    handle = model.register_forward_hook(lambda module, inputs, outputs: seen.extend(tensors_in(outputs)))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _zero_where(is_empty: Tensor, gradient: Tensor) -> Tensor:
-    return torch.where(is_empty, 0, gradient)
+_LARGEST_WEIGHT = 1e30  # sums of it times a loss still are finite in single precision
 
 
 def _mute(forward: Forward, outputs: list[Tensor]) -> None:
-    """Let a micro-batch that weighs nothing have a loss and a gradient of zero, whatever it divides by."""
+    """Give a micro-batch of weight 0 a loss and a gradient of zero, whatever the loss divides by."""
     if not isinstance(forward.loss, Tensor) or forward.loss.ndim != 0:
         return  # refused a moment later
     if not isinstance(forward.weight, Tensor) and forward.weight > 0:
@@ -316,4 +272,4 @@ def _mute(forward: Forward, outputs: list[Tensor]) -> None:
     forward.loss = torch.where(is_empty, 0, forward.loss)
     for output in outputs:
         if output.requires_grad:
-            output.register_hook(functools.partial(_zero_where, is_empty))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda gradient: torch.where(is_empty, 0, gradient))  # type: ignore[no-untyped-call]

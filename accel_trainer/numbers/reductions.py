@@ -3,7 +3,7 @@
 Floating-point addition is not associative, so a sum whose order follows the number of processes has other last bits on
 each layout. `TreeSum` adds in an order that depends on the number of micro-batches alone: neighbours in pairs, then
 neighbouring pairs, and so on. A process adds those of its own micro-batches that are neighbours in the tree; what is
-left is exchanged, and the owner of each slice of the result adds it up in the order of the same tree.
+left is exchanged, and the process that owns a slice of the result adds it up in the order of the same tree.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ def add_over_processes(tensors: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def share_from_main(tensors: Iterable[Tensor], group: torch.distributed.ProcessGroup | None = None) -> None:
-    """Overwrite each tensor, in place, with the main process's, many in one message.
+    """Overwrite each tensor, in place, with that of the main process, many in one message.
 
-    Args:
-        tensors: As many on every process, of the same shapes.
-        group: All processes, by the way that these tensors can be sent; `None` for the default group.
+    All processes give equally many tensors of the same shapes. A `group` that is not the default one holds all
+    processes too, and can send tensors that the default one cannot.
     """
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
@@ -85,7 +84,7 @@ class ChainSum:
         self._sum: list[Tensor | None] | None = None
 
     def add(self, index: int, tensors: list[Tensor | None]) -> None:
-        """Take in, and keep, the tensors of a micro-batch."""
+        """Add the tensors of a micro-batch, and keep them."""
         self._sum = tensors if self._sum is None else _added(self._sum, tensors)
 
     def clear(self) -> None:
@@ -95,11 +94,11 @@ class ChainSum:
     def total(self, num_micro_batches: int, like: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the sums over all processes, and begin anew."""
         total, self._sum = self._sum or [None] * len(like), None
-        if self._several:
-            filled = [torch.zeros_like(one) if part is None else part for part, one in zip(total, like, strict=True)]
-            add_over_processes(filled)
-            total = list(filled)
-        return total
+        if not self._several:
+            return total
+        filled = [torch.zeros_like(tensor) if part is None else part for part, tensor in zip(total, like, strict=True)]
+        add_over_processes(filled)
+        return [*filled]
 
 
 class _Node(NamedTuple):
@@ -122,7 +121,7 @@ class TreeSum:
         self._nodes: list[_Node] = []
 
     def add(self, index: int, tensors: list[Tensor | None]) -> None:
-        """Take in, and keep, the tensors of a micro-batch; a process adds its own in ascending order."""
+        """Add the tensors of a micro-batch, and keep them; a process adds its micro-batches in ascending order."""
         _push(self._nodes, _Node(index, 1, tensors))
 
     def clear(self) -> None:
@@ -134,21 +133,21 @@ class TreeSum:
         nodes, self._nodes = self._nodes, []
         if self._layout.num_processes == 1:
             return _fold(nodes)
-        mine = [any(node.tensors[place] is not None for node in nodes) for place in range(len(like))]
+        mine = [any(node.tensors[index] is not None for node in nodes) for index in range(len(like))]
         present = any_process(mine)
         # The result has the strides of what was added, so that a norm over it adds in the same order everywhere.
-        targets = [_first(nodes, place, like[place]) if present[place] else None for place in range(len(like))]
-        places = {id(target): place for place, target in enumerate(targets)}
+        targets = [_first(nodes, index, like[index]) if present[index] else None for index in range(len(like))]
+        indices = {id(target): index for index, target in enumerate(targets)}
         for bucket in _buckets(target for target in targets if target is not None):
-            parts = [[node.tensors[places[id(target)]] for target in bucket] for node in nodes]
+            parts = [[node.tensors[indices[id(target)]] for target in bucket] for node in nodes]
             self._exchange(parts, bucket, num_micro_batches)
         return targets
 
     def _exchange(self, parts: list[list[Tensor | None]], targets: list[Tensor], num_micro_batches: int) -> None:
-        """Add what the processes hold of a bucket, each process one slice of it, and share the slices.
+        """Add the nodes of a bucket of all processes, each process one slice of it, and share the slices.
 
-        Every process sends its nodes once over all, and its slice of the result to each other: as much as a ring
-        all-reduce where it has one node, which it has where its micro-batches are a whole subtree.
+        Every process sends each of its nodes once, in slices, and its slice of the result to all others: as much as a
+        ring all-reduce where it has one node, that is where its micro-batches are a whole subtree.
         """
         num_processes = self._layout.num_processes
         plan = [_nodes_of(process, num_processes, self._layout.num_micro_batches, num_micro_batches)
@@ -192,10 +191,12 @@ def _fold(nodes: list[_Node]) -> list[Tensor | None]:
 
 def _added(left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor | None]:
     """Return the sums, in the memory of the left."""
-    pairs = [(one, other) for one, other in zip(left, right, strict=True) if one is not None and other is not None]
+    pairs = [
+        (first, second) for first, second in zip(left, right, strict=True) if first is not None and second is not None
+    ]
     if pairs:
-        torch._foreach_add_([one for one, _ in pairs], [other for _, other in pairs])
-    return [other if one is None else one for one, other in zip(left, right, strict=True)]
+        torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+    return [second if first is None else first for first, second in zip(left, right, strict=True)]
 
 
 @lru_cache(maxsize=1024)
@@ -208,8 +209,8 @@ def _nodes_of(process: int, num_processes: int, num_micro_batches: int, num_full
     return [(node.start, node.size) for node in nodes]
 
 
-def _first(nodes: list[_Node], place: int, like: Tensor) -> Tensor:
-    parts = (node.tensors[place] for node in nodes)
+def _first(nodes: list[_Node], index: int, like: Tensor) -> Tensor:
+    parts = (node.tensors[index] for node in nodes)
     found = next((part for part in parts if part is not None), None)
     return torch.empty_like(like, requires_grad=False) if found is None else found
 

@@ -1,4 +1,4 @@
-"""Numbers on the device: whether they are finite, and how they come to one place."""
+"""Numbers on the device: finite or not, joined, converted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 _Name = TypeVar("_Name")
@@ -38,22 +37,19 @@ def sum_of_norms(tensors: Iterable[Tensor], order: float = 2) -> float | Tensor:
             if tensor.element_size() == 1:  # 8-bit floats have no norm
                 dense = dense.float()
             groups.setdefault(dense.dtype, []).append(dense.detach())
-    sums = [torch.stack(torch._foreach_norm(own, order)).sum() for own in groups.values()]
+    sums = [torch.stack(torch._foreach_norm(group, order)).sum() for group in groups.values()]
     return sum(sums[1:], sums[0]) if sums else 0.0
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """Return the precision in which a device hands over numbers: not every one knows double precision."""
+    """Return the widest precision of a device: not every one has double precision."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a number, or a tensor wherever it is, as a tensor on a device, which nobody waits for.
+    """Return a number, or a tensor of any device, as a tensor on a device, without waiting for it.
 
-    Args:
-        value: What to bring there.
-        device: Where to.
-        dtype: Of the result; `None` for that of the tensor, as far as the device knows it.
+    With `dtype=None` a tensor keeps its type, as far as the device has it.
     """
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=device)  # a copy from the host would wait for the device
@@ -67,7 +63,7 @@ def on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype | 
 
 
 def column_of(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Return plain numbers, and scalars wherever they are, as one tensor on the device."""
+    """Return Python's numbers, and scalars of any device, as one tensor on the device."""
     dtype = widest_float(device)
     if not any(isinstance(number, Tensor) for number in numbers):
         return on_device(torch.tensor(numbers, dtype=torch.float64), device)

@@ -24,11 +24,7 @@ class Schedule:
         optimizer: The user's optimizer.
         every: Whether it steps once per `step` or once per `epoch`; `ReduceLROnPlateau` steps per epoch.
         num_steps: Optimizer steps of the whole run, `None` where a loader cannot say.
-        num_epochs: Epochs of the run; what a factory is given instead of steps with `every="epoch"`.
-
-    Raises:
-        ValueError: A factory needs the number of steps and nothing says it, or the scheduler is another optimizer's.
-        TypeError: Neither a scheduler nor a factory.
+        num_epochs: Epochs of the run, which a factory gets in place of steps with `every="epoch"`.
     """
 
     def __init__(
@@ -39,7 +35,7 @@ class Schedule:
         num_steps: int | None = None,
         num_epochs: int = 1,
     ) -> None:
-        self.total: int | None = None  # what a factory was given
+        self.total: int | None = None  # number of steps, or epochs, that a factory was given
         if not hasattr(scheduler, "step"):
             self.total = total = num_steps if every == "step" else num_epochs
             if total is None:
@@ -55,37 +51,37 @@ class Schedule:
         self.scheduler: Any = scheduler
         self._optimizer = optimizer
         self._wants = _wanted(scheduler)
-        self._on_plateau = _VALUE in self._wants and _EPOCH not in self._wants
+        self._on_plateau = "value" in self._wants and "epoch" not in self._wants
         self._updates = hasattr(scheduler, "step_update")
         self._per_step = every == "step" and not self._wants
         self._has_ended = False
 
     def after_step(self, num_steps: int) -> None:
-        """Follow one update that really happened, the `num_steps`-th of the run."""
+        """Step after the `num_steps`-th update of the run; skipped updates do not count."""
         if self._per_step:
             self._step()
         if self._updates:
             self.scheduler.step_update(num_steps)
 
     def after_epoch(self, num_epochs: int, value: float) -> None:
-        """Follow one epoch, the `num_epochs`-th of the run, with its monitored value."""
+        """Step after the `num_epochs`-th epoch of the run, with its monitored value."""
         if not self._per_step:
-            self._step(*({_EPOCH: num_epochs, _VALUE: value}[wanted] for wanted in self._wants))
+            self._step(*({"epoch": num_epochs, "value": value}[wanted] for wanted in self._wants))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that changes."""
+        """Return the state of the scheduler, and the total that a factory was given."""
         return {"total": self.total, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; the optimizer has its learning rates already."""
+        """Restore the scheduler; the optimizer has its learning rates already."""
         self.scheduler.load_state_dict(state["scheduler"])
 
     def is_made_for_another(self, total: int | None) -> bool:
-        """Return whether a factory has made this schedule for another total than the one given."""
+        """Return whether a factory has made this schedule for another total."""
         return self.total is not None and not self._on_plateau and self.total != total
 
     def catch_up(self, num_steps: int, num_epochs: int) -> list[dict[str, Any]]:
-        """Step as often as a run of another length has by now, and return the optimizer's settings then."""
+        """Step as often as a run of another length has until now, and return the optimizer's settings after that."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch expects an update before each
             for number in range(1, (num_steps if self._per_step else num_epochs) + 1):
@@ -107,27 +103,23 @@ class Schedule:
             self._has_ended = True
 
 
-_EPOCH, _VALUE = "epoch", "value"
-_NAMES = {"epoch": _EPOCH, "metrics": _VALUE, "metric": _VALUE, "val_loss": _VALUE, "loss": _VALUE}
+_NAMES = {"epoch": "epoch", "metrics": "value", "metric": "value", "val_loss": "value", "loss": "value"}
 
 
 def _wanted(scheduler: object) -> tuple[str, ...]:
-    """Return what the scheduler's `step` has to be given: nothing, the number of the epoch, the value, or both.
+    """Return the arguments of the scheduler's `step`: nothing, the number of the epoch, the value, or both.
 
-    Torch's schedulers know the number, and all but `ReduceLROnPlateau` want nothing. Those of timm want it, and take
-    the value too; between the epochs they follow `step_update(num_updates)`.
-
-    Raises:
-        TypeError: It wants something else.
+    Torch's schedulers count themselves, and need nothing but `ReduceLROnPlateau` its value. Those of timm need the
+    number, and take the value too; between the epochs they have `step_update(num_updates)`.
     """
     try:
         parameters = inspect.signature(scheduler.step).parameters.values()  # type: ignore[attr-defined]
-    except ValueError:  # of compiled code, which does not tell
+    except ValueError:  # compiled code has no signature
         return ()
     needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
     if not all(name in _NAMES for name in needed):
         raise TypeError(
-            f"The scheduler {type(scheduler).__name__} wants {', '.join(needed)} at each step, and this loop can give "
+            f"The scheduler {type(scheduler).__name__} needs {', '.join(needed)} at each step, and this loop can give "
             f"it {', '.join(_NAMES)} only."
         )
     if needed == ["epoch"]:
@@ -141,12 +133,7 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def check_scheduler(scheduler: object, optimizer: Optimizer) -> None:
-    """Refuse a scheduler that would not move this optimizer's learning rate.
-
-    Raises:
-        TypeError: Not a scheduler, or one whose `step` wants what this loop does not have.
-        ValueError: It belongs to another optimizer.
-    """
+    """Refuse a scheduler that would not move this optimizer's learning rate."""
     if isinstance(scheduler, type):
         name = scheduler.__name__
         raise TypeError(

@@ -1,4 +1,4 @@
-"""The run folder and its checkpoints: plain files, whole or not at all, nothing in them that could execute.
+"""Checkpoints: folders of data files, whole or not at all, with nothing in them that could execute.
 
 Everything here runs on the main process.
 """
@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,85 +20,100 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import check_kind, free_name, remove, size_and_digest, write_flushed
-from .tensor_files import flush, read_weights, save_tensors, seal_of
+from .files import check_kind, flush, free_name, remove, size_and_digest, write_flushed
+from .tensor_files import read_weights, save_tensors, seal_of
 
+MODEL, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.safetensors"
+BEST = "best/model.safetensors"
+_STEP_NAME = re.compile(r"step_(\d{8,})")
 _FORMAT = 1
 _MANIFEST = "manifest.json"
-_NEEDED = ("model.safetensors", "optimizer.safetensors", "state.json", "history.jsonl")
-BEST = "best/model.safetensors"
-_KNOWN = (*_NEEDED, "progress.safetensors", BEST)
-STEP_NAME = re.compile(r"step_(\d{8,})")
-# Worth nothing to anybody: of systems, and of a safetensors file whose write was cut short.
+_NEEDED = (MODEL, OPTIMIZER, "state.json", "history.jsonl")
+_KNOWN = (*_NEEDED, PROGRESS, BEST)
+# Worth nothing to anybody: files of operating systems, and of a safetensors write that was cut short.
 _LITTER = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|@eaDir|\.nfs.*|\.tmp\w{6}")
-_LARGEST_JSON = 2**28  # bytes: more is not ours
+
+# What reading a damaged or senseless file can raise.
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError),
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, in memory.
-
-    Attributes:
-        step: Optimizer steps made.
-        tensors: File name -> tensors by name.
-        metadata: Of the weights; goes into the header of their file.
-        state: Everything that is no tensor, as JSON can hold it.
-    """
+    """What a checkpoint holds, in memory."""
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
-    metadata: dict[str, Any]
-    state: dict[str, Any]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size on the disk, but for some kilobytes."""
-        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+    tensors: dict[str, dict[str, Tensor]]  # by file and name
+    metadata: dict[str, Any]  # of the file of the weights
+    state: dict[str, Any]  # everything that is no tensor, as JSON can hold it
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on the disk whose files are as they were written."""
-
-    path: Path
-
-    def read(self) -> Snapshot:
-        """Read it into memory.
-
-        Raises:
-            CheckpointError: Its content makes no sense.
-        """
-        try:
-            state = read_json(self.path / "state.json")
-            files = read_json(self.path / _MANIFEST)["files"]
-            names = [name for name in _KNOWN if name in files and "/" not in name and name.endswith(".safetensors")]
-            tensors = {name: read_weights(self.path / name) for name in names}
-            return Snapshot(int(self.path.name.removeprefix("step_")), tensors, {}, state)
-        except UNREADABLE as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error!r}.") from error
+@contextmanager
+def understood(source: Path | str) -> Iterator[None]:
+    """Turn what unreadable or senseless content raises into a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"{source} cannot be read: {error!r}.") from error
 
 
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError, RecursionError, MemoryError)
+def read_checkpoint(path: Path) -> Snapshot:
+    """Read a checkpoint in which `fault_of` has found nothing wrong."""
+    manifest = read_json(path / _MANIFEST)
+    tensors = {name: read_weights(path / name) for name in (MODEL, OPTIMIZER, PROGRESS) if name in manifest["files"]}
+    return Snapshot(manifest["step"], tensors, {}, read_json(path / "state.json"))
 
 
-def write_checkpoint(
-    path: Path, snapshot: Snapshot, history: bytes, best: Path | None, others: Sequence[Path] = ()
-) -> None:
-    """Write the files of a checkpoint into a new folder, the manifest last.
+def add_checkpoint(folder: Path, snapshot: Snapshot, history: bytes, best: Path, keep: int) -> None:
+    """Write a checkpoint under another name, rename it, and remove those that are too many.
 
-    Args:
-        path: The folder.
-        snapshot: What to write.
-        history: Lines of the history up to then.
-        best: The best weights up to then; `None` if there are none.
-        others: Best weights of other checkpoints, which may be the same.
+    `history` are the lines of the history so far; `best` is the file of the best weights so far, and may be missing.
     """
+    path = folder / checkpoint_name(snapshot.step)
+    part, old = (folder / f".{path.name}.{ending}" for ending in ("part", "old"))
+    clean_checkpoints(folder)
+    try:
+        write_checkpoint(part, snapshot, history, best, [other / BEST for _, other in steps_in(folder)])
+        if os.path.lexists(path):  # of the same step, but not as far: the epoch has ended since
+            os.rename(path, old)
+        os.rename(part, path)
+        flush(folder)
+        # Checkpoints of later steps were made before the run went back to an earlier one.
+        steps = steps_in(folder)
+        wanted = [other for step, other in steps if step <= snapshot.step][:keep]
+        with suppress(OSError):
+            for _, other in steps:
+                if other not in wanted:  # renamed first: a kill in between leaves nothing half there
+                    os.rename(other, other.with_name(f".{other.name}.part"))
+    finally:
+        clean_checkpoints(folder)
+
+
+def clean_checkpoints(folder: Path) -> None:
+    """Remove half a checkpoint, and one that was replaced; the old one goes back where the new one is missing."""
+    with suppress(OSError):
+        for path in folder.glob(".step_*.part"):
+            remove_checkpoint(path)
+        for path in folder.glob(".step_*.old"):
+            in_place = folder / path.name[1 : -len(".old")]
+            if _STEP_NAME.fullmatch(in_place.name) and not os.path.lexists(in_place):
+                os.rename(path, in_place)
+            else:
+                remove_checkpoint(path)
+
+
+def write_checkpoint(path: Path, snapshot: Snapshot, history: bytes, best: Path, others: Sequence[Path]) -> None:
+    """Write the files of a checkpoint into a new folder, the manifest last; `others` are other best weights."""
     path.mkdir()
     for name, tensors in snapshot.tensors.items():
-        save_tensors(path / name, tensors, snapshot.metadata if name == "model.safetensors" else {})
+        save_tensors(path / name, tensors, snapshot.metadata if name == MODEL else {})
     write_flushed(path / "state.json", (json.dumps(snapshot.state, allow_nan=False) + "\n").encode())
     write_flushed(path / "history.jsonl", history)
-    if best is not None:
+    if best.exists():
         (path / "best").mkdir()
         copy_once(best, path / BEST, others)
         flush(path / "best")
@@ -108,31 +124,22 @@ def write_checkpoint(
 
 
 def copy_once(source: Path, target: Path, others: Sequence[Path]) -> None:
-    """Copy a file, or let a second name stand for a copy of it that is there already.
+    """Copy a file, or link to another copy of it if there is one.
 
-    So that its content is on the disk twice, and what damages the one leaves the other.
+    So its content is on the disk twice, and what damages one copy leaves the other.
     """
-    same = next((one for one in others if _has_same_seal(one, source) and not one.samefile(source)), None)
-    try:
-        if same is None:
-            raise FileNotFoundError
-        os.link(same, target)
-    except OSError:  # none, or the disk has no links
-        shutil.copyfile(source, target)
-        flush(target)
-
-
-def _has_same_seal(one: Path, other: Path) -> bool:
-    try:
-        return seal_of(one) == seal_of(other) and one.stat().st_size == other.stat().st_size
-    except (OSError, ValueError):
-        return False
+    for other in others:
+        with suppress(OSError, ValueError):  # no such file, no checksum in it, or a disk without links
+            is_same = seal_of(other) == seal_of(source) and other.stat().st_size == source.stat().st_size
+            if is_same and not other.samefile(source):
+                os.link(other, target)
+                return
+    shutil.copyfile(source, target)
+    flush(target)
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, as it is written."""
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"{path.name} is too large")
+    """Return the content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -146,17 +153,17 @@ def fault_of(path: Path) -> str | None:
             return f"format {manifest['format']!r} is not known to this version"
         if path.name != checkpoint_name(manifest["step"]):
             return f"its manifest is that of step {manifest['step']!r}"
-        files = manifest["files"]  # what else is there is other programs', such as .DS_Store
+        files = manifest["files"]  # files that it does not name are other programs', such as .DS_Store
         wrong = [name for name in files if name not in _KNOWN] or [name for name in _NEEDED if name not in files]
         if wrong:
             return f"its manifest has a wrong list of files ({wrong[0]!r})"
         for name, expected in files.items():
             if name == BEST:
                 continue  # another copy may take its place: see RunFolder._best_for
-            for place in [path / name, *(path / name).parents][: name.count("/") + 1]:
-                check_kind(place, stat.S_ISREG if place == path / name else stat.S_ISDIR)
-            if (path / name).stat().st_size != expected["size"]:
-                return f"{name} has {(path / name).stat().st_size} bytes in place of {expected['size']!r}"
+            check_kind(path / name, stat.S_ISREG)
+            size = (path / name).stat().st_size
+            if size != expected["size"]:
+                return f"{name} has {size} bytes in place of {expected['size']!r}"
             if size_and_digest(path / name) != expected:
                 return f"the checksum of {name} does not match"
     except FileNotFoundError as error:
@@ -172,14 +179,14 @@ def checkpoint_name(step: int) -> str:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove what this package has written into a checkpoint, and the folder, unless it holds files of others."""
+    """Remove a checkpoint's files, and the folder unless other programs keep files there: then it is renamed."""
     if path.is_symlink() or not path.is_dir():
         remove(path)
         return
     for name in (_MANIFEST, *_KNOWN):
         (path / name).unlink(missing_ok=True)
     for folder in (path / "best", path):
-        for litter in [one for one in folder.glob("*") if _LITTER.fullmatch(one.name)]:
+        for litter in [entry for entry in folder.glob("*") if _LITTER.fullmatch(entry.name)]:
             remove(litter)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -189,6 +196,6 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:
-    """Return step and place of what is named as a checkpoint in a folder, the newest first."""
+    """Return step and path of each entry of a folder that is named as a checkpoint, the newest first."""
     paths = list(folder.iterdir()) if folder.is_dir() else []
-    return sorted(((int(match[1]), path) for path in paths if (match := STEP_NAME.fullmatch(path.name))), reverse=True)
+    return sorted(((int(match[1]), path) for path in paths if (match := _STEP_NAME.fullmatch(path.name))), reverse=True)

@@ -1,4 +1,4 @@
-"""Which run it is: what must be the same to go on from a checkpoint."""
+"""The identity of a run: what must be the same to go on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..data.order import is_stream, length_of, num_batches, sampler_of
 from ..errors import CheckpointError
 
-_OF_THE_CONFIG = ("seed", "steps_per_epoch", "monitor", "mode", "max_grad_norm", "schedule_every")
+_CHOICES = ("seed", "steps_per_epoch", "monitor", "mode", "max_grad_norm", "schedule_every")
 
 
 def identity_of(
@@ -25,35 +25,23 @@ def identity_of(
     loaders: Mapping[str, DataLoader[Any] | None],
     metrics: Sequence[str],
 ) -> dict[str, Any]:
-    """Return what makes a run the one that it is: with another of these it could not go on.
+    """Return the identity of a run: if any of these values were another, it could not go on.
 
-    Args:
-        config: The user's choices.
-        model: The user's model.
-        settings: Of the optimizer's groups of parameters, those that the run began with.
-        functions: Name of the argument -> loss, weights, scheduler, optimizer.
-        loaders: `train_loader` and `test_loader`.
-        metrics: Their names.
+    `settings` are those that the optimizer's parameter groups began with; `functions` and `loaders` are given by the
+    names of their arguments, `metrics` by their names only.
     """
-    train_loader = loaders["train_loader"]
+    rates = [group.get("initial_lr", group.get("lr")) for group in settings]
+    lengths = {name: length_of(getattr(loader, "dataset", None)) for name, loader in loaders.items()}
     return {
-        **{name: getattr(config, name) for name in _OF_THE_CONFIG},
-        **_order_of(train_loader),
-        **{
-            f"length of {name}'s dataset": length_of(getattr(loader, "dataset", None))
-            for name, loader in loaders.items()
-        },
+        **{name: getattr(config, name) for name in _CHOICES},
+        **_order_of(loaders["train_loader"]),
+        **{f"length of {name}'s dataset": length for name, length in lengths.items()},
         "metrics": list(metrics),
         "model": _name_of(model),
         **{name: _name_of(function) for name, function in functions.items()},
-        "learning rates": [_rate_of(group) for group in settings],
+        "learning rates": [None if rate is None else float(rate) for rate in rates],
         "weight decays": [float(group.get("weight_decay") or 0) for group in settings],
     }
-
-
-def _rate_of(group: Mapping[str, Any]) -> float | None:
-    rate = group.get("initial_lr", group.get("lr"))
-    return None if rate is None else float(rate)
 
 
 def _order_of(loader: DataLoader[Any] | None) -> dict[str, Any]:
@@ -66,7 +54,7 @@ def _order_of(loader: DataLoader[Any] | None) -> dict[str, Any]:
         "batch_size": getattr(outer, "batch_size", None),
         "num_batches": num_batches(loader),
         "drop_last": getattr(outer, "drop_last", None),
-        "sampler": " of ".join(_name_of(one) or "" for one in (outer, inner) if one is not None),
+        "sampler": " of ".join(_name_of(sampler) or "" for sampler in (outer, inner) if sampler is not None),
         "replacement": getattr(inner, "replacement", None),
     }
 
@@ -76,21 +64,14 @@ def _name_of(thing: Any) -> str | None:
     if isinstance(thing, partial):
         return _name_of(thing.func)
     thing = getattr(thing, "_orig_mod", thing)  # compiled or not
-    if thing is None:
-        return None
-    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
+    return None if thing is None else str(getattr(thing, "__qualname__", type(thing).__qualname__))
 
 
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], source: str) -> None:
-    """Refuse to go on with another run.
-
-    Raises:
-        CheckpointError: With each field that differs, old and new.
-    """
-    names = [*before, *(name for name in now if name not in before)]
+    """Refuse to go on with another run: the `CheckpointError` names each field that differs, old and new."""
     changes = [
         f"{printable(name)} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in names
+        for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
     if changes:

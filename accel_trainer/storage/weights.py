@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.console import printable
+from .checkpoints import BEST
 from .tensor_files import check_seal, is_utf8, read_weights
 
 
@@ -31,22 +32,16 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def checked_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return `plain_state`, of which everything can be saved and restored.
-
-    Raises:
-        TypeError: The model keeps an extra state that is not a tensor, which safetensors cannot hold, or leaves out
-            weights that are trained.
-    """
+    """Return `plain_state`, or raise a `TypeError` where part of it could not be saved or restored."""
     state = plain_state(model)
-    places = {one.data_ptr() for one in state.values() if isinstance(one, Tensor) and one.layout == torch.strided}
+    saved = _addresses(value for value in state.values() if isinstance(value, Tensor))
     for name, parameter in model.named_parameters():
-        is_kept = not parameter.requires_grad or parameter.layout != torch.strided or not parameter.numel()
-        if not is_kept and parameter.data_ptr() not in places:
+        if parameter.requires_grad and not _addresses([parameter]) <= saved:
             raise TypeError(
                 f"The model's state_dict() leaves out {name}, which is trained: best weights and checkpoints would "
                 "lack it. Give a model whose state_dict() is torch's own."
             )
-    own = {one.data_ptr() for one in (*model.parameters(), *model.buffers()) if one.layout == torch.strided}
+    restorable = _addresses((*model.parameters(), *model.buffers()))
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -57,39 +52,38 @@ def checked_state(model: nn.Module) -> dict[str, Tensor]:
             raise TypeError(f"The model's state {name!r} has a name that safetensors files cannot hold.")
         if value.dtype in (torch.complex128, torch.complex32):
             raise TypeError(f"The model's state {name!r} is {value.dtype}, which safetensors files cannot hold.")
-        if value.layout == torch.strided and value.numel() and value.data_ptr() not in own:
+        if not _addresses([value]) <= restorable:
             raise TypeError(f"The model's state {name!r} is a copy made for state_dict(), which could not be restored.")
     return state
 
 
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    """Return where these tensors are in memory; sparse and empty ones are left out."""
+    return {tensor.data_ptr() for tensor in tensors if tensor.layout == torch.strided and tensor.numel()}
+
+
 def split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return each tensor once, and under which of those names the tied others are found."""
+    """Return each tensor once, and for every other name of a tied tensor the name that was kept."""
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in state.items():
         bits = tensor.is_conj(), tensor.is_neg()
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), bits)
-        kept = first.setdefault(place, name) if tensor.numel() else name
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), bits)
+        kept = first.setdefault(memory, name) if tensor.numel() else name
         if kept != name:
             aliases[name] = kept
     return {name: tensor for name, tensor in state.items() if name not in aliases}, aliases
 
 
 def check_fit(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
-    """Refuse weights of another architecture.
-
-    Raises:
-        ValueError: With every difference.
-    """
-    expected = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
-    problems = [
-        *(f"missing {name}" for name in expected if name not in state),
-        *(f"unexpected {name}" for name in state if name not in expected),
-        *(
-            f"{name} is {tuple(state[name].shape)} in the file and {tuple(tensor.shape)} in the model"
-            for name, tensor in expected.items()
-            if name in state and state[name].shape != tensor.shape
-        ),
+    """Refuse weights of another architecture with a `ValueError` that names every difference."""
+    expected = plain_state(model)
+    problems = [f"missing {name}" for name in expected if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in expected]
+    problems += [
+        f"{name} is {tuple(state[name].shape)} in the file and {tuple(tensor.shape)} in the model"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
     ]
     if problems:
         raise ValueError(printable(f"{source} does not fit the model: {'; '.join(problems)}."))
@@ -98,17 +92,17 @@ def check_fit(state: Mapping[str, Tensor], model: nn.Module, source: str) -> Non
 @torch.no_grad()
 def copy_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a model the weights of these names, in place."""
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(state[plain_name(name)])
+    for name, tensor in plain_state(model).items():
+        tensor.copy_(state[name])
 
 
 def buffers_beside(model: nn.Module, losses: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
     """Return the buffers that the user's own files leave out, by name: those not persistent, and those of the loss."""
-    own = model.state_dict()
-    found = {f"buffers/{plain_name(name)}": one for name, one in model.named_buffers() if name not in own}
-    for place, loss in enumerate(losses):
-        found |= {f"loss {place}/{plain_name(name)}": one for name, one in loss.named_buffers()}
-    return {name: one for name, one in found.items() if one.layout == torch.strided}
+    saved = model.state_dict()
+    found = {f"buffers/{plain_name(name)}": buffer for name, buffer in model.named_buffers() if name not in saved}
+    for number, loss in enumerate(losses):
+        found |= {f"loss {number}/{plain_name(name)}": buffer for name, buffer in loss.named_buffers()}
+    return {name: buffer for name, buffer in found.items() if buffer.layout == torch.strided}
 
 
 @torch.no_grad()
@@ -123,7 +117,7 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
     """Give a model the best weights of a run, in place, and return it.
 
     Args:
-        model: A model of the same architecture, on any device, compiled or wrapped or plain.
+        model: A model of the same architecture, on any device; it may be compiled or wrapped.
         run_dir: Folder of the run.
 
     Raises:
@@ -144,7 +138,7 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_best takes a model and then a run_dir, got {type(model).__name__} first.")
-    path = Path(run_dir).expanduser() / "best" / "model.safetensors"
+    path = Path(run_dir).expanduser() / BEST
     if not path.is_file():
         raise FileNotFoundError(f"No best weights in {Path(run_dir)}: {path} does not exist.")
     inner = model

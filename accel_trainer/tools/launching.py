@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import re
@@ -13,13 +14,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..base.console import is_first_rank, pass_on
 from ..errors import ProcessFailedError
-from ..view.channel import Message, open_channel
+from ..view.notebook import Message, open_channel
 
 _GRACE_SECONDS = 15.0  # for the others to end after one has failed
 
@@ -37,14 +38,9 @@ def run_on_processes(
     They are forked from a server that has imported this package and nothing else of the user's: that takes a tenth of
     a second each, and leaves the devices untouched until the function uses them. None outlives the call.
 
-    Args:
-        num_processes: How many.
-        function: Importable by name; so are its arguments and its result plain data.
-        *args: For the function.
-        environment: Variables to add to this process's own.
-        timeout: Seconds that it may take; `None` for no limit.
-        on_message: Takes what they print. They are then interrupted as this process is, and may end in order; the
-            second time they are killed.
+    The function is importable by name; its arguments and its result can be pickled. `environment` has variables to add
+    to those of this process; `timeout` is in seconds. `on_message` takes what the processes print: they are then
+    interrupted as this process is, and may end in order; the second time they are killed.
 
     Raises:
         ProcessFailedError: With the traceback of the process that failed first.
@@ -56,21 +52,21 @@ def run_on_processes(
     start_method = multiprocessing.get_start_method()  # of the loader workers; a child's own would be the server's
     processes: dict[Any, Any] = {}
     try:
-        with _loopback_socket() as listener:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))  # a free port, which only processes of this machine reach
             port = str(listener.getsockname()[1])
             for rank in range(num_processes):
                 variables = _variables(rank, num_processes, port) | dict(environment or {})
                 receiver, sender = context.Pipe(duplex=False)
-                own = listener if rank == 0 and num_processes > 1 else None
-                link = _Link(sender, alarm, lifeline if on_message else None, own)
+                store = listener if rank == 0 and num_processes > 1 else None
+                link = _Link(sender, alarm, lifeline if on_message else None, store)
                 process = context.Process(target=_child, args=(link, start_method, variables, function, args))
                 process.start()
                 processes[receiver] = process
                 sender.close()
         deadline = None if timeout is None else time.monotonic() + timeout
-        if on_message is None:
-            return _collect(processes, deadline, held_until_failure)
-        return _collect_interruptibly(processes, deadline, held_until_failure, on_message)
+        collect = partial(_collect, processes, {}, deadline, held_until_failure, on_message)
+        return collect() if on_message is None else _collect_interruptibly(collect, processes)
     except BaseException:
         for process in processes.values():
             process.kill()
@@ -78,13 +74,6 @@ def run_on_processes(
     finally:
         for process in processes.values():
             process.join()
-
-
-def _loopback_socket() -> socket.socket:
-    """Return a socket with a free port, which only processes of this machine reach."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    return listener
 
 
 def launch(function: Callable[..., Any], *args: Any, num_processes: int | None = None) -> Any:
@@ -97,8 +86,8 @@ def launch(function: Callable[..., Any], *args: Any, num_processes: int | None =
 
     Args:
         function: What to run on each process; it makes the model, the loaders and the `Trainer`.
-        *args: For the function.
-        num_processes: How many, at least 1; `None` starts one per GPU, or one where there is none.
+        *args: Arguments of the function.
+        num_processes: Number of processes, at least 1; `None` starts one per GPU, or one where there is none.
 
     Returns:
         The result of the main process.
@@ -147,76 +136,62 @@ def _show(message: Any) -> None:
         function(*args)
 
 
-_store: Any = None  # in the main one of those
+_store: Any = None  # of the group, in its main process
 
 
-@dataclass(frozen=True)
-class _Link:
-    """What ties a launched process to the one that has launched it.
+class _Link(NamedTuple):
+    """What ties a launched process to the one that has launched it."""
 
-    Attributes:
-        sender: Takes what it has to tell, and its result.
-        alarm: Closed once another process has failed.
-        lifeline: Closed once the launching process is gone; `None` if that does not matter.
-        listener: Where the main process keeps the store of the group; `None` on the others.
-    """
-
-    sender: Connection
-    alarm: Connection
-    lifeline: Connection | None
-    listener: socket.socket | None
+    sender: Connection  # takes what this process prints, and its result
+    alarm: Connection  # closed once another process has failed
+    lifeline: Connection | None  # closed once the launching process has ended; `None` if that does not matter
+    listener: socket.socket | None  # where the main process keeps the store of the group; `None` on the others
 
     def watch(self) -> None:
-        """End this process when the launching one is gone, or when it may wait for a group that will never be whole."""
+        """End this process when the launching one has ended, or when it may wait for a group that stays incomplete."""
         self.alarm.poll(None)
-        if not _is_grouped():
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
             os._exit(1)
         if self.lifeline is not None:
             self.lifeline.poll(None)
             os._exit(1)
 
 
-def _is_grouped() -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
-
-
 def _keep_store(listener: socket.socket) -> Any:
     """Return the store of a group, which lasts as long as it is held.
 
-    The one that torch would open for the main process listens on every address of the machine, and trusts whoever
-    comes; by its port it finds this one and takes it.
+    The store that torch would open in the main process listens on every address of the machine, and trusts whoever
+    connects. It finds this one by its port and uses it.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     address, port = listener.getsockname()
-    descriptor = listener.detach()
     return TCPStore(
-        address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
+        address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach()
     )
 
 
-# A launcher's variables tell of its group: one would make the new processes wait for a store that nobody keeps.
+# A launcher's variables describe its group: with them the new processes would wait for a store that nobody keeps.
 _OF_LAUNCHERS = re.compile(r"(ACCELERATE|TORCHELASTIC|MASTER|GROUP|ROLE)_|(LOCAL_)?(RANK|WORLD_SIZE)$")
 
 
 def _variables(rank: int, num_processes: int, port: str) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not _OF_LAUNCHERS.match(name)}
+    inherited = {name: value for name, value in os.environ.items() if not _OF_LAUNCHERS.match(name)}
     if num_processes == 1:
-        return own
+        return inherited
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     inward = {} if loopback is None else {"GLOO_SOCKET_IFNAME": loopback}
-    return inward | own | {name: str(value) for name, value in group.items()} | address
+    return inward | inherited | {name: str(value) for name, value in group.items()} | address
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """Why a process has no result; `is_consequence` if it only tells of another's failure."""
+class _Failure(NamedTuple):
+    """Why a process has no result."""
 
     message: str
-    is_consequence: bool
+    is_consequence: bool  # of the failure of another process
 
 
 def _child(
@@ -245,29 +220,24 @@ def _child(
     if channel is not None:
         channel.flush()
     (channel or link.sender).send(outcome)
-    if channel is None:
-        link.sender.close()
 
 
-def _collect_interruptibly(
-    processes: dict[Any, Any], deadline: float | None, held: Connection, on_message: Callable[[Any], None]
-) -> list[Any]:
+def _collect_interruptibly(collect: Callable[[], list[Any]], processes: dict[Any, Any]) -> list[Any]:
     """Return the results; the first interrupt or SIGTERM goes to the processes, which are still waited for.
 
     Raises:
         KeyboardInterrupt: They do not end in order on it, or it has come again.
     """
-    outcomes: dict[Any, Any] = {}
     try:
-        with _sigterm_raised():
-            return _collect(processes, deadline, held, outcomes, on_message)
-    except (KeyboardInterrupt, _Terminated) as error:
-        number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
+        with sigterm_interrupts():
+            return collect()
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if signal.SIGTERM in error.args else signal.SIGINT
     for process in processes.values():
         if process.is_alive():
             os.kill(process.pid, number)
     try:
-        return _collect(processes, deadline, held, outcomes, on_message)
+        return collect()
     except ProcessFailedError as error:
         raise KeyboardInterrupt("interrupted") from error
     finally:
@@ -275,21 +245,20 @@ def _collect_interruptibly(
             signal.raise_signal(number)  # as if it came now
 
 
-class _Terminated(BaseException):
-    """SIGTERM has come."""
-
-
 @contextmanager
-def _sigterm_raised() -> Iterator[None]:
-    """Let SIGTERM leave the block, where Python can do so."""
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, with its number in the `KeyboardInterrupt`.
 
-    def leave(number: int, frame: Any) -> None:
-        raise _Terminated
+    Python allows that in the main thread only; in others the block is left as it is.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
@@ -298,16 +267,15 @@ def _sigterm_raised() -> Iterator[None]:
 
 def _collect(
     processes: dict[Any, Any],
+    outcomes: dict[Any, Any],
     deadline: float | None,
     held: Connection,
-    outcomes: dict[Any, Any] | None = None,
-    on_message: Callable[[Any], None] | None = None,
+    on_message: Callable[[Any], None] | None,
 ) -> list[Any]:
-    """Return the results in the order of the processes.
+    """Return the results in the order of the processes; `outcomes` keeps them when the call is interrupted.
 
-    When one has failed, `held` is let go, which tells the others, and they are waited for a little.
+    When one has failed, `held` is closed, which alarms the others, and they get `_GRACE_SECONDS` to end.
     """
-    outcomes = {} if outcomes is None else outcomes
     while len(outcomes) < len(processes):
         left = None if deadline is None else max(deadline - time.monotonic(), 0)
         ready: list[Any] = wait([pipe for pipe in processes if pipe not in outcomes], timeout=left)
@@ -316,18 +284,15 @@ def _collect(
         for pipe in ready:
             received = _received(pipe, processes[pipe])
             if isinstance(received, Message):
-                if on_message is not None:
-                    on_message(received.content)
+                on_message(received.content)  # type: ignore[misc]
                 continue
             outcomes[pipe] = received
-            if isinstance(outcomes[pipe], _Failure):
+            if isinstance(received, _Failure):
                 held.close()
-                grace = time.monotonic() + _GRACE_SECONDS
-                deadline = grace if deadline is None else min(deadline, grace)
+                deadline = min(deadline or math.inf, time.monotonic() + _GRACE_SECONDS)
     failures = [outcome for outcome in outcomes.values() if isinstance(outcome, _Failure)]
     if failures:
-        causes = [failure for failure in failures if not failure.is_consequence]
-        raise ProcessFailedError((causes or failures)[0].message)
+        raise ProcessFailedError(min(failures, key=lambda failure: failure.is_consequence).message)
     if len(outcomes) < len(processes):
         raise ProcessFailedError("It did not end within the time limit.")
     return [outcomes[pipe] for pipe in processes]

@@ -1,4 +1,4 @@
-"""The promise, measured: one run under every layout this machine has, compared, and the first divergence named."""
+"""The promise, measured: one run under every layout of this machine, compared, and the first difference named."""
 
 from __future__ import annotations
 
@@ -6,28 +6,18 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ..callbacks import Callback
 from ..config import TrainConfig
 from ..errors import ProcessFailedError
 from ..trainer import Trainer
 from .launching import run_on_processes
-from .recording import (
-    Divergence,
-    Place,
-    RecordedObjective,
-    Recorder,
-    Trace,
-    apart,
-    digest,
-    first_divergence,
-)
-from .run_functions import make_run
+from .recording import Divergence, RecordedTrainer, Recorder, digest, first_divergence, gradient_differences
+from .run_functions import call_run_function
 
 BUILT_IN = "accel_trainer.tools.digits:fixed_cut", "accel_trainer.tools.digits:free_cut"
 # Largest relative difference of a loss that a promise allows, in single and in double precision. A metric may differ
@@ -38,41 +28,27 @@ _METRIC_TOLERANCE = {"rounding": 2e-2, "device": 5e-2, "precision": 0.2}
 
 @dataclass(frozen=True)
 class Case:
-    """One layout to run under, and what is promised of it.
+    """One layout to run under, and what is promised of it."""
 
-    Attributes:
-        run: Name of the run function.
-        num_processes: Processes of the launch.
-        num_micro_batches: Pieces of a batch; `None` for one per process.
-        bitwise: Whether bits are asked for.
-        precision: `no` or `bf16`.
-        gpu: Index of the GPU, `all`, or `None` for the CPU.
-        promise: What is compared with the reference: `bits`, `rounding`, `precision`, `device` (another kind of
-            hardware), or `cut` (rounding, unless the model or its data look at the micro-batch or at chance).
-        reference: The case that this one is compared with; `None` without a promise.
-        is_again: Whether it repeats that case.
-    """
-
-    run: str
+    run: str  # name of the run function
     num_processes: int
-    num_micro_batches: int | None
+    num_micro_batches: int | None  # of a batch; `None` for one per process
     bitwise: bool = False
-    precision: str = "no"
-    gpu: int | str | None = None
+    precision: str = "no"  # or `bf16`
+    gpu: int | str | None = None  # index of the GPU, `all`, or `None` for the CPU
+    # What is compared with the reference: `bits`, `rounding`, `precision`, `device` (another kind of hardware), `cut`
+    # (rounding, unless the model or its data look at the micro-batch or at chance), or `none`.
     promise: str = "none"
-    reference: Case | None = None
-    is_again: bool = False
+    reference: Case | None = None  # the case that this one is compared with; `None` without a promise
+    is_again: bool = False  # repeats the reference
 
     @property
     def layout(self) -> str:
         """The layout in words."""
         number = self.num_micro_batches
         cut = "1 micro-batch per process" if number is None else _counted(number, "micro-batch")
-        words = [_counted(self.num_processes, "process"), cut]
-        words += ["bitwise"] if self.bitwise else []
-        words += ["bf16"] if self.precision == "bf16" else []
-        words += ["again"] if self.is_again else []
-        return ", ".join(words)
+        notes = {"bitwise": self.bitwise, "bf16": self.precision == "bf16", "again": self.is_again}
+        return ", ".join([_counted(self.num_processes, "process"), cut, *(note for note in notes if notes[note])])
 
     @property
     def device(self) -> str:
@@ -80,43 +56,26 @@ class Case:
         return "CPU" if self.gpu is None else "all GPUs" if self.gpu == "all" else f"GPU {self.gpu}"
 
     @property
-    def num_pieces(self) -> int:
-        """Micro-batches of a batch."""
-        return self.num_micro_batches or self.num_processes
-
-    @property
     def has_same_cut(self) -> bool:
         """Whether the reference cuts its batches alike."""
-        return self.reference is not None and self.num_pieces == self.reference.num_pieces
+        numbers = {case.num_micro_batches or case.num_processes for case in (self, self.reference or self)}
+        return len(numbers) == 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a case gave.
-
-    Attributes:
-        case: Which it was.
-        kept: Whether the promise was kept; `None` if there is none.
-        verdict: That in words.
-        explanation: Where it first parts from its reference; empty where it does not.
-        seconds: How long `fit` took.
-        train_loss: Of the last epoch.
-        test_loss: Of the last epoch; `None` without a test loader.
-        difference: Greatest relative difference of a loss, of any epoch, from the first row of this run function.
-        weights: Digest of the weights and buffers.
-        optimizer: Digest of the optimizer's state.
-    """
+    """The result of a case."""
 
     case: Case
-    kept: bool | None
-    verdict: str
-    explanation: str = ""
-    seconds: float = math.nan
-    train_loss: float = math.nan
-    test_loss: float | None = None
-    difference: float = math.nan
-    weights: str = ""
-    optimizer: str = ""
+    kept: bool | None  # whether the promise was kept; `None` without a promise
+    verdict: str  # the same in words
+    explanation: str = ""  # where it first differs from its reference, if it does
+    seconds: float = math.nan  # of `fit`
+    train_loss: float = math.nan  # of the last epoch
+    test_loss: float | None = None  # of the last epoch; `None` without a test loader
+    difference: float = math.nan  # greatest relative difference of a loss of any epoch from the first row of this run
+    weights: str = ""  # digest of the weights and buffers
+    optimizer: str = ""  # digest of the optimizer's state
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
@@ -134,134 +93,81 @@ def _counted(number: int, noun: str) -> str:
 def plan(name: str | None, num_processes: Iterable[int], num_micro_batches: int, num_gpus: int) -> list[Case]:
     """Return the cases to run, each after the one it is compared with.
 
-    Args:
-        name: Of the user's run function; `None` for the built-in ones.
-        num_processes: Numbers of CPU processes to try beside one.
-        num_micro_batches: The fixed number of most cases.
-        num_gpus: GPUs of this machine.
+    `name` is that of the user's run function, or `None` for the built-in ones; `num_processes` are the numbers of CPU
+    processes to try besides 1; most cases have the same `num_micro_batches`.
     """
     several = sorted({number for number in num_processes if number > 1})
     fixed, free = (name, name) if name else BUILT_IN
     cases = _with_fixed_cut(Case(fixed, 1, num_micro_batches), several, None)
-    first_gpu: Case | None = None
+    # Random layers draw other numbers on another kind of device, so a GPU is compared with the first GPU.
+    first_gpu = Case(fixed, 1, num_micro_batches, gpu=0)
     for gpu in range(num_gpus):
-        # Random layers draw other numbers on another kind of device, so a GPU is compared with the first GPU.
-        promise = "none" if first_gpu is None else "rounding"
-        first = Case(fixed, 1, num_micro_batches, gpu=gpu, promise=promise, reference=first_gpu)
-        cases += _with_fixed_cut(first, [num_gpus] if num_gpus > 1 and gpu == 0 else [], "all")
-        first_gpu = first_gpu or first
-    return cases + _with_free_cut(free, several, num_gpus, cases[0] if name else None)
-
-
-def _with_fixed_cut(first: Case, numbers: list[int], others_gpu: str | None) -> list[Case]:
-    """Return the cases of one kind of device: both strengths on one and several processes, and bf16."""
-    plain = replace(first, promise="rounding", reference=first)
-    exact = replace(plain, bitwise=True)
-    low = replace(exact, precision="bf16", promise="precision")
-
-    def on(number: int, case: Case, **changes: Any) -> Case:
-        return replace(case, num_processes=number, gpu=others_gpu, **changes)
-
-    return [
-        first,
-        *(on(number, plain) for number in numbers),
-        exact,
-        replace(exact, promise="bits", reference=exact, is_again=True),
-        *(on(number, exact, promise="bits", reference=exact) for number in numbers),
-        low,
-        *(on(number, low, promise="bits", reference=low) for number in numbers[:1]),
-    ]
-
-
-def _with_free_cut(name: str, several: list[int], num_gpus: int, known: Case | None) -> list[Case]:
-    """Return the cases with other numbers of micro-batches.
-
-    Args:
-        name: Of the run function.
-        several: Numbers of CPU processes above one.
-        num_gpus: GPUs of this machine.
-        known: A case of a run of which it is not known whether it looks at its micro-batch or at chance.
-    """
-    whole = Case(name, 1, 1, promise="cut", reference=known) if known else Case(name, 1, 1)
-    same = replace(whole, promise="rounding", reference=known or whole)
-    cases = [whole, replace(same, num_micro_batches=3)]
+        case = first_gpu if gpu == 0 else replace(first_gpu, gpu=gpu, promise="rounding", reference=first_gpu)
+        cases += _with_fixed_cut(case, [num_gpus] if num_gpus > 1 and gpu == 0 else [], "all")
+    # Other cuts: a user's run may look at the micro-batch or at chance, the built-in one does not.
+    whole = Case(free, 1, 1, promise="cut", reference=cases[0]) if name else Case(free, 1, 1)
+    same = replace(whole, promise="rounding", reference=whole.reference or whole)
+    cases += [whole, replace(same, num_micro_batches=3)]
     cases += [replace(same, num_processes=number, num_micro_batches=None) for number in several]
     cases += [replace(same, num_processes=number, num_micro_batches=number + 3) for number in several[:1]]
     return cases + [replace(same, gpu=gpu, promise="device") for gpu in range(num_gpus)]
 
 
-class _RecordedTrainer(Trainer):
-    """A trainer whose steps are recorded."""
+def _with_fixed_cut(first: Case, numbers: list[int], gpu_of_several: str | None) -> list[Case]:
+    """Return the cases of one kind of device: both strengths on one and several processes, and bf16."""
+    rounding = replace(first, promise="rounding", reference=first)
+    exact = replace(rounding, bitwise=True)
+    low = replace(exact, precision="bf16", promise="precision")
 
-    def __init__(self, recorder: Recorder, callbacks: Iterable[Callback] = (), **arguments: Any) -> None:
-        super().__init__(callbacks=[*callbacks, recorder], **arguments)
-        self._objective = RecordedObjective(self._objective, recorder, self)  # type: ignore[assignment]
+    def on(numbers: list[int], case: Case) -> list[Case]:
+        return [replace(case, num_processes=number, gpu=gpu_of_several) for number in numbers]
+
+    as_exact = replace(exact, promise="bits", reference=exact)
+    cases = [first, *on(numbers, rounding), exact, replace(as_exact, is_again=True), *on(numbers, as_exact)]
+    return [*cases, low, *on(numbers[:1], replace(low, promise="bits", reference=low))]
 
 
-def run_here(name: str, config: TrainConfig, records: bool, how: dict[str, Any]) -> dict[str, Any]:
-    """Run a case in this process, one of its group, and return what is compared."""
+# What is set whatever the config of the run function says: by each case, and for all of them.
+_OF_CASE = ("num_micro_batches", "bitwise", "mixed_precision")
+_OF_ALL = ("num_epochs", "max_steps", "seed", "restore_best", "run_dir", "verbose")
+
+
+def run_here(name: str, config: TrainConfig, recording: dict[str, Any] | None) -> dict[str, Any]:
+    """Run a case in this process, one of its group, and return what is compared.
+
+    `recording` has the arguments of the `Recorder`; `None` records nothing.
+    """
     with contextlib.redirect_stdout(sys.stderr):
-        arguments, loaders = make_run(name, config)
-        imposed = {name: getattr(config, name) for name in _IMPOSED}
-        chosen = replace(arguments.pop("config", config), **imposed)
-        recorder = Recorder(**how)
-        trainer = (
-            _RecordedTrainer(recorder, **arguments, config=chosen) if records else Trainer(**arguments, config=chosen)
-        )
+        choices = {field: getattr(config, field) for field in (*_OF_CASE, *_OF_ALL)}
+        arguments, loaders = call_run_function(name, config, choices)
+        recorder = Recorder(**recording or {})
+        trainer = Trainer(**arguments) if recording is None else RecordedTrainer(recorder, **arguments)
         started = time.perf_counter()
         history = trainer.fit(loaders["train_loader"], loaders.get("test_loader"))
         seconds = time.perf_counter() - started
     if not history.num_epochs:
         raise RuntimeError(f"no epoch was finished ({history.stop_reason}), so there is nothing to compare")
-    states = trainer.optimizer.state_dict()  # type: ignore[union-attr]
     return {
         "seconds": seconds,
         "train_losses": history.train_losses,
         "test_losses": history.test_losses,
         "metrics": history.metrics,
-        "weights": digest(dict(_named_tensors(trainer.model.state_dict(), ""))),
-        "optimizer": digest(dict(_named_tensors(states, ""))),
+        "weights": digest(trainer.model.state_dict()),
+        "optimizer": digest(trainer.optimizer.state_dict()),  # type: ignore[union-attr]
         "is_double": any(parameter.dtype == torch.float64 for parameter in trainer.model.parameters()),
-        "trace": recorder.trace if records else None,
-        "kept": recorder.kept if records else None,
+        "trace": recorder.trace,
+        "kept": recorder.kept,
         "doubts": list(trainer.doubts.values()),
     }
 
 
-_IMPOSED = (
-    "num_epochs",
-    "max_steps",
-    "num_micro_batches",
-    "bitwise",
-    "mixed_precision",
-    "seed",
-    "restore_best",
-    "run_dir",
-    "verbose",
-)
-
-
-def _named_tensors(nested: dict[Any, Any], prefix: str) -> Iterable[tuple[str, torch.Tensor]]:
-    for name, value in nested.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, dict):
-            yield from _named_tensors(value, f"{prefix}{name}.")
-
-
+@dataclass
 class Parity:
-    """Run cases in processes of their own and compare them.
+    """Run cases in processes of their own and compare them."""
 
-    Args:
-        config: What the run function is given; layout and precision are set per case.
-        announce: Called with a line before each case.
-        timeout: Seconds that a case may take; `None` for no limit.
-    """
-
-    def __init__(
-        self, config: TrainConfig, announce: Callable[[str], None] = lambda text: None, timeout: float | None = None
-    ) -> None:
-        self._config, self._announce, self._timeout = config, announce, timeout
+    config: TrainConfig  # what the run function is given; layout and precision are set per case
+    announce: Callable[[str], None] = lambda text: None  # called with a line before each case
+    timeout: float | None = None  # seconds that a case may take; `None` for no limit
 
     def rows(self, cases: list[Case]) -> Iterator[Row]:
         """Yield the row of each case, in order.
@@ -270,9 +176,8 @@ class Parity:
             ProcessFailedError: The first case fails: the run function itself does not work.
         """
         results: dict[Case, dict[str, Any]] = {}
-        first: dict[str, dict[str, Any]] = {}
         for case in cases:
-            self._announce(f"{case.device}, {case.layout} ...")
+            self.announce(f"{case.device}, {case.layout} ...")
             try:
                 result = results[case] = self.run(case)
             except ProcessFailedError as error:
@@ -280,60 +185,42 @@ class Parity:
                     raise
                 yield Row(case, False, "FAILED", str(error))
                 continue
-            row = self._row(case, result, results, first.setdefault(case.run, result))
+            first = next(results[other] for other in results if other.run == case.run)
+            row = Row(
+                case,
+                *self._judge(case, result, results),
+                seconds=result["seconds"],
+                train_loss=result["train_losses"][-1],
+                test_loss=result["test_losses"][-1] if result["test_losses"] else None,
+                difference=_greatest_difference(first, result, _LOSSES),
+                weights=result["weights"],
+                optimizer=result["optimizer"],
+            )
             yield row
             if case.promise == "cut" and not row.kept:
                 return  # nothing is promised of the cases that follow
 
-    def run(self, case: Case, records: bool = False, **how: Any) -> dict[str, Any]:
-        """Return what the main process of a case gives, with the records of all processes."""
-        config = replace(
-            self._config,
-            num_micro_batches=case.num_micro_batches,
-            bitwise=case.bitwise,
-            mixed_precision=case.precision,  # type: ignore[arg-type]
-        )
+    def run(self, case: Case, recording: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the result of the main process of a case, with the traces of all processes."""
+        choices: dict[str, Any] = {"num_micro_batches": case.num_micro_batches, "bitwise": case.bitwise}
+        config = replace(self.config, **choices, mixed_precision=case.precision)  # type: ignore[arg-type]
         environment = {"ACCELERATE_USE_CPU": "true"} if case.gpu is None else {}
         if isinstance(case.gpu, int):
             environment["CUDA_VISIBLE_DEVICES"] = str(case.gpu)
-        results = run_on_processes(
-            case.num_processes,
-            run_here,
-            *(case.run, config, records, how),
-            environment=environment,
-            timeout=self._timeout,
-        )
-        main: dict[str, Any] = results[0]
-        main["agrees"] = all(other["weights"] == main["weights"] for other in results[1:])
-        main["parted"] = None
-        if records:
-            parted = [first_divergence(main["trace"], other["trace"], 0.0, same_cut=False) for other in results[1:]]
-            main["parted"] = min(filter(None, parted), key=lambda found: found.place.step, default=None)
-            for other in results[1:]:
-                main["trace"] = other["trace"] | main["trace"]
+        arguments = case.num_processes, run_here, case.run, config, recording
+        results: list[dict[str, Any]] = run_on_processes(*arguments, environment=environment, timeout=self.timeout)
+        main, *others = results
+        differences = [first_divergence(main["trace"], other["trace"], 0.0, same_cut=False) for other in others]
+        main["agrees"] = all(other["weights"] == main["weights"] for other in others)
+        main["divergence"] = min(filter(None, differences), key=lambda found: found.position.step, default=None)
+        for other in others:
+            main["trace"] = other["trace"] | main["trace"]
         return main
-
-    def _row(
-        self, case: Case, result: dict[str, Any], results: dict[Case, dict[str, Any]], first: dict[str, Any]
-    ) -> Row:
-        kept, verdict, explanation = self._judge(case, result, results)
-        return Row(
-            case=case,
-            kept=kept,
-            verdict=verdict,
-            explanation=explanation,
-            seconds=result["seconds"],
-            train_loss=result["train_losses"][-1],
-            test_loss=result["test_losses"][-1] if result["test_losses"] else None,
-            difference=_apart(first, result, "train_losses", "test_losses"),
-            weights=result["weights"],
-            optimizer=result["optimizer"],
-        )
 
     def _judge(
         self, case: Case, result: dict[str, Any], results: dict[Case, dict[str, Any]]
     ) -> tuple[bool | None, str, str]:
-        """Return whether the promise is kept, that in words, and where it is broken."""
+        """Return whether the promise is kept, the same in words, and where it is broken."""
         if case.reference is None:
             return None, "reference", ""
         reference = results.get(case.reference)
@@ -342,167 +229,148 @@ class Parity:
         if not result["agrees"]:
             return False, "BROKEN: the processes part", self._explain(case, 0.0)
         if case.promise == "bits":
-            if _has_same_bits(reference, result):
+            if all(repr(reference[name]) == repr(result[name]) for name in _COMPARED):  # nan equals nan
                 return True, "same bits", ""
             return False, "BROKEN: other bits", self._explain(case, 0.0)
         promise = "rounding" if case.promise == "cut" else case.promise
         tolerance = TOLERANCES[promise][result["is_double"]]
-        apart = _apart(reference, result, "train_losses", "test_losses")
-        of_metrics = _apart(reference["metrics"], result["metrics"], *reference["metrics"])
-        if apart <= tolerance and of_metrics <= _METRIC_TOLERANCE[promise]:
+        of_losses = _greatest_difference(reference, result, _LOSSES)
+        of_metrics = _greatest_difference(reference["metrics"], result["metrics"], reference["metrics"])
+        if of_losses <= tolerance and of_metrics <= _METRIC_TOLERANCE[promise]:
             return True, f"within {promise} ({tolerance:g})", ""
         if case.promise == "cut" and result["doubts"]:
-            return False, f"BROKEN: {apart:.1e}, no mean", " ".join(result["doubts"])
+            return False, f"BROKEN: {of_losses:.1e}, no mean", " ".join(result["doubts"])
         if case.promise == "cut":
-            return None, f"no promise: {max(apart, of_metrics):.1e}", _ON_THE_CUT
+            return None, f"no promise: {max(of_losses, of_metrics):.1e}", _ON_THE_CUT
         explanation = self._explain(case, tolerance)
         if _SCALED_UP in explanation or _MULTIPLIED in explanation:
-            return None, f"no promise: {apart:.1e}", explanation
-        verdict = (
-            f"BROKEN: {apart:.1e} > {tolerance:g}" if apart > tolerance else f"BROKEN: a metric by {of_metrics:.1e}"
-        )
-        return False, verdict, explanation
+            return None, f"no promise: {of_losses:.1e}", explanation
+        if of_losses > tolerance:
+            return False, f"BROKEN: {of_losses:.1e} > {tolerance:g}", explanation
+        return False, f"BROKEN: a metric by {of_metrics:.1e}", explanation
 
-    # --- where they part ----------------------------------------------------------------------------------------------
+    # --- where they differ --------------------------------------------------------------------------------------------
 
     def _explain(self, case: Case, tolerance: float) -> str:
-        """Run a case and its reference once more, recorded, and say where they first part."""
-        self._announce("  differs; running both again to find where ...")
+        """Run a case and its reference once more, recorded, and say where they first differ."""
+        self.announce("  differs; running both again to find where ...")
         try:
-            return self._first_difference(case, *self._run_both(case), tolerance)
+            return self._first_difference(case, tolerance, *self._run_both(case))
         except ProcessFailedError as error:
             return f"It could not be found out where: {str(error).splitlines()[0]}"
 
-    def _run_both(self, case: Case, look_at: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what the reference of a case and the case itself give, recorded."""
-        reference: Case = case.reference  # type: ignore[assignment]
-        return self.run(reference, True, look_at=look_at), self.run(case, True, look_at=look_at)
+    def _run_both(self, case: Case, look_at: int | None = None) -> list[dict[str, Any]]:
+        """Return the recorded results of the reference of a case and of the case itself."""
+        return [self.run(both, {"look_at": look_at}) for both in (case.reference, case)]  # type: ignore[arg-type]
 
-    def _first_difference(self, case: Case, one: dict[str, Any], other: dict[str, Any], tolerance: float) -> str:
-        if other["parted"] is not None:
-            place = other["parted"].place
-            what = _NOUNS[place.kind].format(place.name)
-            return f"{_where(other['parted'])}: {what} differs between the processes of this run."
+    def _first_difference(self, case: Case, tolerance: float, one: dict[str, Any], other: dict[str, Any]) -> str:
+        if other["divergence"] is not None:
+            found = other["divergence"]
+            return f"{_where(found)}: {_what(found)} differs between the processes of this run."
         if not other["agrees"]:
             return "The processes part after the last step: does a callback change the model?"
         # A fault is far above rounding; a drift is below the promise's own bound in every single step.
         for bound in [10 * tolerance, tolerance, 0.1 * tolerance] if tolerance else [0.0]:
             found = first_divergence(one["trace"], other["trace"], bound, case.has_same_cut)
             if found is not None:
-                return self._told(case, found, bound, one, other)
-        names = [name for name in one["metrics"] if _apart(one["metrics"], other["metrics"], name) > tolerance]
+                return self._describe(case, found, bound, one, other)
+        metrics = one["metrics"], other["metrics"]
+        names = ", ".join(name for name in one["metrics"] if _greatest_difference(*metrics, [name]) > tolerance)
         if names:
-            return (
-                f"All steps and test losses agree, but not the metric {', '.join(names)}: does it look at the process?"
-            )
+            return f"All steps and test losses agree, but not the metric {names}: does it look at the process?"
         return "Run again, the two do not differ: something depends on time or on chance."
 
-    def _told(self, case: Case, found: Divergence, bound: float, one: dict[str, Any], other: dict[str, Any]) -> str:
-        """Say where two runs part, and what to look at."""
-        if bound and found.place.kind in ("loss", "gradient") and found.place.step > 1:
-            step, difference = self._other_step(case, found.place.step, other)
-            if step is None:
-                return f"{_where(found)}: {_MULTIPLIED}. {_HINTS['multiplied']}"
-            if step > found.place.step:
-                return f"step {step}: from equal weights the gradient differs by {difference:.1e}. {_HINTS['gradient']}"
-        if found.place.kind in ("loss", "gradient") and case.has_same_cut:
+    def _describe(self, case: Case, found: Divergence, bound: float, one: dict[str, Any], other: dict[str, Any]) -> str:
+        """Say where two runs differ, and what to look at."""
+        kind, step = found.position.kind, found.position.step
+        if bound and kind in ("loss", "gradient") and step > 1:
+            wrong = self._wrong_step(case, step, other)
+            if wrong is None:
+                return f"{_where(found)}: {_MULTIPLIED}. {_MULTIPLIED_HINT}"
+            if wrong[0] > step:
+                hint = _KINDS["gradient"][1]
+                return f"step {wrong[0]}: from equal weights the gradient differs by {wrong[1]:.1e}. {hint}"
+        if kind in ("loss", "gradient") and case.has_same_cut:
             # A fault of a module may be smaller in the loss than in what it does to the gradients.
-            found = self._module(case, found.place.step, bound / 10) or found
-        kind, name = found.place.kind, found.place.name
-        hint = kind
+            first, second = self._run_both(case, step)
+            module = first_divergence(first["trace"], second["trace"], bound / 10, same_cut=True)
+            found = module if module is not None and module.position.kind == "module" else found
+        kind, name, hint = found.position.kind, found.position.name, _KINDS[found.position.kind][1]
         if kind == "gradient" and not case.has_same_cut:
-            hint = "gradient, other cut"
-        if kind == "weights" and found.place.step == 0:
-            hint = "weights, at the start"
-        elif kind == "weights" and bound and _is_rounding(one["trace"], other["trace"], found.place):
-            return f"{_where(found)}: {_SCALED_UP} {name}. {_HINTS['weights, scaled up']}"
+            hint = "Micro-batches of other sizes cannot be compared: look at a row with as many of them."
+        if kind == "weights" and step == 0:
+            hint = "Does make_run look at the process, or draw from a generator of its own?"
+        elif kind == "weights" and bound:
+            differences = gradient_differences(one["trace"], other["trace"], step)
+            own = differences.get(name, 0.0)
+            if own > 1e-3 and own > 1000 * differences[""]:  # its gradient is only rounding
+                return f"{_where(found)}: {_SCALED_UP} {name}. {_SCALED_UP_HINT}"
         size = "" if "batch" in kind else f" by {found.difference:.1e} (relative)"
         before = f" What comes before agrees to {bound:g}." if bound else " What comes before has the same bits."
-        return f"{_where(found)}: {_NOUNS[kind].format(name or 'the model')} differs{size}.{before} {_HINTS[hint]}"
+        return f"{_where(found)}: {_what(found)} differs{size}.{before} {hint}"
 
-    def _other_step(self, case: Case, first: int, other: dict[str, Any]) -> tuple[int | None, float]:
+    def _wrong_step(self, case: Case, first: int, other: dict[str, Any]) -> tuple[int, float] | None:
         """Return the first of some steps in which the reference, given the weights of a case, finds other gradients."""
         steps = range(first, first + _NUM_STEPS)
-        kept = self.run(case, True, keeps=range(first - 1, first + _NUM_STEPS - 1))["kept"]
-        again = self.run(case.reference, True, puts=kept)  # type: ignore[arg-type]
-        differences = {step: apart(again["trace"], other["trace"], step)[""] for step in steps}
-        wrong = (step for step, one in differences.items() if one > _SAME_STEP[other["is_double"]])
-        return next(((step, differences[step]) for step in wrong), (None, 0.0))
-
-    def _module(self, case: Case, step: int, bound: float) -> Divergence | None:
-        """Return the first module whose output differs in a step."""
-        one, other = self._run_both(case, step)
-        found = first_divergence(one["trace"], other["trace"], bound, same_cut=True)
-        return found if found is not None and found.place.kind == "module" else None
+        kept = self.run(case, {"keeps": range(first - 1, first + _NUM_STEPS - 1)})["kept"]
+        again = self.run(case.reference, {"puts": kept})  # type: ignore[arg-type]
+        differences = ((step, gradient_differences(again["trace"], other["trace"], step)[""]) for step in steps)
+        return next((found for found in differences if found[1] > _SAME_STEP[other["is_double"]]), None)
 
 
 _NUM_STEPS = 8  # that are made again from equal weights
 _SAME_STEP = 2e-6, 1e-14  # gradients at equal weights, in single and in double precision
 _MULTIPLIED = "from equal weights both make the same step, but the run multiplies rounding"
+_MULTIPLIED_HINT = (
+    "A ReLU or max-pooling that switches does that, and so does BatchNorm over few samples: no fault, but no promise "
+    "of the last digits either. Use bitwise=True for those."
+)
 _SCALED_UP = "only rounding differs until the optimizer scales it up in"
+_SCALED_UP_HINT = (
+    "Its true gradient is zero, as that of a bias before BatchNorm is, and an optimizer that divides by the gradient's "
+    "size, such as Adam, makes full steps of the rest. Leave it out (bias=False), or use bitwise=True."
+)
 _ON_THE_CUT = (
     "The run depends on the cut already on one process, so other numbers of micro-batches are not compared. BatchNorm, "
     "dropout, augmentation and losses over pairs of samples do that. If there are none, the loss is not a mean over "
     "its samples: see weight_fn."
 )
-_NOUNS = {
-    "batch": "the batch content",
-    "test batch": "the content of a test batch",
-    "module": "the output of {}",
-    "loss": "the loss",
-    "test loss": "the test loss",
-    "gradient": "the gradient of {}",
-    "buffer": "the buffer {}",
-    "weights": "the weight {}",
-}
-_HINTS = {
-    "batch": "Does the dataset draw from a generator of its own, or look at the process?",
-    "test batch": "Does the dataset draw from a generator of its own, or look at the process?",
-    "module": "Does it look at the process, or keep a state outside its buffers?",
-    "loss": "So do the batch and the outputs of all modules. Does the loss look at the process, or keep a state?",
-    "test loss": "Does the model or the loss look at the process in an evaluation, or keep a state?",
-    "gradient": "So do all losses. Does a hook change it, or is it averaged per process?",
-    "gradient, other cut": "Micro-batches of other sizes cannot be compared: look at a row with as many of them.",
-    "buffer": "So do the gradients. Does something outside the forward change it?",
-    "weights": "So do the gradients. Does the optimizer or a callback look at the process?",
-    "weights, at the start": "Does make_run look at the process, or draw from a generator of its own?",
-    "multiplied": (
-        "A ReLU or max-pooling that switches does that, and so does BatchNorm over few samples: no fault, but no "
-        "promise of the last digits either. Use bitwise=True for those."
+_DATA_HINT = "Does the dataset draw from a generator of its own, or look at the process?"
+# Kind of a position -> what differs, and what to look at.
+_KINDS = {
+    "batch": ("the batch content", _DATA_HINT),
+    "test batch": ("the content of a test batch", _DATA_HINT),
+    "module": ("the output of {}", "Does it look at the process, or keep a state outside its buffers?"),
+    "loss": (
+        "the loss",
+        "So do the batch and the outputs of all modules. Does the loss look at the process, or keep a state?",
     ),
-    "weights, scaled up": (
-        "Its true gradient is zero, as that of a bias before BatchNorm is, and an optimizer that divides by the "
-        "gradient's size, such as Adam, makes full steps of the rest. Leave it out (bias=False), or use bitwise=True."
-    ),
+    "test loss": ("the test loss", "Does the model or the loss look at the process in an evaluation, or keep a state?"),
+    "gradient": ("the gradient of {}", "So do all losses. Does a hook change it, or is it averaged per process?"),
+    "buffer": ("the buffer {}", "So do the gradients. Does something outside the forward change it?"),
+    "weights": ("the weight {}", "So do the gradients. Does the optimizer or a callback look at the process?"),
 }
+
+
+def _what(found: Divergence) -> str:
+    return _KINDS[found.position.kind][0].format(found.position.name or "the model")
 
 
 def _where(found: Divergence) -> str:
-    place = found.place
-    if place.step == 0:
+    position = found.position
+    if position.step == 0:
         return "before the first step"
-    part = f", micro-batch {place.micro_batch}" if place.micro_batch >= 0 else ""
+    part = f", micro-batch {position.micro_batch}" if position.micro_batch >= 0 else ""
     # What follows in a forward from a module that differs, differs too.
-    others = f" (and {found.num_others} more there)" if found.num_others and place.kind != "module" else ""
-    return f"{'after ' if place.kind.startswith('test') else ''}step {place.step}{part}{others}"
+    others = f" (and {found.num_others} more there)" if found.num_others and position.kind != "module" else ""
+    return f"{'after ' if position.kind.startswith('test') else ''}step {position.step}{part}{others}"
 
 
-def _is_rounding(one: Trace, other: Trace, place: Place) -> bool:
-    """Return whether the gradient of a parameter is nothing but rounding: it differs, and those of others do not."""
-    differences = apart(one, other, place.step)
-    own = differences.get(place.name, 0.0)
-    return own > 1e-3 and own > 1000 * differences[""]
+_LOSSES = ("train_losses", "test_losses")
+_COMPARED = (*_LOSSES, "metrics", "weights", "optimizer")
 
 
-_COMPARED = ("train_losses", "test_losses", "metrics", "weights", "optimizer")
-
-
-def _has_same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return whether nothing differs by a bit; nan equals nan."""
-    return all(repr(one[name]) == repr(other[name]) for name in _COMPARED)
-
-
-def _apart(one: dict[str, Any], other: dict[str, Any], *names: str) -> float:
+def _greatest_difference(one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]) -> float:
     """Return the greatest relative difference in some series of numbers.
 
     It is relative to the number itself, or to a hundredth of the greatest of its series where that is more: a loss
@@ -514,8 +382,8 @@ def _apart(one: dict[str, Any], other: dict[str, Any], *names: str) -> float:
         floor = 0.01 * max((abs(a) for a, _ in pairs if math.isfinite(a)), default=0.0)
         for a, b in pairs:
             if repr(a) != repr(b):
-                apart = abs(a - b) / max(abs(a), floor, 1e-300)
-                greatest = max(greatest, apart if math.isfinite(apart) else math.inf)
+                difference = abs(a - b) / max(abs(a), floor, 1e-300)
+                greatest = max(greatest, difference if math.isfinite(difference) else math.inf)
         if len(one[name]) != len(other[name]):
             return math.inf
     return greatest

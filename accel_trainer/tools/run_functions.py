@@ -8,46 +8,31 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..base.console import nearest
 from ..config import TrainConfig
 
 _LOADERS = ("train_loader", "test_loader", "final_loader")
-_OF_TRAINER = (
-    "model",
-    "optimizer",
-    "loss_fn",
-    "scheduler",
-    "metrics",
-    "callbacks",
-    "compute_loss",
-    "weight_fn",
-    "accelerator",
-    "config",
-)
 _NEEDED = ("model", "optimizer", "train_loader")
 
 
 def find_run_function(name: str) -> Callable[[TrainConfig], Mapping[str, Any]]:
-    """Return the run function of this name.
-
-    Args:
-        name: `my_module:make_run`, or `path/to/script.py:make_run`.
+    """Return the run function of a name such as `my_module:make_run` or `path/to/script.py:make_run`.
 
     Raises:
         ValueError: There is no such function; the message names the nearest.
     """
-    place, separator, attribute = name.partition(":")
-    if not separator or not place or not attribute:
+    path, _, attribute = name.partition(":")
+    if not path or not attribute:
         raise ValueError(f"A run function is named as my_module:make_run or path/to/script.py:make_run, got {name!r}.")
-    module = _import_file(place) if place.endswith(".py") else _import_module(place)
+    module = _import_file(path) if path.endswith(".py") else _import_module(path)
     function = getattr(module, attribute, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(f"{place} has no function {attribute!r}.{_nearest(attribute, known)}")
-    found: Callable[[TrainConfig], Mapping[str, Any]] = function
-    return found
+        raise ValueError(f"{path} has no function {attribute!r}.{_nearest(attribute, known)}")
+    return function  # type: ignore[no-any-return]
 
 
 def _import_module(name: str) -> Any:
@@ -57,7 +42,7 @@ def _import_module(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not name.startswith(error.name):
-            raise  # the module is there, and misses another one
+            raise  # the module exists, and imports one that does not
         files = [entry[:-3] for entry in os.listdir() if entry.endswith(".py")]
         raise ValueError(f"There is no module {name!r} here or installed.{_nearest(name, files)}") from None
 
@@ -79,27 +64,35 @@ def _nearest(name: str, known: list[str]) -> str:
     return "" if near is None else f" Did you mean {near!r}?"
 
 
-def make_run(name: str, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def call_run_function(
+    name: str, config: TrainConfig, choices: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Call a run function, with the generators seeded, and return the arguments for `Trainer` and the loaders.
 
-    It may return a `config` of its own, best made of the one that it is given.
+    The function may return a `config` of its own, best made of the one that it is given. `choices` are fields that are
+    set in both.
 
     Raises:
         ValueError: It does not return what a run needs.
     """
-    from ..data.randomness import seed_all  # with torch: wrong names are told without it
+    from ..data.randomness import seed_all  # with torch: wrong names are reported without it
+    from ..trainer import Trainer
 
     function = find_run_function(name)
+    config = replace(config, **choices or {})
     seed_all(config.seed)
     run = function(config)
     if not isinstance(run, Mapping):
         raise ValueError(f"{name} must return a dictionary ({', '.join(_NEEDED)}, ...), got {type(run).__name__}.")
-    known = [*_OF_TRAINER, *_LOADERS]
+    known = [*inspect.signature(Trainer).parameters, *_LOADERS]
     for key in run:
         if key not in known:
             raise ValueError(f"{name} returns {key!r}, which is not among {', '.join(known)}.{_nearest(key, known)}")
     for key in _NEEDED:
         if key not in run:
             raise ValueError(f"{name} returns no {key!r}.")
-    of_trainer = {key: value for key, value in run.items() if key in _OF_TRAINER}
-    return of_trainer, {key: value for key, value in run.items() if key in _LOADERS}
+    loaders = {key: value for key, value in run.items() if key in _LOADERS}
+    arguments = {"config": config} | {key: value for key, value in run.items() if key not in _LOADERS}
+    if choices:
+        arguments["config"] = replace(arguments["config"], **choices)
+    return arguments, loaders

@@ -12,34 +12,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from ..base.codec import checked, encode, flattened, unpack, with_checksum
 from ..base.console import warn
-from ..history import SERIES, History
+from ..history import PARTS_OF_EPOCH, SERIES, History
 from ..storage.files import write_whole
 from ..storage.run_folder import is_in_use
 
-_SECONDS = ("data_seconds", "compute_seconds", "evaluation_seconds", "saving_seconds")
-_MANY_EPOCHS = 5_000  # of one chart; of more, every second, third, ... is shown
-
 
 @dataclass(frozen=True)
-class RunRecord:
-    """What the files of a run folder tell.
+class RunFiles:
+    """What the files of a run folder say.
 
     Attributes:
-        name: Last part of the folder's path.
-        path: The folder.
-        history: Of the run so far.
-        state: `running`, `finished`, `interrupted`, `failed`, or `broken` off without a word.
+        state: `running`, `finished`, `interrupted`, `failed`, or `broken` where the run left no sign of its end.
         asked: The user's choices by name.
-        resolved: What they were resolved to.
-        identity: What makes it the run that it is: model, data, loss, optimizer, scheduler.
-        environment: Hardware, versions, command line.
-        evaluations: Each with its number of samples and its scores.
-        changed: When its history was last written, in seconds since 1970.
+        resolved: What these choices were resolved to.
+        identity: What a resumed run must share: model, data, loss, optimizer, scheduler.
+        changed: When the history was last written, in seconds since 1970.
     """
 
     name: str
@@ -56,17 +47,11 @@ class RunRecord:
     @classmethod
     def load(
         cls, run_dir: str | os.PathLike[str], history: History | None = None, state: str | None = None
-    ) -> RunRecord:
-        """Read a run folder.
-
-        Args:
-            run_dir: The folder.
-            history: Where it is known already; `None` reads it.
-            state: Where it is known already; `None` finds out.
+    ) -> RunFiles:
+        """Read a run folder, also its history and state where they are `None`.
 
         Raises:
-            FileNotFoundError: It is no run folder.
-            ValueError: A file of it is not as this package writes it; the message names it.
+            ValueError: A file is not as this package writes it; the message names the file.
         """
         path = Path(run_dir).expanduser().absolute()
         history = History.load(path) if history is None else history
@@ -76,9 +61,7 @@ class RunRecord:
             path=path,
             history=history,
             state=state or _state_of(path, history),
-            asked=config.get("asked", {}),
-            resolved=config.get("resolved", {}),
-            identity=config.get("identity", {}),
+            **{name: config.get(name, {}) for name in ("asked", "resolved", "identity")},
             environment=_read(path / "environment.json", {}),
             evaluations=_read(path / "evaluations.json", []),
             changed=(path / "history.jsonl").stat().st_mtime if (path / "history.jsonl").exists() else time.time(),
@@ -90,8 +73,8 @@ class RunRecord:
         return str(self.resolved.get("monitor", self.asked.get("monitor", "test_loss")))
 
     @property
-    def told(self) -> str:
-        """How it ended, in words."""
+    def outcome(self) -> str:
+        """Why the run ended, or how far it has come, in words."""
         if self.history.stop_reason is not None:
             return self.history.stop_reason
         of = f" of {self.asked['num_epochs']}" if "num_epochs" in self.asked else ""
@@ -99,37 +82,34 @@ class RunRecord:
         return f"{done}; it ended without a word, killed perhaps" if self.state == "broken" else done
 
 
-# What the parts of a file have to be.
-_KINDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "config.json": {"asked": (dict,), "resolved": (dict,), "identity": (dict,)},
-    "environment.json": {"versions": (dict,)},
-    "evaluations.json": {"num_samples": (int, NoneType), "epoch": (int, NoneType), "scores": (dict,)},
+# File -> the types that its entries must have.
+_TYPES: dict[str, dict[str, Any]] = {
+    "config.json": {"asked": dict, "resolved": dict, "identity": dict},
+    "environment.json": {"versions": dict},
+    "evaluations.json": {"num_samples": int | None, "epoch": int | None, "scores": dict},
 }
 
 
 def _read(path: Path, default: Any) -> Any:
+    """Return the content of a JSON file, a dictionary or a list of them like the default, its checksums checked."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if type(content) is not type(default):
             raise ValueError(f"it holds a {type(content).__name__}, not a {type(default).__name__}")
-        parts = [_checked_parts(one, path.name) for one in (content if isinstance(content, list) else [content])]
-        return parts if isinstance(content, list) else parts[0]
+        records = [unpack(checked(record)) for record in (content if isinstance(content, list) else [content])]
+        for record in records:
+            for name, kind in _TYPES[path.name].items():
+                if not isinstance(record.get(name, ...), kind):
+                    raise ValueError(f"its {name} is {record.get(name)!r}")
+        return records if isinstance(content, list) else records[0]
     except FileNotFoundError:
         return default
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
-def _checked_parts(content: Any, file: str) -> dict[str, Any]:
-    parts: dict[str, Any] = unpack(checked(content))
-    for name, kinds in _KINDS[file].items():
-        if not isinstance(parts.get(name, ...), kinds):
-            raise ValueError(f"its {name} is {parts.get(name)!r}")
-    return parts
-
-
 def seen_from(path: Path, folder: str | os.PathLike[str] = ".") -> str:
-    """Return a path as seen from a folder; the whole, where that is gone or on another drive."""
+    """Return a path as seen from a folder; the whole path where the folder is gone or on another drive."""
     try:
         return os.path.relpath(path, folder)
     except (OSError, ValueError):
@@ -146,93 +126,65 @@ def _state_of(path: Path, history: History) -> str:
     return "broken" if history.stop_reason is None else "finished"
 
 
-def runs_in(folder: str | os.PathLike[str], left_out: Callable[[str], object] = lambda told: None) -> list[RunRecord]:
-    """Return the runs in a folder and below it, the newest first.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-    """
+def runs_in(folder: str | os.PathLike[str], left_out: Callable[[str], object] = lambda message: None) -> list[RunFiles]:
+    """Return the runs in a folder and below it, the newest first; `left_out` gets a message for each unreadable run."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
+    folders = [path.parent for path in folder.rglob("history.jsonl") if path.parent.parent.name != "checkpoints"]
     records = []
-    for path in folder.rglob("history.jsonl"):
-        if path.parent.parent.name == "checkpoints":
-            continue
+    for run_dir in folders:
         try:
-            records.append(RunRecord.load(path.parent))
+            records.append(RunFiles.load(run_dir))
         except (OSError, ValueError) as error:
-            left_out(f"{path.parent} is left out: {error}")
+            left_out(f"{run_dir} is left out: {error}")
     return sorted(records, key=lambda record: record.changed, reverse=True)
 
 
 class LivePage:
-    """The page of a run that goes on, written anew at the end of its epochs.
+    """The page of a run, which `write` brings up to date at the end of an epoch.
 
-    Writing takes milliseconds; where epochs take no longer, some go by unwritten, so that it costs less than a
-    hundredth of the time. The last state is always written.
-
-    Attributes:
-        path: Of the page.
-        state: What it shows the run to be.
+    Writing takes milliseconds. Where epochs take no longer, `is_due` passes over some, so that the page costs less than
+    a hundredth of the time.
     """
 
     _SHARE = 0.01
 
-    def __init__(self, run_dir: Path, history: History) -> None:
+    def __init__(self, run_dir: Path, history: History, state: str = "running") -> None:
         self.path = run_dir / "report.html"
-        self._run_dir, self._history = run_dir, history
-        self._not_before = 0.0
-        self.state = "running"
+        self._history, self.state, self._not_before = history, state, 0.0
 
     def is_due(self) -> bool:
-        """Return whether it may be written again."""
+        """Return whether the page may be written again."""
         return time.perf_counter() >= self._not_before
 
     def write(self, state: str) -> None:
-        """Write it, whole or not at all.
-
-        Raises:
-            OSError: It could not be written.
-        """
+        """Write the page, whole or not at all."""
         self.state = state
-        is_first = self._not_before == 0.0  # which loads the template too
+        is_first = self._not_before == 0.0  # loads the template too
         started = time.perf_counter()
         try:
-            text = render([RunRecord.load(self._run_dir, self._history, state)])
-        except ValueError as error:  # a file that someone else has changed
+            text = render([RunFiles.load(self.path.parent, self._history, state)])
+        except ValueError as error:  # somebody else has changed a file
             raise OSError(f"a file beside it cannot be read: {error!r}") from error
         write_whole(self.path, text.encode("utf-8", "replace"), flushed=False)
         ended = time.perf_counter()
         self._not_before = ended + (0.0 if is_first else (ended - started) / self._SHARE)
 
 
-def page_of(record: RunRecord) -> LivePage:
-    """Return the page of a run that has ended."""
-    page = LivePage(record.path, record.history)
-    page.state = record.state
-    return page
-
-
 def keep_evaluation(page: LivePage, num_samples: int | None, epoch: int | None, scores: Mapping[str, float]) -> None:
-    """Add an evaluation of the trained model to its run folder; one that is there already is put last.
+    """Put an evaluation of the trained model last in `evaluations.json`, in place of an equal entry.
 
-    Args:
-        page: Of the run.
-        num_samples: How many were evaluated; `None` for a stream.
-        epoch: Whose weights the model has.
-        scores: Loss and metrics by name.
+    The number of samples is `None` for a stream; the epoch is the one whose weights the model has.
     """
-    path, entry = (
-        page.path.with_name("evaluations.json"),
-        {"num_samples": num_samples, "epoch": epoch, "scores": scores},
-    )
+    path = page.path.with_name("evaluations.json")
+    entry = {"num_samples": num_samples, "epoch": epoch, "scores": scores}
     try:
-        others = [one for one in _read(path, []) if one != entry]
-        kept = [with_checksum(encode(one)) for one in [*others, entry]]
+        entries = [other for other in _read(path, []) if other != entry] + [entry]
+        kept = [with_checksum(encode(one)) for one in entries]
         write_whole(path, (json.dumps(kept, indent=2) + "\n").encode())
         page.write(page.state)
-    except Exception as error:  # whatever a library says of the page, it is no error of the evaluation
+    except Exception as error:  # a page that a library cannot make is no error of the evaluation
         warn(f"Could not write {path}: {error}.", stacklevel=3)
 
 
@@ -240,59 +192,43 @@ _MARK = '<meta name="generator" content="accel_trainer">'
 
 
 def is_page(path: Path) -> bool:
-    """Return whether a file is a page that `render` has made."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return _MARK in file.read(1000)
+    """Return whether `render` has made a file."""
+    return _MARK in path.read_text(encoding="utf-8", errors="replace")[:1000]
 
 
 @functools.cache
 def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     folder = Path(__file__).parent / "page"
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     for name in ("uplot.js", "uplot.css", "charts.js", "style.css"):
-        environment.globals[name.replace(".", "_")] = Markup((folder / name).read_text(encoding="utf-8"))
+        environment.globals[name.replace(".", "_")] = (folder / name).read_text(encoding="utf-8")
     return environment.get_template("report.html")
 
 
-def render(records: Sequence[RunRecord]) -> str:
+def render(records: Sequence[RunFiles]) -> str:
     """Return the page of one run, or of several side by side."""
-    from markupsafe import Markup
-
-    is_one = len(records) == 1
     if len({record.name for record in records}) < len(records):
         records = [replace(record, name=seen_from(record.path)) for record in records]
     is_running = any(record.state == "running" for record in records)
-    data: dict[str, Any] = {"charts": _charts(records[0]) if is_one else _overlays(records), "is_running": is_running}
-    if is_one:
-        data["table"] = _epochs(records[0].history)
-    # In a script, nothing but "</" and "<!" could end it.
-    text = json.dumps(data, allow_nan=False, default=str).replace("<", "\\u003c")
+    first, is_one = records[0], len(records) == 1
     page: str = _template().render(
-        mark=Markup(_MARK),
-        title=records[0].name if is_one else " / ".join(record.name for record in records),
+        mark=_MARK,
         runs=records,
         is_running=is_running,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
-        cards=_cards(records[0]) if is_one else [],
-        tables=_tables(records[0]) if is_one else _differences(records),
-        data=Markup(text),
+        cards=_cards(first) if is_one else [],
+        tables=_tables(first) if is_one else _differences(records),
+        data={
+            "charts": _charts(first) if is_one else _overlays(records),
+            "table": _epochs(first.history) if is_one else None,
+            "is_running": is_running,
+        },
     )
     return page
-
-
-def _finite(values: Sequence[float]) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values]
-
-
-def _named_series(history: History) -> dict[str, list[float]]:
-    """Return what was measured per epoch by name, metrics too, without what is empty."""
-    known = {name: getattr(history, series) for name, series in SERIES.items()} | history.metrics
-    return {name: values for name, values in known.items() if values}
 
 
 _TITLES = {
@@ -300,71 +236,80 @@ _TITLES = {
     "grad_norm": ("Gradient norm before clipping", ""),
     "samples_per_second": ("Throughput", "samples per second"),
 }
+_MANY_EPOCHS = 5_000  # in one chart; of more epochs, every second, third, ... is shown
 
 
-def _charts(record: RunRecord) -> list[dict[str, Any]]:
+def _chart(num_epochs: int, title: str, unit: str, curves: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    every = max(1, math.ceil(num_epochs / _MANY_EPOCHS))
+    for curve in curves:
+        values = [value if math.isfinite(value) else None for value in curve["values"]]
+        curve["values"] = (values + [None] * (num_epochs - len(values)))[::every]
+    return {"title": title, "unit": unit, "epochs": list(range(1, num_epochs + 1, every)), "series": curves} | more
+
+
+def _named_series(history: History) -> dict[str, list[float]]:
+    """Return what was measured per epoch, metrics too, by name; names without a value are left out."""
+    known = {name: getattr(history, series) for name, series in SERIES.items()} | history.metrics
+    return {name: values for name, values in known.items() if values}
+
+
+def _charts(record: RunFiles) -> list[dict[str, Any]]:
     """Return the charts of one run: loss, metrics, learning rate, gradient norm, throughput, time."""
     history, series = record.history, _named_series(record.history)
-    every = max(1, math.ceil(history.num_epochs / _MANY_EPOCHS))
-    epochs = list(range(1, history.num_epochs + 1))[::every]
+    charts = []
 
-    def chart(title: str, unit: str, lines: Mapping[str, str], **more: Any) -> dict[str, Any]:
-        shown: list[dict[str, Any]] = []
-        for name, label in lines.items():
-            shown.append({"label": label, "values": _finite(series[name][::every])})
-        if history.best_epoch is not None and not more.get("stacked"):
-            shown[-1] |= {"best": history.best_epoch, "mark": f"best: epoch {history.best_epoch}"}
-        return {"title": title, "unit": unit, "epochs": epochs, "series": shown} | more
+    def add(title: str, unit: str, labels: Mapping[str, str], **more: Any) -> None:
+        curves: list[dict[str, Any]] = [
+            {"label": label, "values": series[name]} for name, label in labels.items() if name in series
+        ]
+        if history.best_epoch is not None and curves and not more.get("stacked"):
+            curves[-1] |= {"best": history.best_epoch, "mark": f"best: epoch {history.best_epoch}"}
+        if curves:
+            charts.append(_chart(history.num_epochs, title, unit, curves, **more))
 
-    losses: dict[str, str] = {name: name.replace("_", " ") for name in ("train_loss", "test_loss") if name in series}
-    charts = [chart("Loss", "", losses, gap=len(losses) == 2)] if losses else []
-    charts += [chart(name, "", {name: name}) for name in history.metrics if series.get(name)]
-    charts += [chart(*title, {name: title[0].lower()}) for name, title in _TITLES.items() if name in series]
-    parts = {name: name.removesuffix("_seconds") for name in _SECONDS if name in series}
-    if parts:
-        charts.append(chart("Where the time went", "seconds per epoch", parts, stacked=True))
+    add("Loss", "", {"train_loss": "train loss", "test_loss": "test loss"}, gap="test_loss" in series)
+    for name in history.metrics:
+        add(name, "", {name: name})
+    for name, (title, unit) in _TITLES.items():
+        add(title, unit, {name: title.lower()})
+    parts = {name: name.removesuffix("_seconds") for name in PARTS_OF_EPOCH}
+    add("Where the time went", "seconds per epoch", parts, stacked=True)
     return charts
 
 
-def _overlays(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+def _overlays(records: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """Return one chart per quantity, with a curve of each run."""
     per_run = [_named_series(record.history) for record in records]
-    names = list(dict.fromkeys(name for series in per_run for name in series))
-    names = [name for name in names if not name.endswith("_seconds")] + ["epoch_seconds"]
-    longest = max((record.history.num_epochs for record in records), default=0)
-    every = max(1, math.ceil(longest / _MANY_EPOCHS))
+    names = dict.fromkeys(name for series in per_run for name in series if not name.endswith("_seconds"))
+    longest = max(record.history.num_epochs for record in records)
     charts = []
-    for name in names:
+    for name in [*names, "epoch_seconds"]:
         curves = []
-        for index, (record, series) in enumerate(zip(records, per_run, strict=True)):
-            values = _finite(series.get(name, []))
-            if values:
-                padded = (values + [None] * (longest - len(values)))[::every]
-                best = record.history.best_epoch if name == record.monitor else None
-                curves.append({"label": record.name, "values": padded, "colour": index, "best": best})
+        for colour, (record, series) in enumerate(zip(records, per_run, strict=True)):
+            best = record.history.best_epoch if name == record.monitor else None
+            if name in series:
+                curves.append({"label": record.name, "values": series[name], "colour": colour, "best": best})
         if curves:
             title, unit = _TITLES.get(name, (name.replace("_", " ").capitalize(), ""))
-            epochs = list(range(1, longest + 1))[::every]
-            charts.append({"title": title, "unit": unit, "epochs": epochs, "series": curves})
+            charts.append(_chart(longest, title, unit, curves))
     return charts
 
 
 def _epochs(history: History) -> dict[str, Any]:
+    """Return the table of all epochs, with every digit."""
     series = _named_series(history)
-    columns = [[repr(value) for value in values] for values in series.values()]
-    rows = [[str(epoch), *row] for epoch, row in enumerate(zip(*columns, strict=False), start=1)]
+    rows = [[str(epoch), *map(repr, row)] for epoch, row in enumerate(zip(*series.values(), strict=False), start=1)]
     return {"header": ["epoch", *series], "rows": rows}
 
 
-def _cards(record: RunRecord) -> list[tuple[str, str]]:
-    history, of = record.history, record.asked.get("num_epochs")
-    cards = [("epochs", f"{history.num_epochs} of {of}" if of else str(history.num_epochs))]
+def _cards(record: RunFiles) -> list[tuple[str, str]]:
+    history, num_epochs = record.history, record.asked.get("num_epochs")
+    cards = [("epochs", f"{history.num_epochs} of {num_epochs}" if num_epochs else str(history.num_epochs))]
     if history.best_epoch is not None:
         cards.append(("best epoch", str(history.best_epoch)))
         cards.append((f"its {record.monitor.replace('_', ' ')}", _number(history.best_value)))
     if record.evaluations:
-        last = record.evaluations[-1]
-        cards += [(f"final {name}", _number(value)) for name, value in last["scores"].items()]
+        cards += [(f"final {name}", _number(value)) for name, value in record.evaluations[-1]["scores"].items()]
     if history.epoch_seconds:
         cards.append(("time", duration(sum(history.epoch_seconds))))
     if history.samples_per_second:
@@ -386,72 +331,65 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-_NO_DIFFERENCE = ("run_dir",)  # which always differs
-_Table = tuple[str, bool, list[str], list[list[str]]]
+_Table = tuple[str, bool, list[str], list[list[str]]]  # heading, whether it is open, header, rows
 
 
-def _tables(record: RunRecord) -> list[_Table]:
-    """Return heading, whether it is open, header and rows of each table of one run."""
+def _tables(record: RunFiles) -> list[_Table]:
     tables: list[_Table] = []
     if record.evaluations:
-        names = list(dict.fromkeys(name for one in record.evaluations for name in one["scores"]))
+        names = list(dict.fromkeys(name for evaluation in record.evaluations for name in evaluation["scores"]))
         rows = []
-        for one in record.evaluations:
-            of = "a stream" if one["num_samples"] is None else f"{one['num_samples']:,} samples"
-            rows.append([of, f"epoch {one['epoch']}", *(repr(one["scores"].get(name, "")) for name in names)])
+        for evaluation in record.evaluations:
+            num_samples, scores = evaluation["num_samples"], evaluation["scores"]
+            data = "a stream" if num_samples is None else f"{num_samples:,} samples"
+            rows.append([data, f"epoch {evaluation['epoch']}", *(repr(scores.get(name, "")) for name in names)])
         tables.append(("Final evaluation", True, ["of", "weights of", *names], rows))
     environment = {name: value for name, value in record.environment.items() if value is not None}
     machine = {name: environment.pop(name) for name in ("hardware", "platform", "python") if name in environment}
-    versions = environment.pop("versions", {})
-    tables.append(("Hardware and versions", True, [], _rows(machine | versions | environment)))
-    tables.append(("Config", False, [], _rows(record.asked)))
-    resolved = record.resolved | {name: one for name, one in record.identity.items() if name not in record.asked}
-    tables.append(("What it was resolved to", False, [], _rows(resolved)))
+    identity = {name: value for name, value in record.identity.items() if name not in record.asked}
+    for heading, is_open, values in (
+        ("Hardware and versions", True, machine | environment.pop("versions", {}) | environment),
+        ("Config", False, record.asked),
+        ("What it was resolved to", False, record.resolved | identity),
+    ):
+        tables.append((heading, is_open, [], [[name, _shown(value)] for name, value in values.items()]))
     return tables
-
-
-def _rows(values: Mapping[str, Any]) -> list[list[str]]:
-    return [[name, _shown(value)] for name, value in values.items()]
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name}={one}" for name, one in value.items())
+        return ", ".join(f"{name}={inner}" for name, inner in value.items())
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _differences(records: Sequence[RunRecord]) -> list[_Table]:
+def _differences(records: Sequence[RunFiles]) -> list[_Table]:
     """Return what the results of several runs are, and what differs in their configs and machines."""
-    header = ["", *(record.name for record in records)]
-
-    def row(name: str, value: Callable[[RunRecord], Any]) -> list[str]:
-        return [name, *(_number(value(record)) for record in records)]
-
-    results = [
-        row("state", lambda one: one.state),
-        row("how it ended", lambda one: one.told),
-        row("epochs", lambda one: one.history.num_epochs),
-        row("monitored", lambda one: one.monitor),
-        row("best epoch", lambda one: one.history.best_epoch),
-        row("best value", lambda one: one.history.best_value),
-        row("time", lambda one: duration(sum(one.history.epoch_seconds))),
-    ]
-    finals = [one.evaluations[-1]["scores"] if one.evaluations else {} for one in records]
+    results: dict[str, list[Any]] = {
+        "state": [record.state for record in records],
+        "how it ended": [record.outcome for record in records],
+        "epochs": [record.history.num_epochs for record in records],
+        "monitored": [record.monitor for record in records],
+        "best epoch": [record.history.best_epoch for record in records],
+        "best value": [record.history.best_value for record in records],
+        "time": [duration(sum(record.history.epoch_seconds)) for record in records],
+    }
+    finals = [record.evaluations[-1]["scores"] if record.evaluations else {} for record in records]
     for name in dict.fromkeys(name for scores in finals for name in scores):
-        results.append([f"final {name}", *(_number(scores.get(name, "-")) for scores in finals)])
+        results[f"final {name}"] = [scores.get(name, "-") for scores in finals]
     facts = [_facts(record) for record in records]
+    names = dict.fromkeys(name for run in facts for name in run if name != "run_dir")  # which always differs
     differing = [
-        [name, *(one.get(name, "-") for one in facts)]
-        for name in dict.fromkeys(name for one in facts for name in one)
-        if name not in _NO_DIFFERENCE and len({one.get(name) for one in facts}) > 1
+        [name, *(run.get(name, "-") for run in facts)] for name in names if len({run.get(name) for run in facts}) > 1
     ]
-    return [("Results", True, header, results), ("What differs", True, header, differing)]
+    header = ["", *(record.name for record in records)]
+    rows = [[name, *map(_number, values)] for name, values in results.items()]
+    return [("Results", True, header, rows), ("What differs", True, header, differing)]
 
 
-def _facts(record: RunRecord) -> dict[str, str]:
-    """Return what could tell a run from others."""
+def _facts(record: RunFiles) -> dict[str, str]:
+    """Return what could distinguish a run from other runs."""
     nested = record.identity | record.asked | record.resolved | record.environment
     facts = {name: _shown(value) for name, value in flattened(nested).items()}
-    if "hardware" in facts:  # without where each choice came from
+    if "hardware" in facts:  # shown without the sources of its choices
         facts["hardware"] = re.sub(r" \([^()]*\)", "", facts["hardware"])
     return facts

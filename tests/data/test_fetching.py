@@ -252,7 +252,8 @@ def test_a_copy_elsewhere_is_looked_at_as_it_is_now():
     whole = tensor_source_of(data)
     objective = Objective(nn.CrossEntropyLoss())
     copies = [MemorySource([tensor.clone() for tensor in data.tensors], source=whole)]
-    copies.append(SubsetSource(torch.tensor([1, 2]), MemorySource([tensor.clone() for tensor in data.tensors], whole)))
+    copied = MemorySource([tensor.clone() for tensor in data.tensors], source=whole)
+    copies.append(SubsetSource(torch.tensor([1, 2]), copied, Subset(data, [1, 2])))
     assert all(map(objective.weighs_evenly, copies))
     data.tensors[1][2] = -100
     assert not any(map(objective.weighs_evenly, copies))

@@ -21,7 +21,7 @@ from accel_trainer.storage.run_folder import RunFolder
 from accel_trainer.storage.saver import Saver, finish_writes
 from accel_trainer.storage.tensor_files import metadata_of
 from accel_trainer.tools.cli import main
-from accel_trainer.view.report import RunRecord, render
+from accel_trainer.view.report import RunFiles, render
 from support import loader_of, make_data, quiet
 
 BEST = "best/model.safetensors"
@@ -102,13 +102,13 @@ def test_a_damaged_end_of_the_last_line_is_no_write_that_was_broken_off(bit, who
 def test_no_flipped_bit_of_a_record_is_shown(name, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     content, dice = (whole / name).read_bytes(), random.Random(1)
-    expected = vars(RunRecord.load(whole)) | {"path": None, "changed": None, "name": None, "state": None}
+    expected = vars(RunFiles.load(whole)) | {"path": None, "changed": None, "name": None, "state": None}
     refused = 0
     for _ in range(400):
         (tmp_path / "run" / name).write_bytes(content)
         flip(tmp_path / "run" / name, dice)
         try:
-            found = vars(RunRecord.load(tmp_path / "run"))
+            found = vars(RunFiles.load(tmp_path / "run"))
         except ValueError as error:
             assert name in str(error)
             refused += 1
@@ -150,7 +150,7 @@ def test_no_flipped_bit_of_any_file_changes_how_a_run_goes_on(tmp_path):
     assert outcomes == {((5.0, 4.0, 4.5, 4.25, 3.0, 3.5), 5.0)}
 
 
-# --- content that makes no sense --------------------------------------------------------------------------------------
+# --- content of the wrong shape ---------------------------------------------------------------------------------------
 
 ESCAPE = "\x1b[2J"
 SHAPES = [None, True, -1, 2.5, 10**400, "nan", ESCAPE, [], {}, [[None]], {ESCAPE: ESCAPE}]
@@ -204,12 +204,12 @@ def test_a_record_of_any_shape_is_shown_or_refused_by_its_name(name, whole, tmp_
     for number, text in enumerate(senseless(whole / name, random.Random(4), 200)):
         (tmp_path / "bad" / name).write_text(text)
         try:
-            record = RunRecord.load(tmp_path / "bad")
+            record = RunFiles.load(tmp_path / "bad")
         except ValueError as error:
             assert name in str(error)
         else:
             render([record])
-            render([record, RunRecord.load(whole)])
+            render([record, RunFiles.load(whole)])
             shown += 1
         if number % 5 == 0 or name == "history.jsonl":
             assert main(["runs", str(tmp_path)]) == 0
@@ -227,11 +227,11 @@ def test_a_line_of_a_history_needs_a_train_loss_and_nothing_else(whole, tmp_path
         left |= {"epoch_seconds": "nan"} if "epoch_seconds" in left else {}
         (tmp_path / "run/history.jsonl").write_text(json.dumps(with_checksum(left)) + "\n")
         if is_taken:
-            assert RunRecord.load(tmp_path / "run").history.train_losses == [row["train_loss"]]
-            render([RunRecord.load(tmp_path / "run")])
+            assert RunFiles.load(tmp_path / "run").history.train_losses == [row["train_loss"]]
+            render([RunFiles.load(tmp_path / "run")])
         else:
             with pytest.raises(ValueError, match="history.jsonl, line 1 is no line of a history: KeyError"):
-                RunRecord.load(tmp_path / "run")
+                RunFiles.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -240,7 +240,7 @@ def test_a_record_that_no_json_reads_is_refused_by_its_name(name, text, whole, t
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / name).write_text(text + "\n" if text else "\n")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run" / name))):
-        RunRecord.load(tmp_path / "run")
+        RunFiles.load(tmp_path / "run")
 
 
 def test_a_run_with_senseless_choices_is_evaluated_under_no_others(whole, tmp_path, capsys):
@@ -463,13 +463,13 @@ def test_a_write_that_failed_never_ends_up_under_another_header(tmp_path, monkey
         save_best(self, tensors, metadata)
 
     monkeypatch.setattr(RunFolder, "save_best", slow)
-    keep = Saver._keep_best
+    keep = Saver.keep_best
 
-    def release(self, model, metadata):
+    def release(self, training, metadata):
         threading.Timer(0.3, may_end.set).start()
-        keep(self, model, metadata)
+        keep(self, training, metadata)
 
-    monkeypatch.setattr(Saver, "_keep_best", release)
+    monkeypatch.setattr(Saver, "keep_best", release)
     with pytest.warns(UserWarning, match="No space left on device"):
         scripted([5.0, 4.0, 3.0], tmp_path / "run")
     files = [tmp_path / "run" / BEST, *(path / BEST for _, path in steps_in(tmp_path / "run/checkpoints"))]

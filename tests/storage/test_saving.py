@@ -24,7 +24,7 @@ import accel_trainer.storage.run_folder as run_folder
 import accel_trainer.storage.saver as saving
 import accel_trainer.storage.tensor_files as tensor_files
 from accel_trainer import Callback, CheckpointError, History, NonFiniteError, TrainConfig, Trainer, load_best
-from accel_trainer.storage.checkpoints import Checkpoint, fault_of, steps_in
+from accel_trainer.storage.checkpoints import fault_of, read_checkpoint, steps_in
 from accel_trainer.storage.run_folder import RunFolder
 from accel_trainer.storage.tensor_files import metadata_of
 from support import ROOT, loader_of, make_data, make_model, on_processes, quiet
@@ -200,11 +200,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_outside_is_touched(tmp_
         )
         folder = RunFolder(run_dir, resume="auto")
         if "best/model.safetensors" in name:  # of which there are other copies
-            assert folder.resumed.path.name == newest and folder._best_for(folder.resumed) is not None, name
+            assert folder.resumed.name == newest and folder._best_for(folder.resumed) is not None, name
         elif not same_as_before:
-            assert folder.resumed.path.name == older, name
+            assert folder.resumed.name == older, name
             assert len(folder.passed_over) == 1 and folder.passed_over[0].startswith(f"{newest}: "), name
-        folder.resumed.read()
+        read_checkpoint(folder.resumed)
         folder.close()
         shutil.rmtree(run_dir / "checkpoints" / older)
         is_used = same_as_before or "best/model.safetensors" in name
@@ -572,7 +572,7 @@ def test_raise_names_parameters_and_samples_and_spares_the_files(tmp_path):
     assert note["batch"]["samples"] == list(range(12, 18)) and note["error"] == str(told.value)
     assert note["batch before"] == {"data_pass": 1, "number": 1, "samples": list(range(6, 12))}
     step = int(str(told.value).split("step ")[1].split(",")[0])
-    weights = RunFolder(tmp_path / "run", "auto").resumed.read().tensors["model.safetensors"]
+    weights = read_checkpoint(RunFolder(tmp_path / "run", "auto").resumed).tensors["model.safetensors"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert max(number for number, _ in steps_in(tmp_path / "run/checkpoints")) < step
     assert not (tmp_path / "run/best/model.safetensors").exists()
@@ -733,13 +733,13 @@ def test_a_relative_folder_stays_where_it_is(tmp_path, monkeypatch):
 def test_files_that_the_manifest_does_not_name_are_other_programs(tmp_path):
     fit(tmp_path / "run")
     (_, newest), *_ = steps_in(tmp_path / "run/checkpoints")
-    before = Checkpoint(newest).read()
+    before = read_checkpoint(newest)
     for name in (".DS_Store", "Thumbs.db", ".nfs0000001", "best/desktop.ini", "@eaDir/model.safetensors"):
         (newest / name).parent.mkdir(exist_ok=True)
         (newest / name).write_text("not ours")
     shutil.copy(newest / "optimizer.safetensors", newest / "progress.safetensors")  # a name of ours, not of this one
     assert fault_of(newest) is None
-    after = Checkpoint(newest).read()
+    after = read_checkpoint(newest)
     assert after.state == before.state and list(after.tensors) == list(before.tensors)
 
 

@@ -14,8 +14,8 @@ from accel_trainer.errors import ProcessFailedError
 from accel_trainer.tools.cli import main
 from accel_trainer.tools.launching import run_on_processes
 from accel_trainer.tools.parity import Case, Parity, Row, plan
-from accel_trainer.tools.recording import Mark, Place, digest, first_divergence
-from accel_trainer.tools.run_functions import find_run_function, make_run
+from accel_trainer.tools.recording import Mark, Position, digest, first_divergence
+from accel_trainer.tools.run_functions import call_run_function, find_run_function
 from support import ROOT
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.distributed]
@@ -199,10 +199,10 @@ def test_wrong_arguments_get_one_line(tmp_path, capsys):
 
 def test_a_run_function_must_return_what_a_run_needs():
     with pytest.raises(ValueError, match="Did you mean 'train_loader'"):
-        make_run(f"{RUNS}:misspelt", CONFIG)
+        call_run_function(f"{RUNS}:misspelt", CONFIG)
     with pytest.raises(ValueError, match="must return a dictionary"):
-        make_run(f"{RUNS}:returns_a_list", CONFIG)
-    arguments, loaders = make_run(f"{RUNS}:sound", CONFIG)
+        call_run_function(f"{RUNS}:returns_a_list", CONFIG)
+    arguments, loaders = call_run_function(f"{RUNS}:sound", CONFIG)
     assert set(loaders) == {"train_loader", "test_loader"} and "model" in arguments
     assert callable(find_run_function(f"{RUNS}:sound"))
 
@@ -215,9 +215,9 @@ def test_every_case_comes_after_the_one_it_is_compared_with(name):
     for num_gpus in (0, 1, 2):
         cases = plan(name, [3, 2, 1, 2], 8, num_gpus)
         assert len(set(cases)) == len(cases)
-        for place, case in enumerate(cases):
+        for index, case in enumerate(cases):
             assert (case.promise == "none") == (case.reference is None)
-            assert case.reference is None or case.reference in cases[:place]
+            assert case.reference is None or case.reference in cases[:index]
             if case.promise == "bits":
                 assert case.reference.bitwise and case.reference.precision == case.precision
     assert {case.device for case in cases} == {"CPU", "GPU 0", "GPU 1", "all GPUs"}
@@ -231,17 +231,17 @@ def test_a_row_becomes_plain_data():
 
 
 def marks(**values):
-    return {Place(1, kind, -1, "x"): Mark(str(value), value, value) for kind, value in values.items()}
+    return {Position(1, kind, -1, "x"): Mark(str(value), value, value) for kind, value in values.items()}
 
 
 def test_the_first_difference_in_the_order_of_causes_is_named():
     one = marks(loss=1.0, gradient=1.0, weights=1.0)
     other = marks(loss=1.0, gradient=1.1, weights=2.0)
-    assert first_divergence(one, other, 0.0, True).place.kind == "gradient"
-    assert first_divergence(one, other, 0.2, True).place.kind == "weights"
+    assert first_divergence(one, other, 0.0, True).position.kind == "gradient"
+    assert first_divergence(one, other, 0.2, True).position.kind == "weights"
     assert first_divergence(one, other, 2.0, True) is None
     assert first_divergence(one, marks(loss=math.nan, gradient=1.0, weights=1.0), 0.1, True).difference == math.inf
-    assert first_divergence(one, marks(loss=1.0, weights=1.0), 0.1, True).place.kind == "gradient"
+    assert first_divergence(one, marks(loss=1.0, weights=1.0), 0.1, True).position.kind == "gradient"
 
 
 def test_a_digest_depends_on_every_bit_and_name():

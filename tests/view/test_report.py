@@ -13,7 +13,7 @@ from torch import nn
 
 from accel_trainer import Callback, History, Trainer
 from accel_trainer.tools.cli import main
-from accel_trainer.view.report import LivePage, RunRecord, render, runs_in
+from accel_trainer.view.report import LivePage, RunFiles, render, runs_in
 from support import correct, loader_of, make_data, make_model, quiet
 
 
@@ -115,7 +115,7 @@ def test_a_disk_that_fails_and_a_nan_do_not_stop_the_page(tmp_path, monkeypatch)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="no room"):
         patch.setattr(LivePage, "write", fails)
         assert fit(tmp_path / "full").history.num_epochs == 3
-    record = RunRecord.load(tmp_path / "full")
+    record = RunFiles.load(tmp_path / "full")
     record.history.test_losses[1] = float("nan")
     page = render([record])
     assert data_of(page)["charts"][0]["series"][1]["values"][1] is None
@@ -123,7 +123,7 @@ def test_a_disk_that_fails_and_a_nan_do_not_stop_the_page(tmp_path, monkeypatch)
 
 
 def test_text_in_the_page_is_text(tmp_path):
-    record = RunRecord("<script>x</script>", tmp_path, History([1.0], [2.0], stop_reason="</script><b>"), "finished")
+    record = RunFiles("<script>x</script>", tmp_path, History([1.0], [2.0], stop_reason="</script><b>"), "finished")
     page = render([record])
     assert "<script>x" not in page and "</script><b>" not in page
 
