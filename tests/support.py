@@ -1,14 +1,21 @@
 """Tiny models, fixed data, and processes to run them on."""
 
+import functools
+import multiprocessing
 import os
 import pickle
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
+import accelerate.commands.launch
 import torch
 import torch.distributed
+import torch.distributed.run
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
@@ -36,32 +43,91 @@ def on_processes(num_processes, function, *args):
         return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(num_processes)]
 
 
+def _begin(main, output, errors, argv, env, cwd):
+    """Turn this fork into the program that it stands for."""
+    os.setsid()
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+    sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = list(map(str, argv))
+    warnings.resetwarnings()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    main()
+
+
+def run_forked(main, *argv, env=None, cwd=None, timeout=90):
+    """Call what a program begins with in a fork of this process, which has imported already what takes it seconds.
+
+    For programs whose own start and end are not asked about: theirs are those of a process of multiprocessing.
+
+    Args:
+        main: A function, or the path of a script.
+        *argv: The name of the program and its arguments.
+        env: All its variables.
+        cwd: Its folder.
+        timeout: Seconds that it may take.
+
+    Returns:
+        What `subprocess.run` does.
+    """
+    if not callable(main):
+        main = functools.partial(runpy.run_path, str(main), run_name="__main__")
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        how = main, output.fileno(), errors.fileno(), argv, {**os.environ, **(env or {})}, cwd or os.getcwd()
+        process = multiprocessing.get_context("fork").Process(target=_begin, args=how)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            raise subprocess.TimeoutExpired(str(argv), timeout)
+        texts = []
+        for file in (output, errors):
+            file.seek(0)
+            texts.append(file.read())
+    return subprocess.CompletedProcess(list(argv), process.exitcode, *texts)
+
+
+def torchrun(path, *args, num_processes=2, options=(), forks=False, **how):
+    """Run a script under torchrun, which itself is a fork of this process; return what `subprocess.run` does.
+
+    Args:
+        path: Of the script.
+        *args: For the script.
+        num_processes: How many.
+        options: More of torchrun's own.
+        forks: Whether torchrun forks its processes in place of starting interpreters.
+        **how: The variables, the folder and the seconds of `run_forked`.
+    """
+    start = ["--standalone", f"--nproc_per_node={num_processes}", *options]
+    start += ["--run-path", "--start-method=fork"] if forks else []
+    return run_forked(torch.distributed.run.main, "torchrun", *start, str(path), *args, **how)
+
+
 def launch(script, num_processes=2, launcher="torchrun", timeout=90, env=None, args=()):
-    """Start a real launcher on a script given as text; return the finished process with its output."""
+    """Start a real launcher on a script given as text; return the finished process with its output.
+
+    The processes that it launches are interpreters of their own.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "script.py")
         path.write_text(script)
-        commands = {
-            "python": [sys.executable],
-            "torchrun": [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                f"--nproc_per_node={num_processes}",
-            ],
-            "accelerate": [
-                *(sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"),
-                *("--dynamo_backend=no", f"--num_processes={num_processes}", "--main_process_port=0"),
-                *(["--multi_gpu"] if num_processes > 1 else []),
-            ],
-        }
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": folder, **(env or {})}
-        return subprocess.run(
-            [*commands[launcher], str(path), *args],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-            cwd=folder,
-        )
+        how = {"env": environment, "cwd": folder, "timeout": timeout}
+        if launcher == "torchrun":
+            return torchrun(path, *args, num_processes=num_processes, **how)
+        if launcher == "accelerate":
+            options = [
+                *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
+                *(f"--num_processes={num_processes}", "--main_process_port=0"),
+                *(["--multi_gpu"] if num_processes > 1 else []),
+            ]
+            return run_forked(accelerate.commands.launch.main, "accelerate-launch", *options, str(path), *args, **how)
+        return subprocess.run([sys.executable, str(path), *args], capture_output=True, text=True, **how)
 
 
 class Items(Dataset):

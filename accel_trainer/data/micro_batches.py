@@ -7,6 +7,7 @@ indices, cuts each the same way, and fetches only its own pieces.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -246,10 +247,17 @@ class MicroBatchLoader:
                 yield micro_batch
 
     def _from_workers(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
-        requested, planned = itertools.tee(self._planned(epoch, first_batch))  # workers run ahead
-        self._requests.start(self._request(epoch, micro_batch) for micro_batch in requested)
+        planned: deque[MicroBatch] = deque()  # workers run ahead
+
+        def requests() -> Iterator[Request]:
+            for micro_batch in self._planned(epoch, first_batch):
+                planned.append(micro_batch)
+                yield self._request(epoch, micro_batch)
+
+        self._requests.start(requests())
         with closing(read_from_workers(iter(self._workers))) as parcels:  # type: ignore[arg-type]
-            for parcel, micro_batch in zip(parcels, planned, strict=False):
+            for parcel in parcels:
+                micro_batch = planned.popleft()
                 micro_batch.data = parcel.data
                 yield micro_batch
 

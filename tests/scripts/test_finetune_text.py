@@ -4,7 +4,6 @@ import csv
 import json
 import random
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -19,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from accel_trainer import History
-from support import ROOT
+from support import ROOT, torchrun
 
 SCRIPT = str(ROOT / "scripts" / "finetune_text.py")
 GOOD, BAD = ["fine", "great", "lovely", "warm"], ["awful", "cold", "dull", "poor"]
@@ -102,10 +101,7 @@ def test_the_cut_and_its_padding_do_not_matter(files, monkeypatch, capsys):
 @pytest.mark.distributed
 def test_two_processes_are_one(files, monkeypatch, capsys):
     _, alone = run(monkeypatch, capsys, "--num_epochs", "2", "--run_dir", "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *OPTIONS]
-    done = subprocess.run(
-        [*command, "--num_epochs", "2", "--run_dir", "two"], capture_output=True, text=True, timeout=100
-    )
+    done = torchrun(SCRIPT, *OPTIONS, "--num_epochs", "2", "--run_dir", "two", forks=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert accuracy_in(done.stdout) == accuracy_in(alone)
     assert History.load("one").train_losses == pytest.approx(History.load("two").train_losses, rel=1e-4)

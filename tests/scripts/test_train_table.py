@@ -1,10 +1,10 @@
 """The example for tables: any file in, a prediction for every row out, and plain words for what is wrong with it."""
 
 import datetime
+import functools
 import os
 import re
 import runpy
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from support import ROOT
+from support import ROOT, run_forked, torchrun
 
 SCRIPT = str(ROOT / "scripts" / "train_table.py")
 
@@ -177,11 +177,10 @@ def test_a_csv_with_an_index_keeps_its_types_to_the_last_row(tmp_path, monkeypat
 def test_two_processes_predict_as_one(tmp_path):
     path = tmp_path / "t.csv"
     numeric_table(203).to_csv(path, index=False)
-    printed, environment = [], {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, start in (("1", [sys.executable]), ("2", launcher)):
-        command = [*start, SCRIPT, "--data", str(path), "--target", "y", "--num_epochs", "2", "--run_dir", name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=tmp_path, env=environment)
+    printed = []
+    for name, start in (("1", functools.partial(run_forked, SCRIPT)), ("2", functools.partial(torchrun, forks=True))):
+        arguments = "--data", str(path), "--target", "y", "--num_epochs", "2", "--run_dir", name
+        done = start(SCRIPT, *arguments, timeout=90, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
     assert printed[1].count("Missing values") == 1 and printed[1].count("Final evaluation") == 1

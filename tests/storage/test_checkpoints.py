@@ -20,6 +20,8 @@ from accel_trainer.storage.run_folder import RunFolder
 from accel_trainer.storage.weights import checked_state
 from support import ROOT, correct, loader_of, make_data, make_model, on_processes, quiet
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 
 def fit(run_dir, model=None, **choices):
     model = model or make_model()

@@ -24,6 +24,8 @@ from accel_trainer.tools.cli import main
 from accel_trainer.view.report import RunFiles, render
 from support import loader_of, make_data, quiet
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 BEST = "best/model.safetensors"
 
 

@@ -21,6 +21,8 @@ from accel_trainer.data.micro_batches import MicroBatchLoader
 from accel_trainer.storage.checkpoints import fault_of, steps_in
 from support import assert_same, correct, loader_of, make_data, make_model, on_processes, quiet, summary
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 EVERY_STEP = {"checkpoint_every": 1, "keep_checkpoints": 100}
 
 

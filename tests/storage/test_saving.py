@@ -27,7 +27,9 @@ from accel_trainer import Callback, CheckpointError, History, NonFiniteError, Tr
 from accel_trainer.storage.checkpoints import fault_of, read_checkpoint, steps_in
 from accel_trainer.storage.run_folder import RunFolder
 from accel_trainer.storage.tensor_files import metadata_of
-from support import ROOT, loader_of, make_data, make_model, on_processes, quiet
+from support import ROOT, loader_of, make_data, make_model, on_processes, quiet, run_forked, torchrun
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 # --- killed half way --------------------------------------------------------------------------------------------------
 
@@ -395,9 +397,9 @@ def test_a_signal_saves_the_step_and_leaves_with_143(tmp_path, name, to, workers
     assert f"{name}: stopping after this step." in err and "Traceback" not in err, err
     content = mark(tmp_path)
     assert content["reason"].startswith(f"interrupted ({name}) in epoch")
-    again = start(tmp_path, num_epochs=content["epoch"] + 1)
-    out, err = again.communicate(timeout=60)
-    assert again.returncode == 0 and f"returned {content['epoch'] + 1} all" in out, err
+    script, num_epochs = tmp_path / "script.py", content["epoch"] + 1
+    again = run_forked(script, script, ROOT / "tests", tmp_path / "run", num_epochs, 0, timeout=60)
+    assert again.returncode == 0 and f"returned {num_epochs} all" in again.stdout, again.stderr
     assert not (tmp_path / "run/preempted.json").exists()
 
 
@@ -545,10 +547,8 @@ RESTARTED = (
 @pytest.mark.distributed
 def test_a_launcher_that_restarts_goes_on_by_itself(tmp_path):
     (tmp_path / "script.py").write_text(RESTARTED)
-    arguments = [str(tmp_path / "script.py"), str(ROOT / "tests"), str(tmp_path / "run"), "3", "0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=110, env=environment)
+    arguments = str(ROOT / "tests"), str(tmp_path / "run"), "3", "0"
+    done = torchrun(tmp_path / "script.py", *arguments, options=["--max_restarts=2"], timeout=110)
     assert done.returncode == 0 and "returned 3 all 3 epochs done" in done.stdout, done.stderr
     assert History.load(tmp_path / "run").num_epochs == 3
 

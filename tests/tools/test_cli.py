@@ -2,14 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
 from accel_trainer import History
 from accel_trainer.tools.cli import main
-from support import ROOT
+from support import ROOT, torchrun
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 RUNS = str(ROOT / "tests" / "faulty_runs.py")
 
@@ -134,10 +134,7 @@ def test_check_tells_on_one_page_and_on_two_processes(module, tmp_path, capsys):
     assert "16 tensors of model and optimizer come back bit for bit" in lines[3]
     assert re.search(r"about [\d.]+ m?s an epoch of 3 steps", lines[6])
     assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "accel_trainer", "check", module], capture_output=True, text=True, cwd=ROOT / "tests"
-    )
+    done = torchrun("accel_trainer", "check", module, options=["-m"], cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2: their weights are equal bit for bit") == 1
 

@@ -16,7 +16,7 @@ from accel_trainer.tools.launching import run_on_processes
 from accel_trainer.tools.parity import Case, Parity, Row, plan
 from accel_trainer.tools.recording import Mark, Position, digest, first_divergence
 from accel_trainer.tools.run_functions import call_run_function, find_run_function
-from support import ROOT
+from support import ROOT, torchrun
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.distributed]
 RUNS = str(ROOT / "tests" / "faulty_runs.py")
@@ -170,9 +170,8 @@ def test_the_command_line_itself_with_a_markdown_table():
 
 @pytest.mark.distributed
 def test_parity_runs_once_under_a_launcher():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "accel_trainer", "parity", "faulty_runs:sound", "--processes", "2", "--max_steps", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests", timeout=120)
+    command = "accel_trainer", "parity", "faulty_runs:sound", "--processes", "2", "--max_steps", "1"
+    done = torchrun(*command, options=["-m"], cwd=ROOT / "tests", timeout=110)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("promises kept") == 1
 

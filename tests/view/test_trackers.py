@@ -21,6 +21,8 @@ from accel_trainer.config import TRACKER_NAMES, check_tracker_names
 from accel_trainer.view.trackers import Trackers, _plain
 from support import correct, loader_of, make_data, make_model, quiet
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 STEPS = 4  # of an epoch
 CONFIG = {"asked": {"num_epochs": 3, "patience": None, "trackers": ["a", "b"], "lr": 0.1}, "bitwise": True, "name": "x"}
 FLAT = {
