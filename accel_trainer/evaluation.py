@@ -13,7 +13,7 @@ from torch import nn
 from .base.console import warn
 from .data.collated import count_samples
 from .data.micro_batches import MicroBatch, MicroBatchLoader
-from .data.randomness import EVALUATION, derive_seed, runs_only_torch, seed_all
+from .data.randomness import EVALUATION, derive_seed, draws_nothing, seed_all
 from .devices.agreement import Stopping
 from .devices.gathering import Gathered, of_samples
 from .devices.memory import until_it_fits
@@ -46,7 +46,7 @@ def evaluate(
     hardware = prepared.hardware
     loader.refresh()
     is_even = objective.weighs_evenly(loader.source, loader.may_hold_others)
-    is_torchs = runs_only_torch(prepared.user_model, *objective.functions, *metrics.called)
+    is_certain = draws_nothing(prepared.user_model, *objective.functions, *metrics.called)
     for memory in until_it_fits(hardware, loader):
         metrics.reset(hardware.device)
         losses = LossTable(hardware.device, tuple(metrics.functions), prepared.copies_losses)
@@ -59,8 +59,8 @@ def evaluate(
                     losses.start_batch(micro_batch.batch.number, micro_batch.batch)
                 # No forward exchanges anything, so nobody needs padding.
                 if not micro_batch.piece.is_padding and not memory.exceeded:
-                    seed = derive_seed(loader.seed, EVALUATION, *micro_batch.position)
-                    seed_all(seed, hardware.generators, is_torchs)
+                    if not is_certain:
+                        seed_all(derive_seed(loader.seed, EVALUATION, *micro_batch.position), hardware.generators)
                     with memory.trying(micro_batch):
                         forward = evaluated(prepared, objective, micro_batch, is_even)
                         losses.add(micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))

@@ -139,8 +139,9 @@ def start_batch(training: Training, batch: Batch) -> None:
 
 def seed_generators(training: Training, micro_batch: MicroBatch) -> None:
     """Set what dropout and friends draw from: a function of seed, batch and micro-batch."""
-    seed = derive_seed(training.config.seed, TRAINING, training.state.num_batches, micro_batch.piece.index)
-    seed_all(seed, training.hardware.generators, training.runs_only_torch)
+    if not training.draws_nothing:
+        seed = derive_seed(training.config.seed, TRAINING, training.state.num_batches, micro_batch.piece.index)
+        seed_all(seed, training.hardware.generators)
 
 
 def forward_backward(training: Training, micro_batch: MicroBatch) -> None:

@@ -14,7 +14,7 @@ from .base.console import warn
 from .callbacks import Callbacks
 from .config import TrainConfig
 from .data.micro_batches import MicroBatchLoader
-from .data.randomness import generators_kept, runs_only_torch
+from .data.randomness import draws_nothing, generators_kept
 from .devices.agreement import Stopping, shared_failure
 from .devices.arithmetic import fixed_arithmetic
 from .devices.checks import foreign_parameters
@@ -52,7 +52,7 @@ class Training:
         saver: What saves within an epoch; `None` if nothing does.
         probe: Looks whether the loss is a mean; `None` to leave that out.
         weight_is_num_samples: Whether each sample weighs the same, so that all processes know the weight of a batch.
-        runs_only_torch: Whether no code but torch's runs in a step, so that only torch's generators need a seed.
+        draws_nothing: Whether no code runs in a step that may draw at random: then nothing needs a seed.
         num_changes: Changes of the data in memory that were looked at.
         num_gone: Parameters of the optimizer that have left the model.
         num_graphs_before: Graphs that the process had compiled before the run.
@@ -78,7 +78,7 @@ class Training:
     saver: Saver | None = None
     probe: MeanProbe | None = None
     weight_is_num_samples: bool = False
-    runs_only_torch: bool = False
+    draws_nothing: bool = False
     num_changes: int = 0
     num_gone: int = 0
     num_graphs_before: int = field(default_factory=num_compilations)
@@ -105,7 +105,7 @@ class Training:
             is_even = not self.hardware.any_process(not is_even)[0]
         self.weight_is_num_samples = is_even
         others = (*self.objective.functions, self.prepared.optimizer)
-        self.runs_only_torch = not self.callbacks.heard and runs_only_torch(self.prepared.user_model, *others)
+        self.draws_nothing = not self.callbacks.heard and draws_nothing(self.prepared.user_model, *others)
         self.gradients.start_epoch()
         self.buffers.start_epoch()
 

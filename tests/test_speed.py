@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import Callback, Trainer, train_model
+from accel_trainer.data.randomness import draws_nothing
 from accel_trainer.numbers.loss_table import LossTable
 from accel_trainer.storage.weights import load_best
 from support import ROOT, correct, loader_of, make_data, make_model, on_processes, quiet
@@ -161,6 +162,57 @@ def traced():
     return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(1, 1)))
 
 
+@pytest.mark.parametrize(
+    "thing, expected",
+    [
+        (nn.Linear(1, 1), True),
+        (nn.Conv2d(1, 1, 1), True),
+        (nn.CrossEntropyLoss(), True),
+        (nn.Dropout(), False),
+        (nn.RReLU(), False),
+        (nn.MultiheadAttention(2, 1, dropout=0.1), False),
+        (nn.LSTM(1, 1, 2, dropout=0.1), False),
+        (nn.TransformerEncoderLayer(4, 1), False),
+        (Mine(1, 1), False),
+        (changed(nn.Linear(1, 1), "forward", lambda inputs: inputs), False),
+        (changed(nn.Conv1d(1, 1, 1), "_conv_forward", lambda *_: None), False),
+        (changed(nn.Linear(1, 1), "weight", Odd(torch.zeros(1, 1))), False),
+        (nn.TransformerEncoderLayer(4, 1, activation=lambda inputs: inputs), False),
+        (nn.TripletMarginWithDistanceLoss(distance_function=lambda one, other: one - other), False),
+        (hooked("register_forward_hook"), False),
+        (hooked("register_full_backward_hook"), False),
+        (hooked("register_hook"), False),
+        (hooked("register_post_accumulate_grad_hook"), False),
+        (traced(), False),
+    ],
+)
+def test_generators_are_seeded_where_a_model_may_draw(thing, expected):
+    assert draws_nothing(nn.Sequential(nn.ReLU(), thing)) == expected
+
+
+@pytest.mark.parametrize(
+    "thing, expected",
+    [
+        (torch.optim.SGD([torch.zeros(1)]), True),
+        (F.dropout, False),
+        (correct, False),
+        (functools.partial(F.cross_entropy), False),
+        (Callback(), False),
+    ],
+)
+def test_generators_are_seeded_where_what_stands_beside_it_may_draw(thing, expected):
+    assert draws_nothing(nn.ReLU(), thing) == expected
+
+
+def test_what_is_changed_for_all_modules_counts(monkeypatch):
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not draws_nothing(nn.ReLU())
+    handle.remove()
+    assert draws_nothing(nn.ReLU())
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, inputs: inputs)
+    assert not draws_nothing(nn.ReLU())
+
+
 def test_a_layer_that_comes_later_is_seen():
     def run(num_drawn):
         torch.manual_seed(0)
@@ -173,6 +225,26 @@ def test_a_layer_that_comes_later_is_seen():
         return train_model(loader, model, loss_fn, optimizer)
 
     assert run(0) == run(5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of odd arguments
+def test_no_layer_of_torch_that_is_taken_to_draw_nothing_draws():
+    """Every module that can be called with a tensor, and is said to draw nothing, leaves the generator alone."""
+    tried = 0
+    for name in dir(nn):
+        kind = getattr(nn, name)
+        if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+            continue
+        for arguments, shape in (((), (4, 4)), ((4,), (2, 4, 4)), ((4, 4), (4, 4)), ((2,), (2, 2, 8, 8))):
+            try:
+                module, inputs = kind(*arguments), torch.rand(shape)
+                is_certain, state = draws_nothing(module), torch.get_rng_state()
+                module(inputs)
+            except Exception:
+                continue
+            tried += 1
+            assert not is_certain or torch.equal(state, torch.get_rng_state()), name
+    assert tried > 50
 
 
 def test_python_and_numpy_draw_alike_wherever_user_code_may_draw():
