@@ -86,7 +86,7 @@ def evaluate(
 
 def evaluated(prepared: Prepared, objective: Objective, micro_batch: MicroBatch, is_even: bool) -> Forward:
     """Return what a micro-batch gives in an evaluation; it is then on the device."""
-    micro_batch.move(prepared.place)
+    micro_batch.move(prepared.to_device)
     with prepared.forward_mode(micro_batch.batch.is_full):
         forward = objective(prepared.model, micro_batch, is_even)
     check_loss(forward.loss, needs_grad=False)
@@ -114,7 +114,7 @@ def predict(prepared: Prepared, loader: MicroBatchLoader) -> Any:
 
 def predicted(prepared: Prepared, micro_batch: MicroBatch, left_out: set[str]) -> Any:
     """Return the outputs for the samples of a micro-batch; `left_out` takes the names of those without samples."""
-    inputs = inputs_of(prepared.place(micro_batch.data))
+    inputs = inputs_of(prepared.to_device(micro_batch.data))
     with prepared.forward_mode(micro_batch.batch.is_full):
         outputs = call_model(prepared.model, inputs)
     num_samples = micro_batch.num_samples

@@ -23,10 +23,11 @@ from .devices.hardware import Hardware
 from .devices.memory import keep_data
 from .devices.prepared import Prepared
 from .evaluation import evaluate, training_mode
-from .loop import check_same_weights, train_epoch
+from .loop import train_epoch
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics
 from .numbers.objective import Objective
+from .numbers.reductions import check_same_weights
 from .run import Training, make_training, together
 from .state import TrainState
 from .view.screen import recut_message, say
@@ -166,7 +167,8 @@ def train_model(
         with training_mode(model), training.prepared.attached():
             totals = train_epoch(training, loader.micro_batches(session.epochs[train_loader]))
         training.buffers.share()
-        check_same_weights(training)
+        if hardware.num_processes > 1:
+            check_same_weights(model)
     return math.nan if totals is None else totals.loss
 
 

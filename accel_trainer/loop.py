@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import closing
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
 from .data.micro_batches import Batch, MicroBatch
 from .data.randomness import TRAINING, derive_seed, seed_all
 from .evaluation import evaluate, evaluation_mode
 from .numbers.loss_table import Totals
 from .numbers.objective import check_loss
-from .numbers.reductions import are_same_everywhere
+from .numbers.reductions import check_same_weights
 from .run import Run, Training
 
 
@@ -31,7 +27,8 @@ def fit(run: Run) -> str:
             return f"{training.stopping.reason} in epoch {state.epoch}"  # an epoch cut short is not recorded
 
         training.buffers.share()
-        check_same_weights(training)
+        if training.hardware.num_processes > 1:
+            check_same_weights(training.prepared.user_model)
         if state.step == config.max_steps:
             run.saver.save_last(training)  # not after an epoch cut short: with more steps the run goes on within it
         training.prepared.put_optimizer("eval")  # schedule-free ones have other weights then
@@ -151,7 +148,7 @@ def forward_backward(training: Training, micro_batch: MicroBatch) -> None:
     training.buffers.start_micro_batch(micro_batch)
     # Running out of memory ends the block and is noted. Of a deferred batch nothing is sent before it is known to fit.
     with memory.trying(micro_batch), training.gradients.context(micro_batch, memory.is_deferred):
-        micro_batch.move(prepared.place)
+        micro_batch.move(prepared.to_device)
         with prepared.forward_mode(micro_batch.batch.is_full):
             forward = training.objective(prepared.model, micro_batch, training.weight_is_num_samples, training.joined)
         check_loss(forward.loss, needs_grad=True)
@@ -285,36 +282,3 @@ def record(run: Run, train: Totals, test: dict[str, float]) -> float:
     if run.monitor not in scores:
         raise ValueError(f"monitor must be one of {', '.join(scores)} here, got {run.monitor!r}.")
     return scores[run.monitor]
-
-
-# --- weights that have parted -----------------------------------------------------------------------------------------
-
-
-def check_same_weights(training: Training) -> None:
-    """Find processes whose weights have parted: they would train different models from here on.
-
-    Raises:
-        RuntimeError: With the first parameter that differs.
-    """
-    if training.hardware.num_processes == 1:
-        return
-    named = list(training.prepared.user_model.named_parameters())
-    bits = torch.stack([_bits(parameter) for _, parameter in named])
-    for (name, _), is_same in zip(named, are_same_everywhere(bits), strict=True):
-        if not is_same:
-            raise RuntimeError(
-                f"The weights differ between the processes, first in {name}. Call the model that compute_loss is "
-                "given, not one it has from elsewhere, let nothing in it depend on the process, and set "
-                "find_unused_parameters=True if a step can leave parameters without a gradient."
-            )
-
-
-def _bits(parameter: Tensor) -> Tensor:
-    """Return the sum of a tensor's bits, read as whole numbers of 64 bits: the widest are added fastest."""
-    values = parameter.detach().contiguous().view(-1)
-    if values.storage_offset() * values.element_size() % 8:
-        values = values.clone()  # only where such numbers may begin can they be read
-    in_bytes = values.view(torch.uint8)
-    whole, rest = in_bytes.tensor_split([len(in_bytes) // 8 * 8])
-    total = whole.view(torch.int64).sum()
-    return total + pad(rest, (0, 8 - len(rest))).view(torch.int64).sum() if len(rest) else total

@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset
 
 import accel_trainer
-from accel_trainer import Callback, History, NonFiniteError, StopTraining, TrainConfig, Trainer, loop
+from accel_trainer import Callback, History, NonFiniteError, StopTraining, TrainConfig, Trainer
 from accel_trainer.callbacks import Callbacks
+from accel_trainer.numbers.reductions import sum_of_bits
 from support import ROOT, correct, launch, loader_of, make_data, make_model, on_processes, quiet, summary, train
 
 
@@ -578,14 +579,14 @@ def test_no_bit_of_a_weight_can_differ_unseen(dtype, shape):
     for offset in (0, 1):
         memory = torch.randn(offset + math.prod(shape)).to(dtype)
         weight = memory[offset:].view(shape)
-        bits = loop._bits(weight)
+        bits = sum_of_bits(weight)
         for place in range(weight.nbytes):
             raw = memory[offset:].view(torch.uint8)
             for bit in (0, 7):
                 raw[place] ^= 1 << bit
-                assert loop._bits(weight) != bits
+                assert sum_of_bits(weight) != bits
                 raw[place] ^= 1 << bit
-        assert loop._bits(weight) == bits
+        assert sum_of_bits(weight) == bits
 
 
 # --- what is refused before anything is trained -----------------------------------------------------------------------

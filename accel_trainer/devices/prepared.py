@@ -44,14 +44,14 @@ class Prepared:
     Attributes:
         user_model: The user's model.
         model: The function to call in its place.
-        place: Returns a micro-batch on the device.
+        to_device: Returns a micro-batch on the device.
     """
 
     def __init__(
         self, hardware: Hardware, model: nn.Module, optimizer: Optimizer | None = None, compile: _Compile = False
     ) -> None:
         self.hardware, self.user_model, self.optimizer = hardware, model, optimizer
-        self.place = Placement(hardware.device, hardware.bitwise)
+        self.to_device = Placement(hardware.device, hardware.bitwise)
         before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
         wrapped, self._accelerated = _accelerated(hardware, model, optimizer)
         autocast = autocast_of(hardware.accelerator)

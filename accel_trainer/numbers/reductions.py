@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..base.exchange import any_process
 from ..data.cut import Layout, run_of
@@ -53,6 +54,34 @@ def are_same_everywhere(numbers: Tensor) -> list[bool]:
     greatest, inverse_of_least = extremes.chunk(2)
     same: list[bool] = (greatest == ~inverse_of_least).tolist()
     return same
+
+
+def check_same_weights(model: nn.Module) -> None:
+    """Find processes whose weights differ: they would train different models from here on.
+
+    Raises:
+        RuntimeError: With the first parameter that differs.
+    """
+    named = list(model.named_parameters())
+    sums = torch.stack([sum_of_bits(parameter) for _, parameter in named])
+    for (name, _), is_same in zip(named, are_same_everywhere(sums), strict=True):
+        if not is_same:
+            raise RuntimeError(
+                f"The weights differ between the processes, first in {name}. Call the model that compute_loss is "
+                "given, not one it has from elsewhere, let nothing in it depend on the process, and set "
+                "find_unused_parameters=True if a step can leave parameters without a gradient."
+            )
+
+
+def sum_of_bits(parameter: Tensor) -> Tensor:
+    """Return the sum of a tensor's bits, read as whole numbers of 64 bits: the widest are added fastest."""
+    values = parameter.detach().contiguous().view(-1)
+    if values.storage_offset() * values.element_size() % 8:
+        values = values.clone()  # only where such numbers may begin can they be read
+    in_bytes = values.view(torch.uint8)
+    whole, rest = in_bytes.tensor_split([len(in_bytes) // 8 * 8])
+    total = whole.view(torch.int64).sum()
+    return total + pad(rest, (0, 8 - len(rest))).view(torch.int64).sum() if len(rest) else total
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
