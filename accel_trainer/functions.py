@@ -27,7 +27,6 @@ from .loop import train_epoch
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics
 from .numbers.objective import Objective
-from .numbers.reductions import check_same_weights
 from .run import Training, make_training, together
 from .state import TrainState
 from .view.screen import recut_message, say
@@ -166,9 +165,7 @@ def train_model(
         training.count_epoch()
         with training_mode(model), training.prepared.attached():
             totals = train_epoch(training, loader.micro_batches(session.epochs[train_loader]))
-        training.buffers.share()
-        if hardware.num_processes > 1:
-            check_same_weights(model)
+        training.end_epoch()
     return math.nan if totals is None else totals.loss
 
 

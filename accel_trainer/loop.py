@@ -10,7 +10,6 @@ from .data.randomness import TRAINING, derive_seed, seed_all
 from .evaluation import evaluate, evaluation_mode
 from .numbers.loss_table import Totals
 from .numbers.objective import check_loss
-from .numbers.reductions import check_same_weights
 from .run import Run, Training
 
 
@@ -26,9 +25,7 @@ def fit(run: Run) -> str:
         if train is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"  # an epoch cut short is not recorded
 
-        training.buffers.share()
-        if training.hardware.num_processes > 1:
-            check_same_weights(training.prepared.user_model)
+        training.end_epoch()
         if state.step == config.max_steps:
             run.saver.save_last(training)  # not after an epoch cut short: with more steps the run goes on within it
         training.prepared.put_optimizer("eval")  # schedule-free ones have other weights then

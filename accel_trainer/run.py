@@ -30,7 +30,7 @@ from .numbers.loss_table import LossTable, MeanNorm
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics
 from .numbers.objective import Objective
-from .numbers.reductions import ChainSum, TreeSum, share_from_main
+from .numbers.reductions import ChainSum, TreeSum, check_same_weights, share_from_main
 from .numbers.schedules import Schedule
 from .state import TrainState
 
@@ -108,6 +108,12 @@ class Training:
         self.draws_nothing = not self.callbacks.heard and draws_nothing(self.prepared.user_model, *others)
         self.gradients.start_epoch()
         self.buffers.start_epoch()
+
+    def end_epoch(self) -> None:
+        """Give all processes the same buffers, and find weights that differ; all processes call it together."""
+        self.buffers.share()
+        if self.hardware.num_processes > 1:
+            check_same_weights(self.prepared.user_model)
 
     def _is_evenly_weighted(self) -> bool:
         return self.objective.weighs_evenly(self.loader.source, self.loader.may_hold_others)

@@ -92,6 +92,18 @@ def run_forked(main, *argv, env=None, cwd=None, timeout=90):
     return subprocess.CompletedProcess(list(argv), process.exitcode, *texts)
 
 
+def run_here(monkeypatch, capsys, script, *arguments):
+    """Run a script in this process; return its exit code and what it printed."""
+    monkeypatch.setattr(sys, "argv", [Path(script).name, *arguments])
+    code = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as exit:
+        code = exit.code or 0
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
 def torchrun(path, *args, num_processes=2, options=(), forks=False, **how):
     """Run a script under torchrun, which itself is a fork of this process; return what `subprocess.run` does.
 

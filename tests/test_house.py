@@ -2,7 +2,6 @@
 
 import ast
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from accel_trainer import Callback, Trainer
-from support import ROOT, loader_of, make_data, make_model, quiet
+from support import ROOT, loader_of, make_data, make_model, quiet, run_here
 
 PACKAGE = ROOT / "accel_trainer"
 
@@ -232,14 +231,7 @@ def test_the_demo_reaches_its_target_and_leaves_its_files(tmp_path):
 
 def run_template(monkeypatch, capsys, *arguments):
     """Run the template in this process; return its exit code and what it printed."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    code = 0
-    try:
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
-    except SystemExit as exit:
-        code = exit.code or 0
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
+    return run_here(monkeypatch, capsys, str(ROOT / "scripts" / "train.py"), *arguments)
 
 
 def test_the_template_takes_its_options_from_the_config(tmp_path, monkeypatch, capsys):

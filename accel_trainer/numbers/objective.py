@@ -18,6 +18,8 @@ from ..data.sources import TensorSource
 from .loss_functions import Weight, check_reduction, divisor_of, form_of, unwrap_partial
 from .scalars import on_device
 
+_Joined = Callable[[Any, Any], Tensor]
+
 
 @dataclass(slots=True)
 class Forward:
@@ -164,11 +166,7 @@ class Objective:
         return None if form is None else (form, settings)
 
     def __call__(
-        self,
-        model: nn.Module,
-        micro_batch: MicroBatch,
-        is_even: bool,
-        joined: Callable[[Any, Any], Tensor] | None = None,
+        self, model: nn.Module, micro_batch: MicroBatch, is_even: bool, joined: _Joined | None = None
     ) -> Forward:
         """Run the model on a micro-batch, which is on the device, and return its loss and weight (0 for padding).
 
@@ -182,20 +180,14 @@ class Objective:
         else:
             outputs: list[Tensor] = []  # all tensors that the model returns
             with model.register_forward_hook(lambda module, inputs, output: outputs.extend(tensors_in(output))):
-                forward = self._forward(model, micro_batch, is_even)
+                forward = self._forward(model, micro_batch, is_even, joined)
             forward.weight = _checked_weight(forward.weight, forward.loss)
             _mute(forward, outputs)
         if micro_batch.piece.is_padding:
             forward.weight = 0
         return forward
 
-    def _forward(
-        self,
-        model: nn.Module,
-        micro_batch: MicroBatch,
-        is_even: bool,
-        joined: Callable[[Any, Any], Tensor] | None = None,
-    ) -> Forward:
+    def _forward(self, model: nn.Module, micro_batch: MicroBatch, is_even: bool, joined: _Joined | None) -> Forward:
         batch = micro_batch.data
         weight: Weight = micro_batch.num_samples if self.weight_fn is None else self.weight_fn(batch)
         if self.compute_loss is not None:

@@ -3,8 +3,6 @@
 import csv
 import json
 import random
-import runpy
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from accel_trainer import History
-from support import ROOT, torchrun
+from support import ROOT, run_here, torchrun
 
 SCRIPT = str(ROOT / "scripts" / "finetune_text.py")
 GOOD, BAD = ["fine", "great", "lovely", "warm"], ["awful", "cold", "dull", "poor"]
@@ -59,14 +57,7 @@ OPTIONS = ["--data", "texts.csv", "--model", "tiny", "--learning_rate", "0.003",
 
 
 def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["finetune_text.py", *OPTIONS, *arguments])
-    code = 0
-    try:
-        runpy.run_path(SCRIPT, run_name="__main__")
-    except SystemExit as exit:
-        code = exit.code or 0
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
+    return run_here(monkeypatch, capsys, SCRIPT, *OPTIONS, *arguments)
 
 
 def accuracy_in(printed):

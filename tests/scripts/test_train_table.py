@@ -5,14 +5,13 @@ import functools
 import os
 import re
 import runpy
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from support import ROOT, run_forked, torchrun
+from support import ROOT, run_forked, run_here, torchrun
 
 SCRIPT = str(ROOT / "scripts" / "train_table.py")
 
@@ -20,14 +19,7 @@ SCRIPT = str(ROOT / "scripts" / "train_table.py")
 def run(monkeypatch, capsys, path, *arguments):
     """Run the script in this process; return its exit code and what it printed."""
     options = ["--data", str(path), "--target", "y", "--run_dir", str(path.parent / "run"), "--verbose", "false"]
-    monkeypatch.setattr(sys, "argv", ["train_table.py", *options, *arguments])
-    code = 0
-    try:
-        runpy.run_path(SCRIPT, run_name="__main__")
-    except SystemExit as exit:
-        code = exit.code or 0
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
+    return run_here(monkeypatch, capsys, SCRIPT, *options, *arguments)
 
 
 def predictions(path):
