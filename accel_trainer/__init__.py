@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, HardwareError, NonFiniteError, ProcessFailedError, StopTraining
     from .functions import evaluate_model, train_model
     from .history import History
+    from .numbers.objective import Loss
+    from .numbers.weight_average import WeightAverage
     from .storage.weights import load_best
     from .tools.launching import launch
     from .trainer import Trainer
@@ -35,11 +37,13 @@ __all__ = [
     "CheckpointError",
     "HardwareError",
     "History",
+    "Loss",
     "NonFiniteError",
     "ProcessFailedError",
     "StopTraining",
     "TrainConfig",
     "Trainer",
+    "WeightAverage",
     "evaluate_model",
     "launch",
     "load_best",
@@ -51,8 +55,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "Callback": "callbacks",
     "History": "history",
+    "Loss": "numbers.objective",
     "TrainConfig": "config",
     "Trainer": "trainer",
+    "WeightAverage": "numbers.weight_average",
     "evaluate_model": "functions",
     "launch": "tools.launching",
     "load_best": "storage.weights",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base.console import nearest
@@ -40,8 +41,29 @@ class Callback:
     def on_step_end(self, trainer: Trainer) -> None:
         """After each optimizer update; `trainer.state.step` counts them."""
 
+    def on_report(self, trainer: Trainer) -> None:
+        """After every `report_every` steps, when the loss of these steps was read back: `trainer.state.recent_loss`.
+
+        The optimizer still has the learning rates of this update.
+        """
+
+    def on_evaluation_start(self, trainer: Trainer) -> None:
+        """After the last step of an epoch: the weights that the model has from here on are evaluated, and may be best.
+
+        A callback may put others in their place, such as an average, and back in `on_evaluation_end`.
+        """
+
+    def on_evaluation_end(self, trainer: Trainer) -> None:
+        """After the evaluation, also one that was cut short, and after the weights of a best epoch were kept."""
+
     def on_epoch_end(self, trainer: Trainer) -> None:
         """After an epoch was evaluated and recorded in `trainer.history`; the model is in evaluation mode."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """On the main process, when a checkpoint is whole on the disk: before the next is made, or at the end.
+
+        `path` is its folder, which stays there until `keep_checkpoints` newer ones have been made.
+        """
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """At the end of the run, however it ended, except by an error; the weights are the promised ones."""
@@ -66,13 +88,15 @@ class Callbacks:
         self._trainer, self._stop = trainer, stop
         self._listeners = {hook: [getattr(one, hook) for one in callbacks if listens(one, hook)] for hook in HOOKS}
         self.heard = frozenset(hook for hook in HOOKS if self._listeners[hook])
+        users = [one for one in callbacks if not type(one).__module__.startswith(f"{__package__}.")]
+        self.may_draw = any(listens(one, hook) for one in users for hook in HOOKS)  # code of the user's, at random
 
-    def call(self, hook: str) -> None:
+    def call(self, hook: str, *more: Any) -> None:
         """Call a hook of all callbacks that listen to it; the first `StopTraining` ends the run after the others."""
         reasons: list[str] = []
         for listener in self._listeners[hook]:
             try:
-                listener(self._trainer)
+                listener(self._trainer, *more)
             except StopTraining as stop:
                 reasons.append(stop.reason)
         if reasons:

@@ -72,6 +72,8 @@ def evaluate(
                         del forward  # two outputs in memory are one too many
                 if gathered is not None:
                     gathered.after(micro_batch)
+    if objective.compute_loss is not None and hardware.num_processes > 1:
+        losses.agree_on_scalars()
     totals = losses.exchange()
     if probe is not None:
         probe.settle(hardware.device, hardware.is_main)
@@ -81,7 +83,7 @@ def evaluate(
     if gathered is not None:
         outputs, targets = gathered.joined() or (None, None)
         values |= hardware.from_main(lambda: metrics.of_all(outputs, targets))
-    return {"loss": totals.loss, **metrics.in_order(values)}
+    return {"loss": totals.loss, **metrics.in_order(values), **totals.scalars}
 
 
 def evaluated(prepared: Prepared, objective: Objective, micro_batch: MicroBatch, is_even: bool) -> Forward:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -20,6 +22,7 @@ SERIES = {
     "grad_norm": "grad_norms",
 }
 PARTS_OF_EPOCH = ("data_seconds", "compute_seconds", "evaluation_seconds", "saving_seconds")
+_KINDS = ("metrics", "train_metrics")  # several values of one epoch, by name
 SERIES |= {name: name for name in ("samples_per_second", "epoch_seconds", *PARTS_OF_EPOCH)}
 
 
@@ -33,7 +36,11 @@ class History:
         learning_rates: Learning rate of the last update of each epoch (first parameter group).
         grad_norms: Mean over the steps of each epoch of the gradient's norm before clipping; empty
             without `max_grad_norm`.
-        metrics: Name of each metric -> its value on the test set per epoch.
+        metrics: Name of each metric, and of each scalar of `compute_loss` -> its value on the test set per epoch.
+        train_metrics: Name of each scalar of `compute_loss` -> its mean over the samples of each epoch.
+        steps: The steps, 1-based, after which the loss was read back: one in `report_every`.
+        step_losses: Mean train loss over the steps since the one before, or since the start of the epoch.
+        step_learning_rates: Learning rate of each parameter group in the updates of these steps.
         samples_per_second: Train samples of each epoch, over all processes, per second of waiting for data and
             computing.
         epoch_seconds: Seconds that each epoch took, from the end of the epoch before to its own end; the time of a save
@@ -58,6 +65,10 @@ class History:
     learning_rates: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    train_metrics: dict[str, list[float]] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    step_losses: list[float] = field(default_factory=list)
+    step_learning_rates: list[list[float]] = field(default_factory=list)
     samples_per_second: list[float] = field(default_factory=list)
     epoch_seconds: list[float] = field(default_factory=list)
     data_seconds: list[float] = field(default_factory=list)
@@ -73,13 +84,26 @@ class History:
         """Epochs recorded so far."""
         return len(self.train_losses)
 
-    def record(self, *, metrics: dict[str, float] | None = None, **values: float | None) -> None:
+    def record(
+        self,
+        *,
+        metrics: dict[str, float] | None = None,
+        train_metrics: dict[str, float] | None = None,
+        **values: float | None,
+    ) -> None:
         """Append one epoch; a value of `None` is left out."""
         for name, value in values.items():
             if value is not None:
                 getattr(self, SERIES[name]).append(value)
-        for name, value in (metrics or {}).items():
-            self.metrics.setdefault(name, []).append(value)
+        for named, series in ((metrics, self.metrics), (train_metrics, self.train_metrics)):
+            for name, value in (named or {}).items():
+                series.setdefault(name, []).append(value)
+
+    def report(self, step: int, train_loss: float, learning_rates: Iterable[float]) -> None:
+        """Append what was read back after a step."""
+        self.steps.append(int(step))
+        self.step_losses.append(float(train_loss))
+        self.step_learning_rates.append([float(rate) for rate in learning_rates])
 
     def note_best(self, epoch: int | None, value: float | None) -> None:
         """Record which epoch is the best so far, and its monitored value."""
@@ -96,7 +120,9 @@ class History:
     def last(self) -> dict[str, Any]:
         """Return what was recorded for the last epoch, by name."""
         row = {name: getattr(self, series)[-1] for name, series in SERIES.items() if getattr(self, series)}
-        return row | {"metrics": {name: series[-1] for name, series in self.metrics.items()}}
+        for kind in _KINDS:
+            row[kind] = {name: series[-1] for name, series in getattr(self, kind).items()}
+        return row
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as lists, dictionaries and numbers."""
@@ -132,7 +158,8 @@ class History:
     def load(cls, run_dir: str | os.PathLike[str]) -> History:
         """Read the history of a run folder.
 
-        A last line that was broken off while it was written is left out.
+        A last line that was broken off while it was written is left out. Of `steps.jsonl`, from which nothing goes on,
+        all lines are left out that are damaged.
 
         Raises:
             FileNotFoundError: The folder holds no `history.jsonl`.
@@ -149,14 +176,29 @@ class History:
                 history._add(unpack(checked(json.loads(line))))
             except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is no line of a history: {error!r}.") from error
+        history.load_steps(run_dir)
         return history
+
+    def load_steps(self, run_dir: str | os.PathLike[str], last: int | None = None) -> None:
+        """Add what `steps.jsonl` of a run folder holds, up to the step `last`; nothing without such a file."""
+        try:
+            text = (Path(run_dir).expanduser() / "steps.jsonl").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return
+        for line in text.splitlines():
+            with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                row = unpack(checked(json.loads(line)))
+                if last is None or row["step"] <= last:
+                    self.report(**row)
 
     def _add(self, row: dict[str, Any]) -> None:
         """Record what a line of `history.jsonl` holds: an epoch, or the end of the run."""
         if "epoch" in row:
-            metrics = {name: float(value) for name, value in row["metrics"].items()}
+            metrics, train_metrics = (
+                {name: float(value) for name, value in row.get(kind, {}).items()} for kind in _KINDS
+            )
             values = {name: float(row[name]) for name in SERIES if name in row or name == "train_loss"}
-            self.record(metrics=metrics, **values)
+            self.record(metrics=metrics, train_metrics=train_metrics, **values)
         self.best_epoch, best_value, self.stop_reason = map(row.get, ("best_epoch", "best_value", "stop_reason"))
         if type(self.best_epoch) not in (int, NoneType) or type(self.stop_reason) not in (str, NoneType):
             raise TypeError(f"best_epoch {self.best_epoch!r}, stop_reason {self.stop_reason!r}")

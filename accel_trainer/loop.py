@@ -28,15 +28,9 @@ def fit(run: Run) -> str:
         training.end_epoch()
         if state.step == config.max_steps:
             run.saver.save_last(training)  # not after an epoch cut short: with more steps the run goes on within it
-        training.prepared.put_optimizer("eval")  # schedule-free ones have other weights then
-        test = evaluate_epoch(run)
-        if test is None:
+        value = evaluate_epoch(run, train)
+        if value is None:
             return f"{training.stopping.reason} in epoch {state.epoch}"
-        value = record(run, train, test)
-        # With on_nonfinite="raise" weights that are not finite have been an error by now.
-        is_sound = config.on_nonfinite == "raise" or training.finite.is_sound()
-        if is_sound and state.update_best(value, run.mode, config.min_delta):
-            run.saver.keep_best(training, {"epoch": state.epoch, run.monitor: value})
         if training.schedule is not None:
             training.schedule.after_epoch(run.history.num_epochs, value)
         run.reporter.report_epoch(training.clock)
@@ -184,14 +178,21 @@ def take_step(training: Training, batch: Batch) -> bool:
         if norm is not None:
             training.norms.add(norm)
         state.step += 1
+    if state.num_batches % config.report_every == 0:
+        report(training)  # while the optimizer has the learning rates of this update
+    if is_updated:
         if training.schedule is not None:
             training.schedule.after_step(state.step)
-    if state.num_batches % config.report_every == 0:
-        state.recent_loss = training.losses.report()
-        training.finite.raise_if_nonfinite(training.losses.fault, training.norms, state)
-    if is_updated and "on_step_end" in training.callbacks.heard:
-        training.callbacks.call("on_step_end")
+        if "on_step_end" in training.callbacks.heard:
+            training.callbacks.call("on_step_end")
     return True
+
+
+def report(training: Training) -> None:
+    """Read back the loss of the steps since the last report; raise an error where it is not finite."""
+    training.state.recent_loss = training.losses.report()
+    training.finite.raise_if_nonfinite(training.losses.fault, training.norms, training.state)
+    training.callbacks.call("on_report")
 
 
 def must_skip(training: Training) -> bool:
@@ -247,7 +248,27 @@ def is_epoch_done(training: Training) -> bool:
     return config.steps_per_epoch is not None and state.num_batches >= config.steps_per_epoch * state.epoch
 
 
-def evaluate_epoch(run: Run) -> dict[str, float] | None:
+def evaluate_epoch(run: Run, train: Totals) -> float | None:
+    """Evaluate, record the epoch, and keep the weights if they are the best so far.
+
+    Returns:
+        The monitored value; `None` if the run ends within the evaluation.
+    """
+    training, config, state = run.training, run.training.config, run.training.state
+    training.prepared.put_optimizer("eval")  # schedule-free ones have other weights then
+    training.callbacks.call("on_evaluation_start")
+    test = evaluate_test_set(run)
+    value = None if test is None else record(run, train, test)
+    if value is not None:
+        # With on_nonfinite="raise" weights that are not finite have been an error by now.
+        is_sound = config.on_nonfinite == "raise" or training.finite.is_sound()
+        if is_sound and state.update_best(value, run.mode, config.min_delta):
+            run.saver.keep_best(training, {"epoch": state.epoch, run.monitor: value})
+    training.callbacks.call("on_evaluation_end")
+    return value
+
+
+def evaluate_test_set(run: Run) -> dict[str, float] | None:
     """Return the scores of the test set, none without one; `None` if the run ends within it."""
     training = run.training
     if run.test_loader is None:
@@ -270,6 +291,7 @@ def record(run: Run, train: Totals, test: dict[str, float]) -> float:
         grad_norm=training.norms.mean(),
         samples_per_second=train.num_samples / (seconds["data_seconds"] + seconds["compute_seconds"]),
         metrics=scores,
+        train_metrics=train.scalars,
         **seconds,
     )
     if run.monitor == "train_loss":

@@ -105,7 +105,7 @@ class Training:
             is_even = not self.hardware.any_process(not is_even)[0]
         self.weight_is_num_samples = is_even
         others = (*self.objective.functions, self.prepared.optimizer)
-        self.draws_nothing = not self.callbacks.heard and draws_nothing(self.prepared.user_model, *others)
+        self.draws_nothing = not self.callbacks.may_draw and draws_nothing(self.prepared.user_model, *others)
         self.gradients.start_epoch()
         self.buffers.start_epoch()
 

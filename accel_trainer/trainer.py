@@ -43,11 +43,12 @@ from .numbers.loss_table import Totals
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics, metric_of
 from .numbers.objective import Objective
+from .numbers.own_loss import computes_its_loss, own_loss
 from .numbers.schedules import Schedule, check_scheduler, settings_of
 from .run import Run, make_training, together
 from .state import TrainState
 from .storage.identity import identity_of
-from .storage.resume import begin, find
+from .storage.resume import begin, check_states, find
 from .storage.run_folder import RunFolder
 from .storage.saver import Saver, finish_writes, seconds_between_saves
 from .storage.weights import checked_state
@@ -66,7 +67,8 @@ class Trainer:
     Args:
         model: Any `nn.Module`; it stays the same object and comes back plain.
         optimizer: An optimizer over the model's parameters; `None` to evaluate and predict only.
-        loss_fn: `(outputs, targets) -> scalar` mean over the samples; `None` with `compute_loss`.
+        loss_fn: `(outputs, targets) -> scalar` mean over the samples; `None` with `compute_loss`, and for models that
+            compute their own loss from batches that are dictionaries with labels, as those of transformers do.
         scheduler: A torch scheduler, or a function `(optimizer, num_steps) -> scheduler` that is given the exact
             number of steps of the run (of epochs, with `schedule_every="epoch"`).
         metrics: Name -> `(outputs, targets) -> per-sample values, shape (batch,), or their mean`, or a torchmetrics
@@ -76,7 +78,8 @@ class Trainer:
             joined along the samples, in host memory, on the main process.
         callbacks: Observers of the run.
         config: The user's other choices.
-        compute_loss: `(model, batch) -> loss` or `(loss, weight)`, for batches that are not (inputs, targets).
+        compute_loss: `(model, batch) -> loss`, `(loss, weight)` or `Loss` (with outputs and targets for metrics, and
+            further scalars), for batches that are not (inputs, targets).
         weight_fn: `(batch) -> weight` of a micro-batch, where it is not its number of samples; tokens, for example.
         accelerator: A function that builds the `Accelerator`, for plugins and handlers of one's own.
 
@@ -124,11 +127,11 @@ class Trainer:
             check_scheduler(scheduler, optimizer)
         if accelerator is not None and (isinstance(accelerator, Accelerator) or not callable(accelerator)):
             raise TypeError("accelerator must be a function that builds the Accelerator: lambda: Accelerator(...).")
-        if (metrics or whole_metrics) and compute_loss is not None:
-            raise ValueError("metrics need the model's outputs, which compute_loss keeps to itself: use loss_fn.")
+        if loss_fn is None and compute_loss is None and computes_its_loss(model):
+            compute_loss = own_loss
         self.model, self.optimizer = model, optimizer
-        self._objective = Objective(loss_fn, compute_loss, weight_fn)
         self._metrics = Metrics(metrics, whole_metrics)
+        self._objective = Objective(loss_fn, compute_loss, weight_fn, needs_outputs=bool(self._metrics.names))
         self._probe = MeanProbe()
         if self.config.bitwise:
             self._metrics.check_bitwise()
@@ -201,7 +204,10 @@ class Trainer:
             check_loader(test_loader, "test_loader")
         monitor = self.config.monitor
         known = ["test_loss", "train_loss", *(self._metrics.names if test_loader is not None else ())]
-        if monitor not in known[:2] and metric_of(monitor, tuple(known[2:])) is None:
+        may_be_scalar = self._objective.compute_loss is not None and test_loader is not None
+        is_known = monitor in known[:2] or metric_of(monitor, tuple(known[2:])) is not None
+        self._objective.expect(None if is_known else monitor)
+        if not is_known and not may_be_scalar:
             hint = " (metrics are computed on the test loader)" if test_loader is None else ""
             raise ValueError(f"monitor must be one of {', '.join(known)}{hint}, got {monitor!r}.")
         return "train_loss" if test_loader is None else monitor
@@ -247,8 +253,10 @@ class Trainer:
             message = None if loader is None else keep_data(loader, hardware, config.data_in_memory, name)
             if message is not None:
                 announce(message)
-        callbacks = Callbacks(self._all_callbacks(hardware, train_loader, found.folder), self, stopping.request)
-        saver = Saver(config, found.folder, hardware.is_main, self.history, identity, self._callbacks)
+        shown = self._all_callbacks(hardware, train_loader, found.folder)
+        callbacks = Callbacks([reporter, *shown], self, stopping.request)
+        on_checkpoint = functools.partial(callbacks.call, "on_checkpoint")
+        saver = Saver(config, found.folder, hardware.is_main, self.history, identity, self._callbacks, on_checkpoint)
         parts = prepared, self._objective, schedule, stopping, callbacks, self.state, micro_batches
         training = make_training(config, *parts, saver if config.run_dir is not None else None, self._probe)
         outcome = self._metrics, self.history, found.folder, saver, reporter, self._probe
@@ -311,6 +319,7 @@ class Trainer:
         training, kept = run.training, self._objective.state_outside()
         try:
             training.callbacks.call("on_fit_start")
+            check_states(self._callbacks)
             history.end(fit(run))
             leaves = _save_the_end(run)
         except NonFiniteError as error:

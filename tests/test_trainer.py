@@ -627,11 +627,6 @@ def test_a_model_without_trainable_parameters_is_refused():
         Trainer(model, sgd(model), nn.CrossEntropyLoss())
 
 
-def test_metrics_and_compute_loss_do_not_go_together():
-    with pytest.raises(ValueError, match="metrics need the model's outputs"):
-        Trainer(make_model(), None, compute_loss=climb, metrics={"accuracy": correct})
-
-
 def test_a_misspelt_hook_is_refused_with_the_nearest_known():
     class Typo(Callback):
         def on_epoch_ends(self, trainer):
@@ -770,11 +765,13 @@ def test_the_public_names_are_these():
         "CheckpointError",
         "HardwareError",
         "History",
+        "Loss",
         "NonFiniteError",
         "ProcessFailedError",
         "StopTraining",
         "TrainConfig",
         "Trainer",
+        "WeightAverage",
         "evaluate_model",
         "launch",
         "load_best",

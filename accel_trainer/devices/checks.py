@@ -54,7 +54,9 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
         ValueError: A model without trainable parameters, or an optimizer of other parameters.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        several = isinstance(optimizer, (list, tuple, dict)) and len(optimizer) > 1
+        hint = _ON_SEVERAL_OPTIMIZERS if several else ""
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.{hint}")
     if _needs_closure(optimizer):
         raise TypeError(
             f"The optimizer {type(optimizer).__name__} wants a closure, to evaluate the loss several times in a step, "
@@ -70,6 +72,12 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
             f"shape {tuple(foreign[0].shape)}). Build it from this model: Optimizer(model.parameters(), ...); a loss "
             "with parameters belongs inside the model."
         )
+
+
+_ON_SEVERAL_OPTIMIZERS = (
+    " One optimizer takes several groups of parameters, each with settings of its own: AdamW([{'params': ..., "
+    "'lr': ...}, ...]). Where one kind is not enough, write a class that inherits from Optimizer and steps several."
+)
 
 
 def foreign_parameters(optimizer: Optimizer, model: nn.Module) -> list[torch.Tensor]:

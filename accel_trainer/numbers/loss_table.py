@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import add
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from ..base.exchange import gather_objects
 from ..data.cut import process_of
 from ..data.micro_batches import Batch, MicroBatch
 from .objective import Forward
@@ -38,6 +39,7 @@ class Totals:
     metrics: dict[str, float]
     num_samples: int
     fault: Fault | None
+    scalars: dict[str, float] = field(default_factory=dict)
 
 
 class _Rows(NamedTuple):
@@ -54,6 +56,10 @@ class _Rows(NamedTuple):
         return self.first_row + self.batch.num_micro_batches
 
 
+_COLUMNS = ("samples", "loss", "weight")  # then the metrics, then the scalars
+_METRIC, _SCALAR = "metric ", "scalar "  # before their names
+
+
 class LossTable:
     """Collect loss and weight of every micro-batch on the device; add them up over processes and batches.
 
@@ -67,22 +73,30 @@ class LossTable:
     _BLOCK = 512  # scalars joined into one tensor at a time: a single one costs half a kilobyte
 
     def __init__(self, device: torch.device, metrics: Sequence[str] = (), copies: bool = False) -> None:
-        self._device, self._metrics, self._copies = device, tuple(metrics), copies
+        self._device, self._copies = device, copies
+        self._scalars: tuple[str, ...] | None = None  # names; `None` until the first micro-batch
+        self._sums = dict.fromkeys((*_COLUMNS, *(_METRIC + name for name in metrics)), 0.0)
         self._batches: list[_Rows] = []  # since the last read, and the last one read: its rows are negative
         self.restart()
 
     def restart(self) -> None:
         """Begin an epoch."""
         self._batches = [rows for rows in self._batches if rows.first_row < 0]
-        self._open: list[tuple[Any, ...]] = []  # row, loss, weight, samples, then a total per metric
+        self._open: list[tuple[Any, ...]] = []  # row, loss, weight, samples, a total per metric, scalars
         self._blocks: list[tuple[list[int], Tensor]] = []  # rows, and their columns
         self.fault: Fault | None = None
-        self.restore([0.0] * (3 + len(self._metrics)))
-
-    def restore(self, sums: Sequence[float]) -> None:
-        """Go on from what `sums` returned, before anything is added."""
-        self._sums = [float(number) for number in sums]
         self._recent = 0.0, 0.0  # sums of loss x weight, and of weights, since the last report
+        self._sums = dict.fromkeys(self._sums, 0.0)
+
+    def restore(self, sums: Mapping[str, float], recent: Sequence[float]) -> None:
+        """Go on from what `sums` and `recent` returned, before anything is added."""
+        self._sums |= {name: float(number) for name, number in sums.items()}
+        self._scalars = tuple(self._sums_of(_SCALAR)) or self._scalars
+        self._recent = float(recent[0]), float(recent[1])
+
+    def _sums_of(self, prefix: str) -> dict[str, float]:
+        """Return the sums of the metrics, or of the scalars, by name."""
+        return {key.removeprefix(prefix): total for key, total in self._sums.items() if key.startswith(prefix)}
 
     def start_batch(self, number: int, batch: Batch, data_pass: int = 1) -> None:
         """Make room for a batch, the `number`-th of the run; every process begins each batch, in the same order."""
@@ -92,12 +106,36 @@ class LossTable:
 
     def add(self, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
         """Add a micro-batch of the present batch, and the sum of each metric over its samples; ignore padding."""
+        values = self._values_of(forward.scalars) if forward.scalars or self._scalars != () else ()
         if not micro_batch.piece.is_padding:
             row = self._batches[-1].first_row + micro_batch.piece.index
             loss, weight = forward.loss.detach(), forward.weight
             if self._copies:
                 loss, weight = loss.clone(), weight.clone() if isinstance(weight, Tensor) else weight
-            self._open.append((row, loss, weight, micro_batch.num_samples, *totals))
+            self._open.append((row, loss, weight, micro_batch.num_samples, *totals, *values))
+
+    def _values_of(self, scalars: Mapping[str, float | Tensor]) -> list[float | Tensor]:
+        """Return scalars in the order of their columns, which the first ones decide."""
+        if self._scalars is None:
+            self._use_scalars(tuple(scalars))
+        names = self._scalars or ()
+        if set(scalars) != set(names):
+            first, now = (", ".join(some) or "none" for some in (names, scalars))
+            raise ValueError(
+                f"compute_loss must return the same scalars for each micro-batch: first {first}, now {now}."
+            )
+        values = [scalars[name] for name in names]
+        return [value.clone() if self._copies and isinstance(value, Tensor) else value for value in values]
+
+    def _use_scalars(self, names: tuple[str, ...] | None) -> None:
+        self._scalars = names
+        self._sums |= {_SCALAR + name: 0.0 for name in names or ()}
+
+    def agree_on_scalars(self) -> None:
+        """Let processes that have computed nothing learn from the others which scalars there are; all call it."""
+        names = next((names for names in gather_objects(self._scalars) if names is not None), None)
+        if self._scalars is None:
+            self._use_scalars(names)
 
     def drop_batch(self) -> None:
         """Forget the present batch, which will be computed again."""
@@ -126,7 +164,7 @@ class LossTable:
             self._open = []
 
     def _table(self) -> Tensor:
-        """Return loss, weight, samples and totals, shape `(columns, rows)`, of all processes; one exchange."""
+        """Return loss, weight, samples, totals, scalars, shape `(columns, rows)`, of all processes; one exchange."""
         self._close()
         blocks, self._blocks = self._blocks, []
         several = self._batches[-1].batch.layout.num_processes > 1
@@ -144,17 +182,22 @@ class LossTable:
         """Add up the rows since the last read: one exchange, and one read-back."""
         if not self._batches or self._batches[-1].end == 0:
             return
-        losses, weights, sizes, *totals = self._table().tolist()
+        losses, weights, sizes, *others = self._table().tolist()
         if min(weights, default=0.0) < 0:
             batch, process = self._origin_of(next(row for row, weight in enumerate(weights) if weight < 0))
             where = f"in batch {batch}, on process {process}"
             raise ValueError(f"The weight of a micro-batch must be at least 0 and below 1e30; {where}, it was not.")
-        products = [loss * weight if weight else 0.0 for loss, weight in zip(losses, weights, strict=True)]
-        columns = sizes, products, weights, *totals
-        self._sums = [functools.reduce(add, column, total) for total, column in zip(self._sums, columns, strict=True)]
+        num_scalars = len(self._scalars or ())
+        totals, scalars = others[: len(others) - num_scalars], others[len(others) - num_scalars :]
+        products, *of_scalars = (_products(values, weights) for values in (losses, *scalars))
+        columns = sizes, products, weights, *totals, *of_scalars
+        self._sums = {
+            name: functools.reduce(add, column, total)
+            for (name, total), column in zip(self._sums.items(), columns, strict=True)
+        }
         product, weight = self._recent
         self._recent = functools.reduce(add, products, product), functools.reduce(add, weights, weight)
-        if self.fault is None and not math.isfinite(self._sums[1]):
+        if self.fault is None and not math.isfinite(self._sums["loss"]):
             self.fault = self._first_fault(losses, weights)
         last = self._batches[-1]
         self._batches = [last._replace(first_row=-last.batch.num_micro_batches)]
@@ -172,13 +215,18 @@ class LossTable:
         rows = next(rows for rows in reversed(self._batches) if rows.first_row <= row)
         return rows.number, process_of(row - rows.first_row, rows.batch.layout)
 
-    def sums(self) -> list[float]:
+    def sums(self) -> dict[str, float]:
         """Return the sums since the start of the epoch, the same on all processes; all call it at the same point.
 
-        They are of samples, of loss x weight, of weights, and of the totals of each metric.
+        They are of samples, of loss x weight, of weights, of the totals of each metric, and of scalar x weight.
         """
         self._read()
-        return list(self._sums)
+        return dict(self._sums)
+
+    @property
+    def recent(self) -> tuple[float, float]:
+        """Sums of loss x weight, and of weights, from the last report to the last read."""
+        return self._recent
 
     def report(self) -> float:
         """Return the mean loss since the last report.
@@ -191,9 +239,11 @@ class LossTable:
 
     def exchange(self) -> Totals:
         """Return the means over all micro-batches of all processes; waits for the device."""
-        count, loss, weight, *totals = self.sums()
-        metrics = {name: _mean(total, count) for name, total in zip(self._metrics, totals, strict=True)}
-        return Totals(_mean(loss, weight), metrics, int(count), self.fault)
+        self._read()
+        count, loss, weight = (self._sums[name] for name in _COLUMNS)
+        metrics = {name: _mean(total, count) for name, total in self._sums_of(_METRIC).items()}
+        scalars = {name: _mean(total, weight) for name, total in self._sums_of(_SCALAR).items()}
+        return Totals(_mean(loss, weight), metrics, int(count), self.fault, scalars)
 
 
 class MeanNorm:
@@ -223,6 +273,11 @@ class MeanNorm:
         """Return the mean norm; `None` before the first."""
         total, number = self.read()
         return total / number if number else None
+
+
+def _products(values: list[float], weights: list[float]) -> list[float]:
+    """Return value x weight of each row; a value of weight 0, which may be anything, counts nothing."""
+    return [value * weight if weight else 0.0 for value, weight in zip(values, weights, strict=True)]
 
 
 def _mean(total: float, weight: float) -> float:

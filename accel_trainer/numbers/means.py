@@ -23,10 +23,10 @@ from ..data.micro_batches import MicroBatch
 from ..data.randomness import generators_kept
 from .loss_functions import may_leave_traces
 from .metrics import Metrics, total_of
-from .objective import Forward, Objective, split_batch
+from .objective import Forward, Objective
 from .scalars import column_of
 
-_Compute = Callable[[Any, MicroBatch, Any], Forward]  # of a function, a micro-batch and the model's outputs for it
+_Compute = Callable[[Any, MicroBatch, Any], Forward]  # of a function, a micro-batch and the model's `_Answers` for it
 
 
 class _Measured(NamedTuple):
@@ -78,15 +78,15 @@ class MeanProbe:
         self._num_looks += 1
         if objective.compute_loss is None:
             self._look_at_loss(objective, micro_batch, forward)
-            for name, metric in metrics.functions.items():
-                self._measure(name, metric, partial(_compute_metric, name), micro_batch, forward)
         else:
             self._look_at_labels(micro_batch, forward)
             if self._num_looks == 1 and not may_leave_traces(objective.compute_loss):
                 with uncompiled():
                     self._measure(
-                        _COMPUTED, None, lambda _, part, outputs: objective(model, part, False), micro_batch, forward
+                        _COMPUTED, None, lambda _, part, answers: objective(model, part, False), micro_batch, forward
                     )
+        for name, metric in metrics.functions.items():
+            self._measure(name, metric, partial(_compute_metric, name), micro_batch, forward)
 
     def look_within_training(self, objective: Objective, micro_batch: MicroBatch, forward: Forward) -> None:
         """Look at the loss over the first micro-batch that is trained on."""
@@ -99,8 +99,8 @@ class MeanProbe:
             self._look_at_loss(objective, micro_batch, forward)
 
     def _look_at_loss(self, objective: Objective, micro_batch: MicroBatch, forward: Forward) -> None:
-        def compute(loss_fn: Any, part: MicroBatch, outputs: Any) -> Forward:
-            return objective.with_loss(loss_fn)(_Answers(outputs), part, False)
+        def compute(loss_fn: Any, part: MicroBatch, answers: _Answers) -> Forward:
+            return objective.with_loss(loss_fn)(answers, part, False)
 
         if objective.weight_fn is None or not may_leave_traces(objective.weight_fn):
             self._measure(_LOSS, objective.loss_fn, compute, micro_batch, forward)
@@ -126,7 +126,7 @@ class MeanProbe:
                 warnings.simplefilter("ignore")  # the user has seen them already
                 copied = _copy_of(function)
                 for start, stop in ((0, number), (0, number), (0, number // 2), (number // 2, number)):
-                    result = compute(copied, *_part(micro_batch, forward.outputs, start, stop))
+                    result = compute(copied, *_part(micro_batch, forward, start, stop))
                     values.append(result.loss)
                     weights.append(result.weight)
                     del result  # and the memory of its outputs
@@ -192,28 +192,29 @@ def _doubt(measured: _Measured, values: list[float], weights: list[float]) -> st
     )
 
 
-def _part(micro_batch: MicroBatch, outputs: Any, start: int, stop: int) -> tuple[MicroBatch, Any]:
+def _part(micro_batch: MicroBatch, forward: Forward, start: int, stop: int) -> tuple[MicroBatch, _Answers]:
     """Return a copy of some samples and their outputs: a function may write to what it is given."""
     number = micro_batch.num_samples
-    data, of_part = (
-        recursively_apply(torch.clone, take(given, start, stop, number)) for given in (micro_batch.data, outputs)
+    data, outputs, targets = (
+        recursively_apply(torch.clone, take(given, start, stop, number))
+        for given in (micro_batch.data, forward.outputs, forward.targets)
     )
-    return replace(micro_batch, data=data, num_held=stop - start), of_part
+    return replace(micro_batch, data=data, num_held=stop - start), _Answers(outputs, targets)
 
 
 class _Answers(nn.Module):
-    """A model whose outputs are known."""
+    """A model whose outputs are known, and the targets of the same samples."""
 
-    def __init__(self, outputs: Any) -> None:
+    def __init__(self, outputs: Any, targets: Any) -> None:
         super().__init__()
-        self._outputs = outputs
+        self.outputs, self.targets = outputs, targets
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self._outputs
+        return self.outputs
 
 
-def _compute_metric(name: str, metric: Any, part: MicroBatch, outputs: Any) -> Forward:
-    total: Any = total_of(name, metric(outputs, split_batch(part.data)[1]), part.num_samples)
+def _compute_metric(name: str, metric: Any, part: MicroBatch, answers: _Answers) -> Forward:
+    total: Any = total_of(name, metric(answers.outputs, answers.targets), part.num_samples)
     return Forward(total / part.num_samples, part.num_samples)
 
 

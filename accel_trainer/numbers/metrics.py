@@ -24,6 +24,7 @@ class Metrics:
     """
 
     def __init__(self, metrics: Mapping[str, Any] | None, whole: Mapping[str, Any] | None = None) -> None:
+        metrics = _taken_apart(metrics)
         for argument, given in (("metrics", metrics), ("whole_metrics", whole)):
             if given is not None and (not isinstance(given, Mapping) or hasattr(given, "compute")):
                 raise TypeError(f"{argument} must be a dictionary of names and metrics, got {type(given).__name__}.")
@@ -42,8 +43,6 @@ class Metrics:
                     f"The whole metric {name!r} must be a function of (outputs, targets), got {function!r}."
                 )
         for name, metric in (metrics or {}).items():
-            if hasattr(metric, "items"):
-                raise TypeError(f"The metric {name!r} is a collection: give each of its metrics a name of its own.")
             if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
                 self._objects[name] = metric
             elif callable(metric):
@@ -77,12 +76,14 @@ class Metrics:
                 )
 
     def check_bitwise(self) -> None:
-        """Refuse (TypeError) objects that keep their own sums, whose last bits depend on the layout."""
+        """Refuse (TypeError) objects that keep other sums than counts, whose last bits depend on the layout."""
         for name, metric in self._objects.items():
-            raise TypeError(
-                f"The metric {name!r} is a {type(metric).__name__} object, which adds up in an order of its own: with "
-                "bitwise=True give a function of (outputs, targets) that returns one value per sample."
-            )
+            if not _only_counts(metric):
+                raise TypeError(
+                    f"The metric {name!r} is a {type(metric).__name__} object, which adds up in an order of its own: "
+                    "with bitwise=True give an object that only counts, such as an accuracy of torchmetrics, or a "
+                    "function of (outputs, targets) that returns one value per sample."
+                )
 
     def reset(self, device: torch.device) -> None:
         """Begin an evaluation."""
@@ -121,6 +122,29 @@ class Metrics:
             for name, value in values.items()
             if metric_of(name, self.names) == metric
         }
+
+
+def _taken_apart(metrics: Any) -> Any:
+    """Return metrics in which the members of a collection of torchmetrics stand for themselves."""
+    if hasattr(metrics, "compute") and hasattr(metrics, "items"):
+        return dict(metrics.items())
+    if not isinstance(metrics, Mapping):
+        return metrics
+    apart: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        inner = _taken_apart(metric) if hasattr(metric, "items") else None
+        apart |= {name: metric} if inner is None else {f"{name}/{key}": one for key, one in inner.items()}
+    return apart
+
+
+def _only_counts(metric: Any) -> bool:
+    """Return whether a torchmetrics object keeps whole numbers only, whose sums do not depend on their order."""
+    defaults, reductions = getattr(metric, "_defaults", {}), getattr(metric, "_reductions", {})
+    are_counts = (isinstance(one, Tensor) and not one.is_floating_point() for one in defaults.values())
+    are_sums = (
+        getattr(one, "__name__", "") in ("dim_zero_sum", "dim_zero_max", "dim_zero_min") for one in reductions.values()
+    )
+    return bool(defaults) and all(are_counts) and all(are_sums)
 
 
 def metric_of(name: str, names: tuple[str, ...]) -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,42 +24,85 @@ from .scalars import on_device
 _Joined = Callable[[Any, Any], Tensor]
 
 
+_NO_SCALARS: Mapping[str, Any] = MappingProxyType({})
+
+
+class Loss(NamedTuple):
+    """What `compute_loss` returns where it has more to say than the loss.
+
+    Attributes:
+        loss: Scalar, the mean over the micro-batch.
+        weight: What it counts in the mean over all micro-batches, at least 0, a number or scalar tensor; `None` for the
+            number of samples.
+        outputs: What metrics are given as outputs, one entry per sample in its first dimension ...
+        targets: ... and as targets.
+        scalars: Name -> number or scalar tensor: parts of the loss, or metrics of the training. Their means over the
+            epoch, weighted as the loss is, are in `History.train_metrics`, and those over the test set in
+            `History.metrics`. Each micro-batch gives the same names.
+
+    Example:
+        >>> from torch.nn import functional as F
+        >>> def compute_loss(model, batch):
+        ...     outputs = model(batch["features"])
+        ...     fit, size = F.mse_loss(outputs, batch["value"]), outputs.square().mean()
+        ...     return Loss(fit + 0.1 * size, None, outputs, batch["value"], {"fit": fit, "size": size})
+    """
+
+    loss: Tensor
+    weight: Weight | None = None
+    outputs: Any = None
+    targets: Any = None
+    scalars: Mapping[str, Weight] = _NO_SCALARS
+
+
 @dataclass(slots=True)
 class Forward:
-    """The result of one forward; `outputs` of the model and `targets` are `None` with `compute_loss`."""
+    """The result of one forward; `outputs` of the model and `targets` are `None` where `compute_loss` keeps them."""
 
     loss: Tensor  # scalar mean over the micro-batch
     weight: Weight  # a number, or a scalar on the device
     outputs: Any = None
     targets: Any = None
+    scalars: Mapping[str, Weight] = field(default_factory=lambda: _NO_SCALARS)
+
+
+def target_name_of(batch: Any) -> str | None:
+    """Return the key of the targets of a dictionary, one of `TARGET_NAMES`; `None` for any other batch."""
+    if not isinstance(batch, Mapping):
+        return None
+    return next((name for name in TARGET_NAMES if name in batch), None)
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """Return inputs and targets of a batch: a pair, or a dictionary of two, one of them named label(s) or target(s)."""
+    """Return inputs and targets of a batch: a pair, or a dictionary with an entry named label(s) or target(s).
+
+    The inputs of a dictionary are its other entries, or the one that is left.
+    """
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
-    if isinstance(batch, Mapping) and len(batch) == 2:
-        for name in TARGET_NAMES:
-            if name in batch:
-                first, second = batch
-                return batch[second if first == name else first], batch[name]
+    name = target_name_of(batch)
+    if name is not None and len(batch) > 1:
+        others = {key: value for key, value in batch.items() if key != name}
+        return others if len(others) > 1 else next(iter(others.values())), batch[name]
     held = f"the keys {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    hint = "."
     if isinstance(batch, (tuple, list)):
         held += f" of {len(batch)}"
+        if len(batch) == 1:
+            hint = ": TensorDataset(inputs, inputs) for an autoencoder, whose targets are its inputs."
     raise TypeError(
-        "loss_fn needs batches of (inputs, targets), or dictionaries of two entries one of which is named "
-        f"{', '.join(TARGET_NAMES)}; got {held}. Give compute_loss(model, batch) for any other batch."
+        "loss_fn needs batches of (inputs, targets), or dictionaries with an entry named "
+        f"{', '.join(TARGET_NAMES)}; got {held}{hint} Give compute_loss(model, batch) for any other batch."
     )
 
 
 def inputs_of(batch: Any) -> Any:
-    """Return what the model is called with: the first of a pair or single, the unlabelled entry, or the batch."""
+    """Return what the model is called with: the first of a pair or single, or a dictionary without its targets."""
     if isinstance(batch, (tuple, list)):
         if len(batch) not in (1, 2):
             raise TypeError(f"predict calls the model with the first of a pair or single; a batch has {len(batch)}.")
         return batch[0]
-    is_labelled = isinstance(batch, Mapping) and len(batch) == 2 and any(name in batch for name in TARGET_NAMES)
-    return split_batch(batch)[0] if is_labelled else batch
+    return batch if target_name_of(batch) is None or len(batch) == 1 else split_batch(batch)[0]
 
 
 class Objective:
@@ -64,15 +110,17 @@ class Objective:
 
     Args:
         loss_fn: `(outputs, targets) -> scalar` mean over the samples.
-        compute_loss: `(model, batch) -> loss` or `(loss, weight)`, instead of `loss_fn`.
+        compute_loss: `(model, batch) -> loss`, `(loss, weight)` or `Loss`, instead of `loss_fn`.
         weight_fn: `(batch) -> weight` of a micro-batch, called before the forward.
+        needs_outputs: Whether there are metrics, which need outputs and targets.
     """
 
     def __init__(
         self,
         loss_fn: Callable[[Any, Any], Tensor] | None,
-        compute_loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Weight]] | None = None,
+        compute_loss: Callable[[nn.Module, Any], Any] | None = None,
         weight_fn: Callable[[Any], Weight] | None = None,
+        needs_outputs: bool = False,
     ) -> None:
         if (loss_fn is None) == (compute_loss is None):
             raise ValueError("Give either loss_fn or compute_loss (then loss_fn=None), not both and not none.")
@@ -83,6 +131,8 @@ class Objective:
             raise TypeError(f"loss_fn is the class {loss_fn.__name__}; give an instance: {loss_fn.__name__}().")
         check_reduction(loss_fn)
         self.loss_fn, self.compute_loss, self.weight_fn = loss_fn, compute_loss, weight_fn
+        self._needs_outputs = needs_outputs
+        self._expected: str | None = None
         self._divisor = divisor_of(loss_fn) if weight_fn is None else None
         self._known: WeakKeyDictionary[TensorSource, tuple[Any, bool]] = (
             WeakKeyDictionary()
@@ -92,7 +142,12 @@ class Objective:
         self._has_weightless_class = weight is not None and bool((weight == 0).any())
 
     def __reduce__(self) -> Any:
-        return type(self), (self.loss_fn, self.compute_loss, self.weight_fn)  # without answers about the data
+        given = self.loss_fn, self.compute_loss, self.weight_fn, self._needs_outputs
+        return type(self), given  # without answers about the data
+
+    def expect(self, scalar: str | None) -> None:
+        """Demand of `compute_loss` a scalar of this name from here on, if there is one."""
+        self._expected = scalar
 
     def with_loss(self, loss_fn: Callable[[Any, Any], Tensor]) -> Objective:
         """Return a copy of this objective with another loss of the same form."""
@@ -191,8 +246,16 @@ class Objective:
         batch = micro_batch.data
         weight: Weight = micro_batch.num_samples if self.weight_fn is None else self.weight_fn(batch)
         if self.compute_loss is not None:
-            result = self.compute_loss(model, batch)
-            return Forward(*result) if isinstance(result, tuple) else Forward(result, weight)
+            forward = _forward_of(self.compute_loss(model, batch), weight)
+            if self._needs_outputs and forward.outputs is None:
+                raise ValueError(
+                    "Metrics need the model's outputs, which compute_loss keeps to itself: let it return "
+                    "accel_trainer.Loss(loss, weight, outputs, targets)."
+                )
+            if self._expected is not None and self._expected not in forward.scalars:
+                names = ", ".join(("test_loss", "train_loss", *forward.scalars))
+                raise ValueError(f"monitor must be a metric or one of {names} here, got {self._expected!r}.")
+            return forward
         inputs, targets = split_batch(batch)
         if joined is None:
             outputs = call_model(model, inputs)
@@ -213,9 +276,81 @@ def _is_small(value: Any) -> bool:
     return type(value) in (bool, int, float)
 
 
+def _forward_of(result: Any, weight: Weight) -> Forward:
+    """Return what `compute_loss` has returned as a `Forward`; `weight` is that of a loss that comes without one."""
+    if not isinstance(result, tuple):
+        if isinstance(result, Mapping):
+            raise TypeError(
+                f"compute_loss must return a loss, (loss, weight) or accel_trainer.Loss, got a {type(result).__name__} "
+                f"of {', '.join(map(str, result))}: return its loss; other numbers go into the scalars of Loss."
+            )
+        return Forward(result, weight)
+    given = Loss(*result)
+    scalars = {name: _checked_scalar(name, value) for name, value in given.scalars.items()}
+    return Forward(given.loss, weight if given.weight is None else given.weight, given.outputs, given.targets, scalars)
+
+
+def _checked_scalar(name: str, value: Any) -> Weight:
+    if name in ("loss", "train_loss", "test_loss"):
+        raise ValueError(f"The name {name!r} of a scalar is taken by the trainer's own numbers.")
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value.detach().reshape(())
+    if isinstance(value, Real) and not isinstance(value, Tensor):
+        return float(value)
+    held = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise TypeError(f"The scalar {name!r} of compute_loss must be one real number, got {held}.")
+
+
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call the model with one argument, or with a dictionary of them."""
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    """Call the model with one argument, or with a dictionary of them, or a tuple or list where it needs several."""
+    if isinstance(inputs, Mapping):
+        try:
+            return model(**inputs)
+        except TypeError as error:
+            _explain(error, model, inputs)
+            raise
+    if (
+        isinstance(inputs, (tuple, list))
+        and not hasattr(inputs, "_fields")
+        and _takes_several(type(unwrapped(model)).forward)
+    ):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _explain(error: TypeError, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raise a clearer error if a model was given arguments that it does not take."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    unknown = [name for name in inputs if name not in parameters]
+    if unknown and not takes_any:
+        raise TypeError(
+            f"The model is called with the entries of a batch by name: {', '.join(inputs)}. Its forward takes "
+            f"{', '.join(parameters) or 'nothing'}, but not {', '.join(unknown)}. Leave them out of the samples, or "
+            "give compute_loss(model, batch)."
+        ) from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's model within what compiling and several processes wrap around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+@functools.lru_cache
+def _takes_several(forward: Callable[..., Any]) -> bool:
+    """Return whether the forward of a class has two or more arguments without a default."""
+    try:
+        _, *parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(one.kind in by_position and one.default is one.empty for one in parameters) > 1
 
 
 def usable(weight: Weight) -> Weight:

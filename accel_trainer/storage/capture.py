@@ -57,7 +57,7 @@ def capture(
         "schedule": schedule_state(training),
         "scaler": None if scaler is None else scaler.state_dict(),
         "callbacks": {name: callback.state_dict() for name, callback in stateful(callbacks).items()},
-        "losses": losses,
+        "losses": None if losses is None else {"sums": losses, "recent": training.losses.recent},
         "norms": training.norms.read(),
         "seconds": training.clock.spent(training.loader.seconds),
         "identity": dict(identity),
@@ -115,8 +115,10 @@ def restore(training: Training, history: History, snapshot: Snapshot, announce: 
     _restore_schedule_and_optimizer(training, history, content["schedule"], snapshot, announce)
     if content["scaler"] is not None and training.hardware.accelerator.scaler is not None:
         training.hardware.accelerator.scaler.load_state_dict(content["scaler"])
-    if content["losses"] is not None:
-        training.losses.restore(content["losses"])
+    if isinstance(losses := content["losses"], list):  # of a checkpoint of version 0.1
+        losses = {"sums": dict(zip(("samples", "loss", "weight"), losses, strict=True)), "recent": (0.0, 0.0)}
+    if losses is not None:
+        training.losses.restore(losses["sums"], losses["recent"])
     norm_sum, num_norms = content["norms"]
     training.norms.restore(float(norm_sum), int(num_norms))
     training.clock.restore(content["seconds"])

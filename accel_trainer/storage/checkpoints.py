@@ -68,8 +68,8 @@ def read_checkpoint(path: Path) -> Snapshot:
     return Snapshot(manifest["step"], tensors, {}, read_json(path / "state.json"))
 
 
-def add_checkpoint(folder: Path, snapshot: Snapshot, history: bytes, best: Path, keep: int) -> None:
-    """Write a checkpoint under another name, rename it, and remove those that are too many.
+def add_checkpoint(folder: Path, snapshot: Snapshot, history: bytes, best: Path, keep: int) -> Path:
+    """Write a checkpoint under another name, rename it, remove those that are too many, and return its folder.
 
     `history` are the lines of the history so far; `best` is the file of the best weights so far, and may be missing.
     """
@@ -91,6 +91,7 @@ def add_checkpoint(folder: Path, snapshot: Snapshot, history: bytes, best: Path,
                     os.rename(other, other.with_name(f".{other.name}.part"))
     finally:
         clean_checkpoints(folder)
+    return path
 
 
 def clean_checkpoints(folder: Path) -> None:

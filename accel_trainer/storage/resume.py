@@ -61,7 +61,9 @@ def find(
             snapshot = read_checkpoint(folder.resumed)
             before = unpack(snapshot.state["identity"], {})
             check_identity(before, unpack(pack(dict(identity), {}, "identity"), {}), source)
-            found = Found(folder, snapshot, History.load(source), source)
+            history = History.load(source)
+            history.load_steps(folder.path, snapshot.step)
+            found = Found(folder, snapshot, history, source)
         return source
 
     steps = steps_in(Path(run_dir).expanduser() / "checkpoints") if config.resume else []
@@ -116,8 +118,6 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
                 run.announce(f"Changed since the checkpoint: {', '.join(changes)}.")
             states = dict(unpack(snapshot.state["callbacks"], snapshot.tensors.get(PROGRESS, {})))
         _restore_callbacks(states, callbacks)
-    for name, callback in stateful(callbacks).items():
-        pack(callback.state_dict(), {}, f"callback {name}")  # refuses at once what could not be saved
     pack(schedule_state(training), {}, "scheduler")
     if training.config.run_dir is not None:
         optimizer_state(training.prepared.optimizer, training.prepared.user_model, {})  # type: ignore[arg-type]
@@ -139,6 +139,12 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     if folder is not None:
         _check_room(run, folder)
     run.saver.start(training, beside)
+
+
+def check_states(callbacks: Sequence[Callback]) -> None:
+    """Refuse (TypeError) at once a state of a callback that could not be saved; after `on_fit_start`."""
+    for name, callback in stateful(callbacks).items():
+        pack(callback.state_dict(), {}, f"callback {name}")
 
 
 def _announce_epoch_start(run: Run, callbacks: Sequence[Callback]) -> None:

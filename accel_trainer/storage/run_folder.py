@@ -9,7 +9,7 @@ import shutil
 import stat
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,15 @@ if os.name == "posix":
     import fcntl
 
 _NOTES = ("preempted.json", "nonfinite.json")  # how a run has ended
-_RECORDS = ("config.json", "environment.json", "history.jsonl", "evaluations.json", "trackers.json", "report.html")
+_RECORDS = (
+    "config.json",
+    "environment.json",
+    "history.jsonl",
+    "steps.jsonl",
+    "evaluations.json",
+    "trackers.json",
+    "report.html",
+)
 _FILES = (*_RECORDS, "losses.png", *_NOTES, BEST)  # all that a run writes, beside its checkpoints
 _LOCK_SECONDS = 10.0  # to wait for the end of another run, which a signal may have ended just now
 
@@ -146,7 +154,7 @@ class RunFolder:
             elif self._resume:
                 self._check_same_run(identity)
                 self._set_aside()
-                for name in ("config.json", "history.jsonl", *_NOTES):
+                for name in ("config.json", "history.jsonl", "steps.jsonl", *_NOTES):
                     remove(self.path / name)
             else:
                 self._check_files("best", "checkpoints")  # another run may have come first
@@ -188,7 +196,7 @@ class RunFolder:
             return
         self.aside = free_name(self.path / "earlier")
         (self.aside / "best").mkdir(parents=True)
-        for name in ("config.json", "environment.json", "history.jsonl", BEST, *_NOTES):
+        for name in ("config.json", "environment.json", "history.jsonl", "steps.jsonl", BEST, *_NOTES):
             if (self.path / name).exists():
                 os.rename(self.path / name, self.aside / name)
 
@@ -292,16 +300,19 @@ class RunFolder:
         put_in_place(self.best_path, lambda beside: save_tensors(beside, tensors, metadata, sealed=True))
         flush(self.best_path.parent)
 
-    def save_checkpoint(self, snapshot: Snapshot, history: bytes) -> None:
-        """Write a checkpoint, and remove those that are too many; after an `OSError` the others are untouched."""
+    def save_checkpoint(self, snapshot: Snapshot, history: bytes) -> Path:
+        """Write a checkpoint, remove those that are too many, and return its folder.
+
+        After an `OSError` the others are untouched.
+        """
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         self.check_room(sum(tensor.nbytes for tensors in snapshot.tensors.values() for tensor in tensors.values()))
-        add_checkpoint(self._checkpoints, snapshot, history, self.best_path, self._keep)
+        return add_checkpoint(self._checkpoints, snapshot, history, self.best_path, self._keep)
 
     def append_history(self, row: dict[str, Any]) -> None:
         """Append a line to `history.jsonl`, and what could not be written before."""
         path = self.path / "history.jsonl"
-        line = (json.dumps(with_checksum(encode(row))) + "\n").encode()
+        line = _line_of(row)
         self.history += line
 
         def append() -> None:
@@ -313,6 +324,19 @@ class RunFolder:
                 file.write(line)
 
         self.attempt(path.name, append)
+
+    def write_steps(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write `steps.jsonl` anew, with these rows."""
+        self.attempt("steps.jsonl", lambda: write_whole(self.path / "steps.jsonl", b"".join(map(_line_of, rows))))
+
+    def append_step(self, row: Mapping[str, Any]) -> None:
+        """Append a row to `steps.jsonl`; one that cannot be written is lost."""
+
+        def append() -> None:
+            with open(self.path / "steps.jsonl", "ab") as file:
+                file.write((b"\n" if "steps.jsonl" in self._failing else b"") + _line_of(row))  # behind half a line
+
+        self.attempt("steps.jsonl", append)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the folder."""
@@ -348,3 +372,7 @@ class RunFolder:
             message = f"Could not write {self.path / name}: {error}."
             warn(f"{message} The training goes on, and the next save tries again.", stacklevel=4)
         self._failing.add(name)
+
+
+def _line_of(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(with_checksum(encode(dict(row)))) + "\n").encode()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,12 +57,13 @@ class Saver:
         history: History,
         identity: Mapping[str, Any],
         callbacks: Sequence[Callback],
+        on_checkpoint: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.next_step, self._num_saved = math.inf, 0
         self.lost: str | None = None
         self.beside: dict[str, Tensor] = {}
         self._folder, self._is_main, self._history = folder, is_main, history
-        self._identity, self._callbacks = identity, callbacks
+        self._identity, self._callbacks, self._on_checkpoint = identity, callbacks, on_checkpoint
         self._enabled = config.run_dir is not None
         self._keeps_best = self._enabled or config.restore_best
         self._every = config.checkpoint_every
@@ -69,7 +71,7 @@ class Saver:
         self._best_is_on_disk = True
         self._buffers, self._best_buffers = _HostBuffers(), _HostBuffers()
         self._executor: ThreadPoolExecutor | None = None
-        self._writes: dict[str, Future[None]] = {}  # what is written -> the write under way
+        self._writes: dict[str, Future[Path | None]] = {}  # what is written -> the write under way
 
     def start(self, training: Training, beside: Mapping[str, Tensor]) -> None:
         """Begin to count from where the run stands now; `beside` as the attribute, of the best epoch so far."""
@@ -85,6 +87,8 @@ class Saver:
 
     def after_epoch(self, training: Training) -> None:
         """Save what is due at the end of an epoch."""
+        if _CHECKPOINT in self._writes and self._writes[_CHECKPOINT].done():
+            self._finish(_CHECKPOINT)
         is_due = training.state.step >= self.next_step or training.stopping.save_is_due
         if self._enabled and (is_due or self._every is None):
             self.save(training)
@@ -139,7 +143,7 @@ class Saver:
             if self._folder is not None:
                 self._hand_over(BEST, partial(self._write_best, self._folder, self._best), at_once=copies is None)
 
-    def _hand_over(self, name: str, write: Callable[[], None], at_once: bool) -> None:
+    def _hand_over(self, name: str, write: Callable[[], Path | None], at_once: bool) -> None:
         """Let the thread write; with `at_once` wait for it."""
         if at_once:
             warn("There is no room in memory for a copy of what is saved: the training waits for the write.", 4)
@@ -155,12 +159,13 @@ class Saver:
 
     def _write_checkpoint(
         self, folder: RunFolder, snapshot: Snapshot, history: bytes, moment: Any, best: _Best | None
-    ) -> None:
+    ) -> Path:
         is_there = self._best_is_on_disk and folder.best_path.exists()  # read before the next line: that may be newer
         if best is not None and self._best is best and not is_there:
             self._write_best(folder, best)  # a checkpoint with an older best would go back to that
-        folder.save_checkpoint(snapshot, history)
+        path = folder.save_checkpoint(snapshot, history)
         self._saved_moment = moment
+        return path
 
     def _finish(self, name: str) -> None:
         """Wait for a write, and warn if it has failed."""
@@ -171,6 +176,9 @@ class Saver:
             if error is not None and not isinstance(error, (OSError, SafetensorError)):
                 raise error
             self._note(name, error)
+            path = None if error is not None else write.result()
+            if path is not None:
+                self._on_checkpoint(path)
 
     def _note(self, name: str, error: Exception | None) -> None:
         self._folder.note(name, error)  # type: ignore[union-attr]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..base.clock import Clock
+from ..callbacks import Callback
 from ..history import History
 from ..state import TrainState
 from ..storage.files import put_in_place
@@ -15,8 +17,11 @@ from .picture import draw_losses
 from .report import LivePage, seen_from
 from .screen import in_green, recut_message
 
+if TYPE_CHECKING:
+    from ..trainer import Trainer
 
-class Reporter:
+
+class Reporter(Callback):
     """Show a run to people; `folder` and `page` are `None` without a run folder and on all but the main process."""
 
     def __init__(
@@ -39,7 +44,16 @@ class Reporter:
         if self._folder is not None:
             self._folder.write_json("environment.json", environment)
             self._folder.write_json("config.json", config)
+            steps = zip(self._history.steps, self._history.step_losses, self._history.step_learning_rates, strict=True)
+            self._folder.write_steps(_step_row(*step) for step in steps)
         self.write_page("running")
+
+    def on_report(self, trainer: Trainer) -> None:
+        """Record loss and learning rates of a step, on every process, and write them down."""
+        rates = [float(group.get("lr", math.nan)) for group in trainer.optimizer.param_groups]  # type: ignore[union-attr]
+        self._history.report(self._state.step, self._state.recent_loss, rates)
+        if self._folder is not None:
+            self._folder.append_step(_step_row(self._state.step, self._state.recent_loss, rates))
 
     def report_recut(self, name: str, num_micro_batches: int) -> None:
         """Say that the batches of a loader are cut into more micro-batches from here on."""
@@ -108,6 +122,10 @@ class Reporter:
 
     def _draw(self, path: Path) -> None:
         draw_losses(path, self._history, format="png")
+
+
+def _step_row(step: int, train_loss: float, learning_rates: list[float]) -> dict[str, Any]:
+    return {"step": step, "train_loss": train_loss, "learning_rates": learning_rates}
 
 
 _FILES = ("report.html", "losses.png", "history.jsonl", "best/model.safetensors", "checkpoints")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import time
@@ -52,12 +51,10 @@ class Trackers(Callback):
         self._run_name = None if run_dir is None else _in_utf8(Path(run_dir).name)
         self._trackers: dict[str, Any] = {}
         self._ids: dict[str, str] = {}
-        self._logged_loss = math.nan
         self._has_set_mlflow_uri = False
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Start the trackers, or go on with their runs."""
-        self._logged_loss = trainer.state.recent_loss  # logged before the checkpoint
         self._ids = _read_ids(self._run_dir) if self._run_dir is not None and self._is_resumed else {}
         for name in self._names:
             with self._attempt(name):
@@ -68,20 +65,19 @@ class Trackers(Callback):
             except OSError as error:
                 warn(f"trackers.json cannot be written: {error!r}; a resumed run begins new runs of its trackers.")
 
-    def on_step_end(self, trainer: Trainer) -> None:
-        """Log the loss of the last steps, if it has been read back since, and the learning rate."""
-        loss = trainer.state.recent_loss
-        if loss == self._logged_loss or (math.isnan(loss) and math.isnan(self._logged_loss)):
-            return
-        self._logged_loss = loss
-        rate = trainer.optimizer.param_groups[0].get("lr")  # type: ignore[union-attr]
-        known = {} if rate is None else {"step/learning_rate": float(rate)}
-        self._log({"step/train_loss": loss, **known}, trainer.state.step)
+    def on_report(self, trainer: Trainer) -> None:
+        """Log the loss of the last steps, and the learning rate of each group of parameters."""
+        rates = [group.get("lr") for group in trainer.optimizer.param_groups]  # type: ignore[union-attr]
+        names = ["step/learning_rate", *(f"step/learning_rate_{index}" for index in range(1, len(rates)))]
+        known = {name: float(rate) for name, rate in zip(names, rates, strict=True) if rate is not None}
+        self._log({"step/train_loss": trainer.state.recent_loss, **known}, trainer.state.step)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Log what was measured in the epoch."""
         row = trainer.history.last()
-        metrics = {f"metrics/{name}": value for name, value in row.pop("metrics").items()}
+        metrics = {
+            f"{kind}/{name}": value for kind in ("metrics", "train_metrics") for name, value in row.pop(kind).items()
+        }
         self._log({"epoch": trainer.state.epoch, **row, **metrics}, trainer.state.step)
 
     def on_fit_end(self, trainer: Trainer) -> None:

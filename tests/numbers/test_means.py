@@ -496,8 +496,6 @@ def test_whole_metrics_are_refused_where_they_cannot_be():
         Trainer(model, None, loss_fn, metrics={"f1": correct}, whole_metrics={"f1": f1})
     with pytest.raises(TypeError, match="whole_metrics must be a dictionary"):
         Trainer(model, None, loss_fn, whole_metrics=[f1])
-    with pytest.raises(ValueError, match="compute_loss"):
-        Trainer(model, None, compute_loss=token_loss, whole_metrics={"f1": f1})
     trainer = Trainer(model, None, loss_fn, whole_metrics={"text": lambda outputs, targets: "good"}, config=quiet())
     with pytest.raises(TypeError, match="'text' must return numbers, got a str"):
         trainer.evaluate(loader_of(make_data(8), 8))

@@ -40,7 +40,7 @@ def test_the_files_of_a_run(tmp_path):
     files = {str(path.relative_to(tmp_path / "a/run")) for path in (tmp_path / "a/run").rglob("*") if path.is_file()}
     checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "history.jsonl", "manifest.json"}
     assert files == {
-        *("config.json", "environment.json", "history.jsonl", "losses.png", "report.html"),
+        *("config.json", "environment.json", "history.jsonl", "steps.jsonl", "losses.png", "report.html"),
         *("best/model.safetensors", ".lock"),
         *(
             f"checkpoints/step_{step:08d}/{name}"
