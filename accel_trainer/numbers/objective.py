@@ -342,15 +342,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-@functools.lru_cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _takes_several(forward: Callable[..., Any]) -> bool:
     """Return whether the forward of a class has two or more arguments without a default."""
+    return _num_needed(forward) > 1
+
+
+@functools.lru_cache
+def _num_needed(forward: Callable[..., Any]) -> int:
+    """Return the number of arguments without a default of the forward of a class."""
     try:
         _, *parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):
-        return False
+        return 1
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(one.kind in by_position and one.default is one.empty for one in parameters) > 1
+    return sum(one.kind in by_position and one.default is one.empty for one in parameters)
 
 
 def usable(weight: Weight) -> Weight:
