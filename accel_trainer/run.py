@@ -74,7 +74,7 @@ class Training:
     losses: LossTable
     clock: Clock
     norms: MeanNorm = field(default_factory=MeanNorm)
-    joined: Callable[[Any, Any], Tensor] | None = None
+    joined: Callable[..., Tensor] | None = None
     saver: Saver | None = None
     probe: MeanProbe | None = None
     weight_is_num_samples: bool = False

@@ -16,8 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DynamoBackend, convert_to_fp32
 from torch import nn
 
-from ..numbers.objective import call_model
-
 
 @contextmanager
 def neither_compiling_nor_casting(accelerator: Accelerator) -> Iterator[None]:
@@ -80,9 +78,11 @@ def own_code(function: Any, key: Hashable) -> Any:
     return _with_own_code(function)
 
 
-def loss_of_model(model: nn.Module, loss_fn: Callable[[Any, Any], torch.Tensor], inputs: Any, targets: Any) -> Any:
-    """Compute a loss with a model, to be compiled as one function."""
-    return loss_fn(call_model(model, inputs), targets)
+def loss_of_model(
+    model: nn.Module, loss_fn: Callable[[Any, Any], torch.Tensor], targets: Any, *arguments: Any, **named: Any
+) -> Any:
+    """Compute a loss with a model called with these arguments, to be compiled as one function."""
+    return loss_fn(model(*arguments, **named), targets)
 
 
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

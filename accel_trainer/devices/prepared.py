@@ -88,10 +88,8 @@ class Prepared:
         """Take a learning rate as that of the last update; `None` for the one that the optimizer has now."""
         self._last_rate = _rate_of(self.optimizer) if rate is None else rate
 
-    def joined(
-        self, loss_fn: Callable[[Any, Any], torch.Tensor], form: Hashable
-    ) -> Callable[[Any, Any], torch.Tensor] | None:
-        """Return the model and a loss as one compiled function `(inputs, targets) -> loss`.
+    def joined(self, loss_fn: Callable[[Any, Any], torch.Tensor], form: Hashable) -> Callable[..., torch.Tensor] | None:
+        """Return the model and a loss as one compiled function `(targets, *arguments, **named) -> loss`.
 
         The compiler can then compute the loss together with the last layer, whose outputs need not stand in memory in
         full precision. The loss must have no state, whose changes could make the compiler begin anew, with the whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from ..data.sources import TensorSource
 from .loss_functions import Weight, check_reduction, divisor_of, form_of, unwrap_partial
 from .scalars import on_device
 
-_Joined = Callable[[Any, Any], Tensor]
+_Joined = Callable[..., Tensor]
 
 
 _NO_SCALARS: Mapping[str, Any] = MappingProxyType({})
@@ -226,7 +226,7 @@ class Objective:
         """Run the model on a micro-batch, which is on the device, and return its loss and weight (0 for padding).
 
         With `is_even` each sample is known to weigh the same. `joined`, for a `loss_fn` with a `form`, computes the
-        loss of inputs and targets in place of model and `loss_fn`.
+        loss of targets and the model's arguments in place of model and `loss_fn`.
         """
         if self.compute_loss is None and self.weight_fn is None:
             forward = self._forward(model, micro_batch, is_even, joined)
@@ -261,7 +261,8 @@ class Objective:
             outputs = call_model(model, inputs)
             loss = self.loss_fn(outputs, targets)  # type: ignore[misc]
         else:
-            outputs, loss = None, joined(inputs, targets)
+            arguments, named = arguments_of(model, inputs)
+            outputs, loss = None, joined(targets, *arguments, **named)
         if self._divisor is not None and not is_even:
             weight = self._divisor(targets)
         return Forward(loss, weight, outputs, targets)
@@ -302,20 +303,27 @@ def _checked_scalar(name: str, value: Any) -> Weight:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call the model with one argument, or with a dictionary of them, or a tuple or list where it needs several."""
+    """Call the model with `arguments_of` the inputs."""
+    arguments, named = arguments_of(model, inputs)
+    try:
+        return model(*arguments, **named)
+    except TypeError as error:
+        _explain(error, model, named)
+        raise
+
+
+def arguments_of(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return what the model is called with: one argument, or several, by name or in order.
+
+    The entries of a dictionary are arguments by name, and those of a tuple or list in order, if the forward has two or
+    more without a default. Anything else is one argument.
+    """
     if isinstance(inputs, Mapping):
-        try:
-            return model(**inputs)
-        except TypeError as error:
-            _explain(error, model, inputs)
-            raise
-    if (
-        isinstance(inputs, (tuple, list))
-        and not hasattr(inputs, "_fields")
-        and _takes_several(type(unwrapped(model)).forward)
-    ):
-        return model(*inputs)
-    return model(inputs)
+        return (), inputs
+    is_several = isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields")
+    if is_several and _num_needed(type(unwrapped(model)).forward) > 1:
+        return inputs, {}
+    return (inputs,), {}
 
 
 def _explain(error: TypeError, model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -340,12 +348,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _takes_several(forward: Callable[..., Any]) -> bool:
-    """Return whether the forward of a class has two or more arguments without a default."""
-    return _num_needed(forward) > 1
 
 
 @functools.lru_cache

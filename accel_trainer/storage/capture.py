@@ -22,7 +22,15 @@ from ..run import Training
 from ..state import TrainState
 from .checkpoints import MODEL, OPTIMIZER, PROGRESS, Snapshot
 from .optimizer_state import optimizer_state, restore_optimizer
-from .weights import buffers_beside, checked_state, copy_into, plain_name, split_aliases
+from .weights import (
+    FrozenWeights,
+    buffers_beside,
+    checked_state,
+    copy_into,
+    plain_name,
+    split_aliases,
+    without,
+)
 
 _CHOICES = ("num_micro_batches", "bitwise", "mixed_precision", "compile", "num_threads", "patience", "min_delta")
 
@@ -33,11 +41,12 @@ def capture(
     beside: Mapping[str, Tensor],
     identity: Mapping[str, Any],
     callbacks: Sequence[Callback],
+    frozen: FrozenWeights,
 ) -> Snapshot | None:
     """Return what a checkpoint of this moment holds, no copies; `None` where weights are not finite.
 
     All processes call it between two batches; only the main process's result counts. `beside` holds the buffers of the
-    best epoch that the file of the best weights leaves out.
+    best epoch that the file of the best weights leaves out; `frozen` what the files leave out of the weights.
     """
     state, model = training.state, training.prepared.user_model
     if not training.finite.is_sound():
@@ -47,7 +56,8 @@ def capture(
     losses = training.losses.sums() if state.epoch > history.num_epochs else None
     if not training.hardware.is_main:
         return None
-    weights, aliases = split_aliases(checked_state(model))
+    left_out = frozen.digests(model)
+    weights, aliases = split_aliases(without(checked_state(model), left_out))
     progress = buffers_beside(model, training.objective.modules)
     progress |= {f"best/{name}": buffer for name, buffer in beside.items()}
     scaler = training.hardware.accelerator.scaler
@@ -62,6 +72,7 @@ def capture(
         "seconds": training.clock.spent(training.loader.seconds),
         "identity": dict(identity),
         "run": asdict(state),
+        "left_out": left_out,
         "told": layout_and_choices(training),
         "num_micro_batches": number if is_recut else None,  # found by running out of memory
         "evaluating": [plain_name(name) for name, module in model.named_modules() if not module.training],
@@ -72,7 +83,7 @@ def capture(
     packed["optimizer"] = optimizer_state(training.prepared.optimizer, model, tensors[OPTIMIZER])  # type: ignore[arg-type]
     if progress:
         tensors[PROGRESS] = progress
-    metadata = {"aliases": aliases, "step": state.step, "epoch": state.epoch}
+    metadata = {"aliases": aliases, "step": state.step, "epoch": state.epoch, "left_out": left_out}
     return Snapshot(state.step, tensors, metadata, packed)
 
 

@@ -28,7 +28,7 @@ from .identity import check_identity
 from .optimizer_state import names_by_group, optimizer_state
 from .run_folder import RunFolder
 from .saver import finish_writes
-from .weights import check_fit, plain_name, plain_state
+from .weights import FrozenWeights, check_fit, check_left_out, plain_name, plain_state
 
 
 class Found(NamedTuple):
@@ -107,9 +107,12 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     """Make the folder ready, and put the run where it goes on from."""
     training, folder, snapshot = run.training, found.folder, found.snapshot
     source = str(found.source)
+    left_out = {} if snapshot is None else unpack(snapshot.state.get("left_out", {}))
+    # As the user's program has made them; only the main process writes.
+    frozen = FrozenWeights(training.prepared.user_model if training.hardware.is_main else None, left_out)
     if snapshot is not None:
         with understood(source):
-            _check_parts(run, snapshot)
+            _check_parts(run, snapshot, left_out)
             run.history.restore(found.history)  # type: ignore[arg-type]
             restore(training, run.history, snapshot, run.announce)
             before, now = unpack(snapshot.state["told"], {}), layout_and_choices(training)
@@ -138,7 +141,7 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
             run.announce(f"train_loader is a stream: {state.position} batches are read to be passed over.")
     if folder is not None:
         _check_room(run, folder)
-    run.saver.start(training, beside)
+    run.saver.start(training, beside, frozen)
 
 
 def check_states(callbacks: Sequence[Callback]) -> None:
@@ -173,14 +176,16 @@ def _take_best(run: Run, best: Mapping[str, Any] | None) -> bool:
     return False
 
 
-def _check_parts(run: Run, snapshot: Snapshot) -> None:
+def _check_parts(run: Run, snapshot: Snapshot, left_out: Mapping[str, str]) -> None:
     """Refuse a checkpoint of another model or optimizer, before anything is changed."""
     model = run.training.prepared.user_model
     buffers = {name: module._buffers[attribute] for name, (module, attribute) in buffer_owners(model).items()}
     # A buffer may have been filled, or have grown, when the checkpoint was made: its shape is not compared.
     weights = {name: buffers.get(name, tensor) for name, tensor in snapshot.tensors[MODEL].items()}
     try:
-        check_fit({name: tensor for name, tensor in weights.items() if tensor is not None}, model, "The checkpoint")
+        known = {name: tensor for name, tensor in weights.items() if tensor is not None}
+        check_fit(known, model, "The checkpoint", left_out)
+        run.training.hardware.from_main(lambda: check_left_out(left_out, plain_state(model), "The checkpoint"))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     optimizer: Optimizer = run.training.prepared.optimizer  # type: ignore[assignment]

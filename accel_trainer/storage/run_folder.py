@@ -326,8 +326,9 @@ class RunFolder:
         self.attempt(path.name, append)
 
     def write_steps(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write `steps.jsonl` anew, with these rows."""
-        self.attempt("steps.jsonl", lambda: write_whole(self.path / "steps.jsonl", b"".join(map(_line_of, rows))))
+        """Write `steps.jsonl` anew, with these rows; no file without any."""
+        path, content = self.path / "steps.jsonl", b"".join(map(_line_of, rows))
+        self.attempt(path.name, lambda: write_whole(path, content) if content else path.unlink(missing_ok=True))
 
     def append_step(self, row: Mapping[str, Any]) -> None:
         """Append a row to `steps.jsonl`; one that cannot be written is lost."""

@@ -27,7 +27,18 @@ from .capture import capture
 from .checkpoints import BEST, Snapshot
 from .run_folder import RunFolder
 from .tensor_files import check_seal, read_weights
-from .weights import buffers_beside, check_fit, copy_beside, copy_into, plain_state, split_aliases
+from .weights import (
+    FrozenWeights,
+    buffers_beside,
+    check_fit,
+    check_left_out,
+    copy_beside,
+    copy_into,
+    left_out_of,
+    plain_state,
+    split_aliases,
+    without,
+)
 
 _Tensors = dict[str, dict[str, Tensor]]
 _Moment = tuple[int, int, str | None]
@@ -73,9 +84,12 @@ class Saver:
         self._executor: ThreadPoolExecutor | None = None
         self._writes: dict[str, Future[Path | None]] = {}  # what is written -> the write under way
 
-    def start(self, training: Training, beside: Mapping[str, Tensor]) -> None:
-        """Begin to count from where the run stands now; `beside` as the attribute, of the best epoch so far."""
-        self.beside = dict(beside)
+    def start(self, training: Training, beside: Mapping[str, Tensor], frozen: FrozenWeights) -> None:
+        """Begin to count from where the run stands now.
+
+        `beside` is as the attribute, of the best epoch so far; `frozen` are the weights that may be left out.
+        """
+        self.beside, self._frozen = dict(beside), frozen
         # The moments of the last checkpoint that was due, and of the last that was written.
         self._last_moment: _Moment | None = self._moment(training.state)
         self._saved_moment = self._last_moment if training.state.num_batches else None
@@ -115,7 +129,7 @@ class Saver:
             if not self._enabled or self._last_moment == moment:
                 return
             self._last_moment = moment
-            snapshot = capture(training, self._history, self.beside, self._identity, self._callbacks)
+            snapshot = capture(training, self._history, self.beside, self._identity, self._callbacks, self._frozen)
             if snapshot is None or self._folder is None:
                 return
             copies = self._buffers.copy(snapshot.tensors)
@@ -136,10 +150,11 @@ class Saver:
             self._finish(BEST)
             if not self._best_is_on_disk:  # the write of a checkpoint may try it once more, from these same buffers
                 self._finish(_CHECKPOINT)
-            weights, aliases = split_aliases(plain_state(model))
+            left_out = self._frozen.digests(model) if self._folder else dict.fromkeys(self._frozen.unchanged(model))
+            weights, aliases = split_aliases(without(plain_state(model), left_out))
             copies = self._best_buffers.copy({BEST: weights})
             kept = copies[BEST] if copies else {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-            self._best, self._best_is_on_disk = (kept, metadata | {"aliases": aliases}), False
+            self._best, self._best_is_on_disk = (kept, metadata | {"aliases": aliases, "left_out": left_out}), False
             if self._folder is not None:
                 self._hand_over(BEST, partial(self._write_best, self._folder, self._best), at_once=copies is None)
 
@@ -204,12 +219,14 @@ class Saver:
                 if self._best is None:
                     path = self._folder.best_path  # type: ignore[union-attr]
                     check_seal(path)
-                    best = read_weights(path)
+                    best, left_out = read_weights(path), left_out_of(path)
+                    check_left_out(left_out, self._frozen.values, "Its file")
                 else:
-                    weights, metadata = self._best
-                    best = weights | {name: weights[kept] for name, kept in metadata["aliases"].items()}
-                check_fit(best, model, "What was best")
-                copy_into(model, best)
+                    best, metadata = self._best
+                    best = best | {name: best[kept] for name, kept in metadata["aliases"].items()}
+                    left_out = metadata["left_out"]
+                check_fit(best, model, "What was best", left_out)
+                copy_into(model, best | {name: self._frozen.values[name] for name in left_out})
             except (OSError, ValueError, SafetensorError) as error:
                 is_there = False
                 warn(f"The best weights cannot be restored, the model keeps the last ones: {error}", stacklevel=2)

@@ -1,9 +1,10 @@
-"""Weights under the user's own names, tied ones once."""
+"""Weights under the user's own names, tied ones once, and without those that were frozen all the time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.console import printable
+from ..numbers.reductions import sum_of_bits
 from .checkpoints import BEST
-from .tensor_files import check_seal, is_utf8, read_weights
+from .tensor_files import check_seal, is_utf8, metadata_of, read_weights
 
 
 def plain_name(name: str) -> str:
@@ -42,7 +44,8 @@ def checked_state(model: nn.Module) -> dict[str, Tensor]:
                 "lack it. Give a model whose state_dict() is torch's own."
             )
     restorable = _addresses((*model.parameters(), *model.buffers()))
-    for name, value in state.items():
+    frozen = [plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    for name, value in without(state, frozen).items():
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"The model's state {name!r} is a {type(value).__name__}, and weights are saved as tensors only. "
@@ -75,9 +78,86 @@ def split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     return {name: tensor for name, tensor in state.items() if name not in aliases}, aliases
 
 
-def check_fit(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
-    """Refuse weights of another architecture with a `ValueError` that names every difference."""
-    expected = plain_state(model)
+def without(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return a state without these names, and what belongs to them, such as the scales of a weight of four bits."""
+    parts = tuple(f"{name}." for name in names)
+    return {name: value for name, value in state.items() if name not in names and not name.startswith(parts)}
+
+
+class FrozenWeights:
+    """The weights that are frozen when a run begins: files leave out those that are still the same, and say so.
+
+    A callback may unfreeze weights, or write to frozen ones, as to those of a teacher; these are saved like others.
+
+    Attributes:
+        values: What they were, in host memory, by name: best weights without them are whole with these.
+    """
+
+    def __init__(self, model: nn.Module | None = None, left_out: Collection[str] = ()) -> None:
+        """Take the frozen weights of a model, and those that a checkpoint leaves out; none without a model."""
+        frozen = {} if model is None else _frozen(model, left_out)
+        self.values = {name: one.detach().to("cpu", copy=True) for name, one in frozen.items()}
+        self._sums = {name: sum_of_bits(one) for name, one in frozen.items()}
+        self._digests: dict[str, str] = {}  # made when they are first asked for
+
+    def unchanged(self, model: nn.Module) -> list[str]:
+        """Return the names of those that still are frozen, and what they were; one read-back if there are any."""
+        now = {name: sum_of_bits(one) for name, one in _frozen(model).items() if name in self._sums}
+        if not now:
+            return []
+        are_same = torch.stack([total == self._sums[name] for name, total in now.items()]).tolist()
+        return [name for name, is_same in zip(now, are_same, strict=True) if is_same]
+
+    def digests(self, model: nn.Module) -> dict[str, str]:
+        """Return a digest of each of these."""
+        names = self.unchanged(model)
+        self._digests |= _digests_of(plain_state(model), [name for name in names if name not in self._digests])
+        return {name: self._digests[name] for name in names}
+
+
+def _frozen(model: nn.Module, others: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return the frozen weights, and others, that a model's state holds as they are, under each of their names."""
+    state = plain_state(model)
+    named = {plain_name(name): one for name, one in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: one
+        for name, one in named.items()
+        if (name in others or not one.requires_grad) and one.layout == torch.strided and one.numel() and name in state
+        and state[name].data_ptr() == one.data_ptr()
+    }  # fmt: skip
+
+
+def _digests_of(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, str]:
+    """Return digests, by name, of weights of a state: of each bit, type and shape; of names it has only."""
+    return {name: _digest_of(state[name]) for name in names if name in state}
+
+
+def _digest_of(tensor: Tensor) -> str:
+    digest = sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_left_out(left_out: Mapping[str, str], state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse (ValueError) a state whose frozen weights are not those that a file leaves out, by their digests."""
+    found = _digests_of(state, left_out)
+    different = [name for name, digest in left_out.items() if found.get(name) != digest]
+    if different:
+        names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+        raise ValueError(
+            printable(
+                f"{source} leaves out weights that were frozen, and the model has others in {names}. Build it from the "
+                "same pretrained weights, or under the same seed."
+            )
+        )
+
+
+def check_fit(state: Mapping[str, Tensor], model: nn.Module, source: str, left_out: Collection[str] = ()) -> None:
+    """Refuse weights of another architecture with a `ValueError` that names every difference.
+
+    `left_out` are the names that the weights do without.
+    """
+    expected = without(plain_state(model), left_out)
     problems = [f"missing {name}" for name in expected if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]
     problems += [
@@ -93,7 +173,8 @@ def check_fit(state: Mapping[str, Tensor], model: nn.Module, source: str) -> Non
 def copy_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a model the weights of these names, in place."""
     for name, tensor in plain_state(model).items():
-        tensor.copy_(state[name])
+        if name in state:
+            tensor.copy_(state[name])
 
 
 def buffers_beside(model: nn.Module, losses: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
@@ -116,13 +197,16 @@ def copy_beside(model: nn.Module, losses: Iterable[nn.Module], values: Mapping[s
 def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
     """Give a model the best weights of a run, in place, and return it.
 
+    Weights that were frozen all the time are not in the file: it has their digests, and the model must have them.
+
     Args:
         model: A model of the same architecture, on any device; it may be compiled or wrapped.
         run_dir: Folder of the run.
 
     Raises:
         FileNotFoundError: The folder holds no best weights.
-        ValueError: The file is damaged, or does not fit the model; the message names each difference.
+        ValueError: The file is damaged, or does not fit the model, or its frozen weights; the message names each
+            difference.
 
     Example:
         >>> import tempfile, torch
@@ -146,9 +230,15 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
         inner = inner.module
     try:
         check_seal(path)
-        state = read_weights(path)
+        state, left_out = read_weights(path), left_out_of(path)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-    check_fit(state, inner, str(path))
+    check_fit(state, inner, str(path), left_out)
+    check_left_out(left_out, plain_state(inner), str(path))
     copy_into(inner, state)
     return model
+
+
+def left_out_of(path: Path) -> dict[str, str]:
+    """Return names and digests of the frozen weights that a file of weights leaves out."""
+    return dict(metadata_of(path).get("left_out", {}))

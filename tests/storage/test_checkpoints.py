@@ -40,7 +40,7 @@ def test_the_files_of_a_run(tmp_path):
     files = {str(path.relative_to(tmp_path / "a/run")) for path in (tmp_path / "a/run").rglob("*") if path.is_file()}
     checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "history.jsonl", "manifest.json"}
     assert files == {
-        *("config.json", "environment.json", "history.jsonl", "steps.jsonl", "losses.png", "report.html"),
+        *("config.json", "environment.json", "history.jsonl", "losses.png", "report.html"),
         *("best/model.safetensors", ".lock"),
         *(
             f"checkpoints/step_{step:08d}/{name}"
@@ -71,7 +71,7 @@ def test_the_best_weights_say_what_they_are_and_load_in_a_new_process(tmp_path):
     history, model = fit(tmp_path / "run", num_epochs=3)
     header = tensor_files.safe_open(tmp_path / "run/best/model.safetensors", framework="pt").metadata()
     kept = json.loads(header["accel_trainer"])
-    assert kept == {"epoch": history.best_epoch, "test_loss": history.best_value, "aliases": {}}
+    assert kept == {"epoch": history.best_epoch, "test_loss": history.best_value, "aliases": {}, "left_out": {}}
     script = (
         "import sys, torch; sys.path[:0] = ['tests']\n"
         "from support import *\nfrom accel_trainer import load_best\n"
