@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from .data.collated import count_samples
 from .data.micro_batches import MicroBatch, MicroBatchLoader
 from .data.randomness import EVALUATION, derive_seed, draws_nothing, seed_all
 from .devices.agreement import Stopping
-from .devices.gathering import Gathered, of_samples
+from .devices.gathering import Gathered, join, join_ragged, of_samples
 from .devices.memory import until_it_fits
 from .devices.prepared import Prepared
 from .numbers.buffers import FixedBuffers
@@ -81,7 +81,7 @@ def evaluate(
         raise ValueError("test_loader yields no batch (a stream that can be read once only is used up after a pass).")
     values = totals.metrics | metrics.merge(hardware.num_processes)
     if gathered is not None:
-        outputs, targets = gathered.joined() or (None, None)
+        outputs, targets = join(gathered.parts()) or (None, None)
         values |= hardware.from_main(lambda: metrics.of_all(outputs, targets))
     return {"loss": totals.loss, **metrics.in_order(values), **totals.scalars}
 
@@ -95,8 +95,11 @@ def evaluated(prepared: Prepared, objective: Objective, micro_batch: MicroBatch,
     return forward
 
 
-def predict(prepared: Prepared, loader: MicroBatchLoader) -> Any:
-    """Return the model's outputs for every sample in the order of the loader, on the main process, in host memory."""
+def predict(prepared: Prepared, loader: MicroBatchLoader, ragged: float | Literal["list"] | None = None) -> Any:
+    """Return the model's outputs for every sample in the order of the loader, on the main process, in host memory.
+
+    `ragged` says what becomes of outputs of several lengths, as for `Trainer.predict`.
+    """
     hardware = prepared.hardware
     left_out: set[str] = set()
     for memory in until_it_fits(hardware, loader):
@@ -106,23 +109,41 @@ def predict(prepared: Prepared, loader: MicroBatchLoader) -> Any:
                 if not micro_batch.piece.is_padding and not memory.exceeded:
                     seed_all(derive_seed(loader.seed, EVALUATION, *micro_batch.position), hardware.generators)
                     with memory.trying(micro_batch):
-                        gathered.add(micro_batch, predicted(prepared, micro_batch, left_out))
+                        outputs = predicted(prepared, micro_batch, left_out)
+                        gathered.add(micro_batch, outputs if ragged is None else (outputs, mask_of(micro_batch.data)))
+                        del outputs  # two outputs in memory are one too many
                 gathered.after(micro_batch)
-        outputs = gathered.joined()
+    parts = gathered.parts()
     if left_out and hardware.is_main:
         warn(f"predict leaves out what has no entry per sample: {', '.join(sorted(left_out))}.", stacklevel=3)
-    return outputs
+    if ragged is None or not parts:
+        return join(parts)
+    outputs, masks = zip(*parts, strict=True)
+    return join_ragged(list(outputs), list(masks), ragged)
+
+
+def mask_of(batch: Any) -> torch.Tensor | None:
+    """Return the attention mask of a batch, if it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, torch.Tensor) else None
 
 
 def predicted(prepared: Prepared, micro_batch: MicroBatch, left_out: set[str]) -> Any:
     """Return the outputs for the samples of a micro-batch; `left_out` takes the names of those without samples."""
-    inputs = inputs_of(prepared.to_device(micro_batch.data))
+    micro_batch.move(prepared.to_device)
+    inputs = inputs_of(micro_batch.data)
     with prepared.forward_mode(micro_batch.batch.is_full):
         outputs = call_model(prepared.model, inputs)
+    if isinstance(outputs, Mapping) and (config := getattr(prepared.user_model, "config", None)) is not None:
+        ignored = getattr(config, "keys_to_ignore_at_inference", _FOR_THE_NEXT_TOKEN)
+        outputs = {name: part for name, part in outputs.items() if name not in ignored}
     num_samples = micro_batch.num_samples
     if micro_batch.num_held is not None:  # which goes by the targets
         num_samples = count_samples(inputs, num_samples) or 0
     return of_samples(outputs, num_samples, left_out)
+
+
+_FOR_THE_NEXT_TOKEN = ("past_key_values", "cache")  # as transformers calls it, by version
 
 
 def pair_of_samples(forward: Forward, num_samples: int) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -51,7 +51,7 @@ from .storage.identity import identity_of
 from .storage.resume import begin, check_states, find
 from .storage.run_folder import RunFolder
 from .storage.saver import Saver, finish_writes, seconds_between_saves
-from .storage.weights import checked_state
+from .storage.weights import checked_state, save_for_library
 from .view.notebook import LiveCurve, in_notebook
 from .view.report import LivePage, keep_evaluation
 from .view.reporter import Reporter
@@ -332,6 +332,9 @@ class Trainer:
         if self.config.restore_best and state.best_epoch is not None and not leaves:
             # Always: a callback may have changed the weights, on some processes only.
             holds_best = run.saver.restore_best(self.model, self._objective.modules, training.hardware.num_processes)
+        if holds_best and run.folder is not None:
+            folder = run.folder.best_path
+            run.folder.attempt("best", lambda: save_for_library(self.model, folder))
         self._epoch_held = state.best_epoch if holds_best else state.epoch
         _report_end(run, holds_best)
         self._page = run.reporter.page
@@ -395,25 +398,34 @@ class Trainer:
                 keep_evaluation(self._page, num_samples, self._epoch_held, scores)
             return scores
 
-    def predict(self, loader: DataLoader[Any]) -> Any:
+    def predict(self, loader: DataLoader[Any], ragged: float | Literal["list"] | None = None) -> Any:
         """Return the model's outputs for every sample once, in dataset order, in host memory.
 
         Call it on every process: they share the work.
 
         The order and repetitions of a shuffling sampler are put aside: a loader over the whole dataset gives its
         samples from first to last, one over a subset gives that subset in dataset order. The model is called with
-        what a batch holds: a tensor, the first of a pair, or a dictionary of arguments.
+        what a batch holds: a tensor, the first of a pair, or a dictionary of arguments without its labels.
 
         Args:
             loader: Whose dataset to predict; its batches are divided over the processes.
+            ragged: What becomes of outputs of several lengths, such as one per token: `"list"` returns a list with a
+                tensor for each sample in place of a tensor, a number fills them up to the longest. Where the batch has
+                an `attention_mask` of that shape, what it masks is left out. `None` for outputs of one length only.
 
         Returns:
             Tensors of shape `(samples, ...)` in the structure of the model's outputs, on the main process; `None` on
-            the others.
+            the others. Outputs that are for the next call of the model (`keys_to_ignore_at_inference` of transformers)
+            are left out, as is what has no entry per sample, with a warning.
+
+        Raises:
+            ValueError: Outputs of several lengths, and `ragged` is `None`.
         """
+        if ragged not in (None, "list") and (isinstance(ragged, bool) or not isinstance(ragged, (int, float))):
+            raise ValueError(f"ragged must be a number, 'list' or None, got {ragged!r}.")
         with self._evaluating() as prepared:
             check_loader(loader, "loader", may_be_empty=True)
-            return predict(prepared, self._loader(_in_dataset_order(loader), prepared.hardware, "loader"))
+            return predict(prepared, self._loader(_in_dataset_order(loader), prepared.hardware, "loader"), ragged)
 
     # --- parts --------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import recursively_apply, send_to_device
@@ -63,10 +63,10 @@ class Gathered:
             )
         self._parts += parts
 
-    def joined(self) -> Any:
-        """Return all outputs, joined along the samples, on the main process; `None` on others, and of no samples."""
+    def parts(self) -> list[Any]:
+        """Return the outputs of each micro-batch, in the order of the samples, on the main process; none on others."""
         self._collect()
-        return join(self._parts) if self._hardware.is_main else None
+        return self._parts
 
 
 def of_samples(outputs: Any, num_samples: int, left_out: set[str], name: str = "") -> Any:
@@ -116,4 +116,40 @@ def join(parts: list[Any]) -> Any:
     try:
         return torch.cat(parts)
     except RuntimeError as error:
-        raise ValueError(f"The outputs of the micro-batches cannot be joined along the samples: {error}") from error
+        raise ValueError(
+            f"The outputs of the micro-batches cannot be joined along the samples: {error} Outputs of several lengths "
+            "are returned as a list by predict(loader, ragged='list'), or filled up by ragged=0.0 or another number."
+        ) from error
+
+
+def join_ragged(parts: list[Any], masks: list[Tensor | None], fill: float | Literal["list"]) -> Any:
+    """Join outputs of several lengths: to a list with a tensor for each sample, or filled up with a number.
+
+    The masks, one for each part, have the shape `(samples, length)`: of outputs with this shape, or more dimensions,
+    what is masked (0) is left out.
+    """
+    if not parts or parts[0] is None:
+        return None
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {name: join_ragged([part[name] for part in parts], masks, fill) for name in first}
+    if isinstance(first, (list, tuple)):
+        joined = [join_ragged(list(column), masks, fill) for column in zip(*parts, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+    samples = [sample for part, mask in zip(parts, masks, strict=True) for sample in _samples_of(part, mask)]
+    return samples if fill == "list" else _filled_up(samples, fill)
+
+
+def _samples_of(outputs: Tensor, mask: Tensor | None) -> list[Tensor]:
+    if mask is None or mask.ndim != 2 or mask.shape != outputs.shape[:2]:
+        return list(outputs)
+    return [one[kept] for one, kept in zip(outputs, mask.bool(), strict=True)]
+
+
+def _filled_up(samples: list[Tensor], fill: float) -> Tensor:
+    """Return samples of several shapes as one tensor, each filled up at the end of each dimension."""
+    shape = [max(sizes) for sizes in zip(*(sample.shape for sample in samples), strict=True)]
+    filled = samples[0].new_full((len(samples), *shape), fill)
+    for place, sample in zip(filled, samples, strict=True):
+        place[tuple(map(slice, sample.shape))] = sample
+    return filled

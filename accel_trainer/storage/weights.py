@@ -242,3 +242,14 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
 def left_out_of(path: Path) -> dict[str, str]:
     """Return names and digests of the frozen weights that a file of weights leaves out."""
     return dict(metadata_of(path).get("left_out", {}))
+
+
+def save_for_library(model: Any, path: Path) -> None:
+    """Write beside the best weights, which the model holds, what its library loads them with.
+
+    That is an adapter (peft), or the config of a model of transformers whose weights are all in the file.
+    """
+    if hasattr(model, "peft_config") and hasattr(model, "save_pretrained"):
+        model.save_pretrained(path.parent)
+    elif hasattr(getattr(model, "config", None), "save_pretrained") and not left_out_of(path):
+        model.config.save_pretrained(path.parent)
