@@ -56,6 +56,8 @@ class TrainConfig:
         checkpoint_every: Steps between two checkpoints, at least 1, or minutes as `"10min"`; `None` makes one at
             the end of each epoch. The end of the run makes one too.
         keep_checkpoints: Checkpoints that stay, at least 1; the best weights are kept apart from them.
+        keep_best: Epochs whose weights stay, at least 1: the best, and with 2 or more also the next best by the
+            monitored value, in `best/epoch_00000007.safetensors` and the like.
         report_every: Steps between two read-backs of the loss, for the bar and the check for non-finite values.
         time_limit_seconds: Stop at the first step after this many seconds, greater than 0; `None` sets no limit.
         on_nonfinite: When the train loss or the gradient becomes nan or infinite: `raise` an error within
@@ -98,6 +100,7 @@ class TrainConfig:
     resume: bool | Literal["auto"] = False
     checkpoint_every: int | str | None = None
     keep_checkpoints: int = 2
+    keep_best: int = 1
     report_every: int = 50
     time_limit_seconds: float | None = None
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
@@ -119,9 +122,12 @@ class TrainConfig:
         object.__setattr__(self, "trackers", tuple(self.trackers))  # a list is accepted too
         if self.bitwise and self.mixed_precision == "fp8":
             raise ValueError("bitwise=True cannot be had with mixed_precision='fp8', whose scales the processes share.")
-        for name, is_set in (("resume", self.resume), ("checkpoint_every", self.checkpoint_every is not None)):
+        checkpoints = (("resume", self.resume), ("checkpoint_every", self.checkpoint_every is not None))
+        for name, is_set in (*checkpoints, ("keep_best", self.keep_best > 1)):
             if is_set and self.run_dir is None:
-                raise ValueError(f"{name} needs a run_dir, where the checkpoints are.")
+                raise ValueError(
+                    f"{name} needs a run_dir, where the {'checkpoints' if name != 'keep_best' else 'weights'} are."
+                )
 
 
 def _as_python(value: Any) -> Any:
@@ -163,7 +169,7 @@ def _one_of(*choices: Any) -> tuple[str, Callable[[Any], bool]]:
 
 
 _POSITIVE = ("max_grad_norm", "time_limit_seconds")
-_COUNTS = ("num_epochs", "report_every", "keep_checkpoints")
+_COUNTS = ("num_epochs", "report_every", "keep_checkpoints", "keep_best")
 _OPTIONAL_COUNTS = ("max_steps", "steps_per_epoch", "patience", "num_micro_batches", "num_threads")
 # Fields, what they must be (None too, where it is the default), and whether a value is that; checked in this order.
 _REQUIREMENTS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (

@@ -109,6 +109,14 @@ class History:
         """Record which epoch is the best so far, and its monitored value."""
         self.best_epoch, self.best_value = epoch, value
 
+    def best_epochs(self, monitor: str, mode: str, number: int) -> list[int]:
+        """Return the epochs, 1-based, with the best values of what is monitored, the best first; nan never is."""
+        name = {"train_loss": "train_losses", "test_loss": "test_losses"}.get(monitor)
+        values = self.metrics[monitor] if name is None else getattr(self, name)
+        sign = 1 if mode == "min" else -1
+        ranked = sorted((sign * value, epoch) for epoch, value in enumerate(values, start=1) if math.isfinite(value))
+        return [epoch for _, epoch in ranked[:number]]
+
     def end(self, reason: str) -> None:
         """Record why the run has ended."""
         self.stop_reason = reason

@@ -264,20 +264,29 @@ def evaluate_epoch(run: Run, train: Totals) -> float | None:
         is_sound = config.on_nonfinite == "raise" or training.finite.is_sound()
         if is_sound and state.update_best(value, run.mode, config.min_delta):
             run.saver.keep_best(training, {"epoch": state.epoch, run.monitor: value})
+        if config.keep_best > 1 and is_sound:
+            best_epochs = run.history.best_epochs(run.monitor, run.mode, config.keep_best)
+            run.saver.keep_epochs(training, best_epochs, {"epoch": state.epoch, run.monitor: value})
     training.callbacks.call("on_evaluation_end")
     return value
 
 
 def evaluate_test_set(run: Run) -> dict[str, float] | None:
-    """Return the scores of the test set, none without one; `None` if the run ends within it."""
-    training = run.training
-    if run.test_loader is None:
+    """Return the scores of the test set, none without one; `None` if the run ends within it.
+
+    Scores of several sets carry their names, and the loss of the first has the name of a single one too.
+    """
+    training, scores = run.training, dict[str, float]()
+    if not run.test_loaders:
         run.probe.settle(training.hardware.device, training.hardware.is_main)
-        return {}
     with training.clock.measured("evaluation_seconds"):
-        return evaluate(
-            training.prepared, training.objective, run.test_loader, run.metrics, training.stopping, run.probe
-        )
+        for name, loader in run.test_loaders.items():
+            found = evaluate(training.prepared, training.objective, loader, run.metrics, training.stopping, run.probe)
+            if found is None:
+                return None
+            scores.setdefault("loss", found["loss"])
+            scores |= {f"{name}/{score}": value for score, value in found.items()} if name else found
+    return scores
 
 
 def record(run: Run, train: Totals, test: dict[str, float]) -> float:

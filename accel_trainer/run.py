@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -149,14 +149,14 @@ class Run:
 
     Attributes:
         folder: Where the run is kept, on the main process; `None` if it is not.
-        test_loader: What chooses the best epoch; `None` if the train loss does.
+        test_loaders: What is evaluated after each epoch, by name; a single one has an empty name.
         monitor: Name of the value that does.
         mode: Whether less (`min`) or more (`max`) of it is better.
         announce: Prints a line, on the main process and if the user wants to read any.
     """
 
     training: Training
-    test_loader: MicroBatchLoader | None
+    test_loaders: Mapping[str, MicroBatchLoader]
     metrics: Metrics
     history: History
     folder: RunFolder | None

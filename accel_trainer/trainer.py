@@ -153,7 +153,11 @@ class Trainer:
 
     # --- fit ----------------------------------------------------------------------------------------------------------
 
-    def fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None = None) -> History:
+    def fit(
+        self,
+        train_loader: DataLoader[Any],
+        test_loader: DataLoader[Any] | Mapping[str, DataLoader[Any]] | None = None,
+    ) -> History:
         """Train, and return the history; the model then holds the weights of the best epoch.
 
         Each call is a new run from the present weights, unless `resume` lets it go on from a checkpoint. The train
@@ -164,7 +168,9 @@ class Trainer:
 
         Args:
             train_loader: What to train on.
-            test_loader: What chooses the best epoch; without it the train loss does.
+            test_loader: What chooses the best epoch; without it the train loss does. Of a dictionary of several,
+                each is evaluated after each epoch: `History.metrics` and `monitor` know their losses and metrics as
+                `name/loss` and `name/metric`, and `test_losses` are those of the first.
 
         Raises:
             ValueError: Something that cannot be trained; nothing has been then.
@@ -178,13 +184,14 @@ class Trainer:
             raise ValueError("fit needs an optimizer; this Trainer was made without one.")
         self.history, self.state, self._page, self._trackers = History(), TrainState(), None, None
         with self._session() as (hardware, votes):
-            monitor = self._check_fit(train_loader, test_loader)
+            tests = _by_name(test_loader)
+            monitor = self._check_fit(train_loader, tests)
             if hardware.num_processes > 1:
                 self._metrics.check_merging()
             seconds = seconds_between_saves(self.config.checkpoint_every) if hardware.is_main else None
             stopping = Stopping(votes, self.config.time_limit_seconds, hardware.any_process, seconds)
             with training_mode(self.model), stopping.on_signals():
-                run = self._prepare(hardware, stopping, monitor, train_loader, test_loader)
+                run = self._prepare(hardware, stopping, monitor, train_loader, tests)
                 try:
                     with run.training.prepared.attached(), _closed_at_the_end(run):
                         self._fit(run)
@@ -197,24 +204,27 @@ class Trainer:
             raise SystemExit(0 if restarts else 143)
         return self.history
 
-    def _check_fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> str:
+    def _check_fit(self, train_loader: DataLoader[Any], tests: Mapping[str, DataLoader[Any]]) -> str:
         """Refuse what cannot be trained, and return the name of what is monitored."""
         check_loader(train_loader, "train_loader")
-        if test_loader is not None:
-            check_loader(test_loader, "test_loader")
-        monitor = self.config.monitor
-        known = ["test_loss", "train_loss", *(self._metrics.names if test_loader is not None else ())]
-        may_be_scalar = self._objective.compute_loss is not None and test_loader is not None
-        is_known = monitor in known[:2] or metric_of(monitor, tuple(known[2:])) is not None
-        self._objective.expect(None if is_known else monitor)
+        for name, loader in tests.items():
+            check_loader(loader, _argument(name))
+        monitor, (set_name, score) = self.config.monitor, _parts_of(self.config.monitor, tests)
+        metrics = self._metrics.names if tests else ()
+        named = [f"{name}/{score}" for name in tests if name for score in ("loss", *metrics)]
+        known = ["test_loss", "train_loss", *(named or metrics)]
+        is_known = monitor in known or (metric_of(score, metrics) is not None and (set_name in tests))
+        may_be_scalar = self._objective.compute_loss is not None and set_name in tests
+        self._objective.expect(None if is_known else score)
         if not is_known and not may_be_scalar:
-            hint = " (metrics are computed on the test loader)" if test_loader is None else ""
+            hint = "" if tests else " (metrics are computed on the test loader)"
             raise ValueError(f"monitor must be one of {', '.join(known)}{hint}, got {monitor!r}.")
-        return "train_loss" if test_loader is None else monitor
+        return monitor if tests else "train_loss"
 
-    def _mode(self, monitor: str) -> str:
+    def _mode(self, monitor: str, tests: Mapping[str, DataLoader[Any]]) -> str:
         """Return whether less or more of the monitored value is better."""
-        own = "min" if monitor in ("test_loss", "train_loss") else self._metrics.better(monitor)
+        _, score = _parts_of(monitor, tests)
+        own = "min" if score in ("test_loss", "train_loss", "loss") else self._metrics.better(score)
         mode = self.config.mode or own
         if mode is None:
             raise ValueError(
@@ -232,25 +242,27 @@ class Trainer:
         stopping: Stopping,
         monitor: str,
         train_loader: DataLoader[Any],
-        test_loader: DataLoader[Any] | None,
+        test_loaders: Mapping[str, DataLoader[Any]],
     ) -> Run:
         """Put the parts of a run together, where it begins or goes on."""
         config, announce, optimizer = self.config, self._announcer(hardware), self.optimizer
         self._rewind(optimizer)  # type: ignore[arg-type]
-        identity = self._identity(train_loader, test_loader) | {"mode": self._mode(monitor)}
+        identity = self._identity(train_loader, test_loaders) | {"mode": self._mode(monitor, test_loaders)}
         found = find(config, hardware, identity, announce)
         schedule = self._schedule(train_loader)
         reporter = Reporter(found.folder, self.history, self.state, monitor, config.num_epochs, announce)
         micro_batches = self._loader(train_loader, hardware, "train_loader", reporter.report_recut)
-        tests = None
-        if test_loader is not None:
-            tests = self._loader(test_loader, hardware, "test_loader", reporter.report_recut)
+        tests = {
+            name: self._loader(loader, hardware, _argument(name), reporter.report_recut)
+            for name, loader in test_loaders.items()
+        }
         checked_state(self.model)
         prepared = Prepared(hardware, self.model, optimizer, config.compile)
-        for line in self._start_lines(hardware, train_loader, test_loader):
+        for line in self._start_lines(hardware, train_loader, bool(tests)):
             announce(line)
-        for name, loader in (("train_loader", micro_batches), ("test_loader", tests)):
-            message = None if loader is None else keep_data(loader, hardware, config.data_in_memory, name)
+        all_loaders = {"train_loader": micro_batches} | {_argument(name): loader for name, loader in tests.items()}
+        for name, loader in all_loaders.items():
+            message = keep_data(loader, hardware, config.data_in_memory, name)
             if message is not None:
                 announce(message)
         shown = self._all_callbacks(hardware, train_loader, found.folder)
@@ -273,13 +285,11 @@ class Trainer:
         config, num_steps = self.config, _num_steps(self.config, train_loader)
         return Schedule(self._scheduler, self.optimizer, config.schedule_every, num_steps, config.num_epochs)  # type: ignore[arg-type]
 
-    def _start_lines(
-        self, hardware: Hardware, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None
-    ) -> Iterator[str]:
+    def _start_lines(self, hardware: Hardware, train_loader: DataLoader[Any], has_tests: bool) -> Iterator[str]:
         """Yield what is to be said before the first step."""
         config = self.config
         yield _start_line(hardware, train_loader, hardware.layout(config.num_micro_batches), config)
-        if test_loader is None and self._metrics.names:
+        if not has_tests and self._metrics.names:
             yield f"There is no test_loader: {', '.join(self._metrics.names)} cannot be computed."
         is_free = config.num_micro_batches is None and not config.bitwise
         has_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
@@ -303,14 +313,15 @@ class Trainer:
             callbacks.append(self._trackers)
         return callbacks
 
-    def _identity(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> dict[str, Any]:
+    def _identity(self, train_loader: DataLoader[Any], tests: Mapping[str, DataLoader[Any]]) -> dict[str, Any]:
         functions = {
             "loss": self._objective.loss_fn or self._objective.compute_loss,
             "weight_fn": self._objective.weight_fn,
             "scheduler": self._scheduler,
             "optimizer": self.optimizer,
         }
-        loaders = {"train_loader": train_loader, "test_loader": test_loader}
+        tests = tests or {"": None}  # type: ignore[dict-item]
+        loaders = {"train_loader": train_loader} | {_argument(name): loader for name, loader in tests.items()}
         settings, names = self._settings_at_first, self._metrics.names
         return identity_of(self.config, self.model, settings, functions, loaders, names)
 
@@ -472,6 +483,29 @@ class Trainer:
         return loader
 
 
+def _by_name(test_loader: Any) -> dict[str, DataLoader[Any]]:
+    """Return the test loaders by name; a single one has an empty name."""
+    if not isinstance(test_loader, Mapping):
+        return {} if test_loader is None else {"": test_loader}
+    for name in test_loader:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(f"The name of a test loader must be a text without a slash, got {name!r}.")
+    if not test_loader:
+        raise ValueError("test_loader is an empty dictionary: give one loader at least, or None.")
+    return dict(test_loader)
+
+
+def _argument(name: str) -> str:
+    """Return how messages call a test loader."""
+    return f"test_loader[{name!r}]" if name else "test_loader"
+
+
+def _parts_of(monitor: str, tests: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the name of the test set of a monitored value, empty for a single one, and that of the value itself."""
+    name, slash, score = monitor.partition("/")
+    return (name, score) if slash and name in tests else ("", monitor)
+
+
 @contextmanager
 def _hinted() -> Iterator[None]:
     """Say what to do about an error of torch that does not."""
@@ -577,7 +611,7 @@ def _resolved(run: Run) -> dict[str, Any]:
         "device": str(training.hardware.device),
         "num_processes": training.hardware.num_processes,
         "num_micro_batches": training.loader.layout.num_micro_batches,
-        "num_micro_batches_of_test": run.test_loader.layout.num_micro_batches if run.test_loader else None,
+        "num_micro_batches_of_test": next((one.layout.num_micro_batches for one in run.test_loaders.values()), None),
         "num_threads": torch.get_num_threads(),
         "mixed_precision": training.hardware.precision,
         "batch_size": data_loader.batch_size,
@@ -626,9 +660,11 @@ def _record_fault(run: Run, error: NonFiniteError) -> None:
             samples = training.loader.indices_of(data_pass, number)
             note[name] = {"data_pass": data_pass, "number": number, "samples": samples}
         run.folder.write_json("nonfinite.json", note)
-    names = ["loss", *(run.history.metrics or run.metrics.names)]  # parts of metrics are known after an epoch
+    sets = [f"{name}/" if name else "" for name in run.test_loaders]
+    named = [name + score for name in sets for score in ("loss", *run.metrics.names)]
+    names = ["loss", *(run.history.metrics or named)]  # parts of metrics are known after an epoch
     names += [run.monitor] if run.monitor not in ("test_loss", "train_loss", *names) else []
-    scores = {} if run.test_loader is None else dict.fromkeys(names, math.nan)
+    scores = dict.fromkeys(names, math.nan) if sets else {}
     record(run, Totals(math.nan, {}, 0, None), scores)
     run.reporter.report_epoch(training.clock)
     _report_end(run, is_failed=True)

@@ -25,6 +25,7 @@ from .tensor_files import read_weights, save_tensors, seal_of
 
 MODEL, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.safetensors"
 BEST = "best/model.safetensors"
+EPOCHS = "best/epoch_*.safetensors"  # other good epochs, where the user wants more than the best
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _FORMAT = 1
 _MANIFEST = "manifest.json"

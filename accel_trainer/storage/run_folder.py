@@ -22,6 +22,7 @@ from ..errors import CheckpointError
 from ..history import History
 from .checkpoints import (
     BEST,
+    EPOCHS,
     UNREADABLE,
     Snapshot,
     add_checkpoint,
@@ -199,6 +200,8 @@ class RunFolder:
         for name in ("config.json", "environment.json", "history.jsonl", "steps.jsonl", BEST, *_NOTES):
             if (self.path / name).exists():
                 os.rename(self.path / name, self.aside / name)
+        for path in self.path.glob(EPOCHS):
+            os.rename(path, self.aside / "best" / path.name)
 
     def _take_lock(self) -> None:
         """Let no second run write here; the system gives the lock back when this process ends, however that is."""
@@ -300,6 +303,17 @@ class RunFolder:
         put_in_place(self.best_path, lambda beside: save_tensors(beside, tensors, metadata, sealed=True))
         flush(self.best_path.parent)
 
+    def save_epoch(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], epochs: Iterable[int]) -> None:
+        """Write the weights of an epoch, and remove those of epochs that are not among these; or raise an `OSError`."""
+        self.best_path.parent.mkdir(parents=True, exist_ok=True)
+        wanted = [epoch_path(self.path, epoch) for epoch in epochs]
+        path = epoch_path(self.path, metadata["epoch"])
+        put_in_place(path, lambda beside: save_tensors(beside, tensors, metadata, sealed=True))
+        for other in self.path.glob(EPOCHS):
+            if other not in wanted:
+                other.unlink()
+        flush(path.parent)
+
     def save_checkpoint(self, snapshot: Snapshot, history: bytes) -> Path:
         """Write a checkpoint, remove those that are too many, and return its folder.
 
@@ -373,6 +387,11 @@ class RunFolder:
             message = f"Could not write {self.path / name}: {error}."
             warn(f"{message} The training goes on, and the next save tries again.", stacklevel=4)
         self._failing.add(name)
+
+
+def epoch_path(run_dir: Path, epoch: int) -> Path:
+    """Return the file of the weights of an epoch, 1-based, among the best ones."""
+    return run_dir / EPOCHS.replace("*", f"{epoch:08d}")
 
 
 def _line_of(row: Mapping[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ from ..numbers.reductions import share_from_main
 from ..run import Training
 from ..state import TrainState
 from .capture import capture
-from .checkpoints import BEST, Snapshot
+from .checkpoints import BEST, EPOCHS, Snapshot
 from .run_folder import RunFolder
 from .tensor_files import check_seal, read_weights
 from .weights import (
@@ -80,7 +80,7 @@ class Saver:
         self._every = config.checkpoint_every
         self._best: _Best | None = None
         self._best_is_on_disk = True
-        self._buffers, self._best_buffers = _HostBuffers(), _HostBuffers()
+        self._buffers, self._best_buffers, self._epoch_buffers = _HostBuffers(), _HostBuffers(), _HostBuffers()
         self._executor: ThreadPoolExecutor | None = None
         self._writes: dict[str, Future[Path | None]] = {}  # what is written -> the write under way
 
@@ -157,6 +157,19 @@ class Saver:
             self._best, self._best_is_on_disk = (kept, metadata | {"aliases": aliases, "left_out": left_out}), False
             if self._folder is not None:
                 self._hand_over(BEST, partial(self._write_best, self._folder, self._best), at_once=copies is None)
+
+    def keep_epochs(self, training: Training, epochs: Sequence[int], metadata: dict[str, Any]) -> None:
+        """Keep the present weights if their epoch is among the best ones, and no other than those of the best ones."""
+        if self._folder is None or metadata["epoch"] not in epochs:
+            return
+        with training.clock.measured("saving_seconds"):
+            self._finish(EPOCHS)
+            model = training.prepared.user_model
+            left_out = self._frozen.digests(model)
+            weights, aliases = split_aliases(without(plain_state(model), left_out))
+            copies = self._epoch_buffers.copy({EPOCHS: weights})
+            kept, header = (copies or {EPOCHS: weights})[EPOCHS], metadata | {"aliases": aliases, "left_out": left_out}
+            self._hand_over(EPOCHS, partial(self._folder.save_epoch, kept, header, epochs), at_once=copies is None)
 
     def _hand_over(self, name: str, write: Callable[[], Path | None], at_once: bool) -> None:
         """Let the thread write; with `at_once` wait for it."""

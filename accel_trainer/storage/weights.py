@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base.console import printable
 from ..numbers.reductions import sum_of_bits
-from .checkpoints import BEST
+from .checkpoints import BEST, EPOCHS
 from .tensor_files import check_seal, is_utf8, metadata_of, read_weights
 
 
@@ -194,7 +194,7 @@ def copy_beside(model: nn.Module, losses: Iterable[nn.Module], values: Mapping[s
             buffer.copy_(values[name])
 
 
-def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
+def load_best(model: nn.Module, run_dir: str | os.PathLike[str], epoch: int | None = None) -> nn.Module:
     """Give a model the best weights of a run, in place, and return it.
 
     Weights that were frozen all the time are not in the file: it has their digests, and the model must have them.
@@ -202,9 +202,10 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
     Args:
         model: A model of the same architecture, on any device; it may be compiled or wrapped.
         run_dir: Folder of the run.
+        epoch: Another good epoch, 1-based, of a run with `keep_best` of 2 or more; `None` for the best.
 
     Raises:
-        FileNotFoundError: The folder holds no best weights.
+        FileNotFoundError: The folder holds no best weights, or none of this epoch.
         ValueError: The file is damaged, or does not fit the model, or its frozen weights; the message names each
             difference.
 
@@ -222,9 +223,12 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_best takes a model and then a run_dir, got {type(model).__name__} first.")
-    path = Path(run_dir).expanduser() / BEST
+    folder = Path(run_dir).expanduser()
+    path = folder / (BEST if epoch is None else EPOCHS.replace("*", f"{epoch:08d}"))
     if not path.is_file():
-        raise FileNotFoundError(f"No best weights in {Path(run_dir)}: {path} does not exist.")
+        others = ", ".join(str(int(one.stem.removeprefix("epoch_"))) for one in sorted(folder.glob(EPOCHS)))
+        hint = "" if epoch is None else f" There are those of the epochs {others or '(none; see keep_best)'}."
+        raise FileNotFoundError(f"No best weights in {Path(run_dir)}: {path} does not exist.{hint}")
     inner = model
     while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inner = inner.module

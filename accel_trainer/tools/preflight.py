@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,15 @@ def _fit(name: str, config: TrainConfig, files: dict[str, Any], watch: _Watch) -
     test_loader = loaders.get("test_loader")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is no mean over samples|Labels hold -100")  # a line of the page says so
-        trainer.fit(loaders["train_loader"], None if test_loader is None else _first_batches(test_loader))
+        trainer.fit(loaders["train_loader"], _first_of_each(test_loader))
     return trainer, loaders
+
+
+def _first_of_each(test_loader: Any) -> Any:
+    """Return the first batches of a test loader, or of each of several."""
+    if isinstance(test_loader, Mapping):
+        return {name: _first_batches(loader) for name, loader in test_loader.items()}
+    return None if test_loader is None else _first_batches(test_loader)
 
 
 def _first_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -153,7 +160,8 @@ def _line_of_time(trainer: Trainer, loaders: dict[str, Any], clock: list[float],
         return True, "time", f"{duration(step)} a step; the train loader does not say how many"
     epoch = step * steps
     test_loader = loaders.get("test_loader")
-    tests = None if test_loader is None else num_batches(test_loader)
+    all_tests = test_loader.values() if isinstance(test_loader, Mapping) else filter(None, [test_loader])
+    tests = sum(num_batches(loader) or 0 for loader in all_tests)
     if tests:
         epoch += trainer.history.evaluation_seconds[0] * max(tests / _STEPS, 1)
     epochs = config.num_epochs if config.max_steps is None else min(config.num_epochs, config.max_steps / steps)
