@@ -1,18 +1,20 @@
 """Hardware is chosen aloud; what would silently not happen is refused."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import nn
 
 from accel_trainer import HardwareError, TrainConfig, Trainer
 from accel_trainer.devices.accelerator import possible_precisions
 from accel_trainer.devices.hardware import Hardware
 from accel_trainer.numbers.scalars import widest_float
-from support import launch, loader_of, make_data, make_model, on_processes, quiet
+from support import ROOT, launch, loader_of, make_data, make_model, on_processes, quiet
 
 
 def trainer_of(model=None, **arguments):
@@ -221,3 +223,34 @@ def test_dropout_on_a_gpu_repeats_and_does_not_depend_on_what_ran_before():
         return trainer_of(model=model).fit(loader_of(make_data(64), 16)).train_losses
 
     assert losses() == losses()
+
+
+# --- settings that have no effect -------------------------------------------------------------------------------------
+
+
+def test_a_configuration_of_loaders_is_said_to_have_no_effect():
+    trainer = Trainer(
+        make_model(),
+        None,
+        nn.CrossEntropyLoss(),
+        accelerator=lambda: Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True)),
+        config=quiet(),
+    )
+    with pytest.warns(UserWarning, match=r"DataLoaderConfiguration\(split_batches=True\) has no effect"):
+        trainer.evaluate(loader_of(make_data(4)))
+
+
+def test_a_launch_file_that_the_launcher_takes_no_notice_of_is_said(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from torch import nn, ones\nfrom torch.utils.data import DataLoader, TensorDataset\n"
+        "from accel_trainer import evaluate_model\n"
+        "evaluate_model(DataLoader(TensorDataset(ones(4, 1), ones(4, 1)), 2), nn.Identity(), nn.MSELoss())\n"
+    )
+    (tmp_path / "launch.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\n"
+        "machine_rank: 0\nmixed_precision: 'no'\nuse_cpu: true\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file=launch.yaml", "script.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 0 and "MULTI_CPU, of which its launcher takes no notice" in ended.stderr
