@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, HardwareError, NonFiniteError, ProcessFailedError, StopTraining
     from .functions import evaluate_model, train_model
     from .history import History
-    from .numbers.objective import Loss
+    from .numbers.forward import Loss
     from .numbers.weight_average import WeightAverage
     from .storage.weights import load_best
     from .tools.launching import launch
@@ -55,7 +55,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Callback": "callbacks",
     "History": "history",
-    "Loss": "numbers.objective",
+    "Loss": "numbers.forward",
     "TrainConfig": "config",
     "Trainer": "trainer",
     "WeightAverage": "numbers.weight_average",

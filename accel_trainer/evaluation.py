@@ -19,10 +19,11 @@ from .devices.gathering import Gathered, join, join_ragged, of_samples
 from .devices.memory import until_it_fits
 from .devices.prepared import Prepared
 from .numbers.buffers import FixedBuffers
+from .numbers.forward import Forward
 from .numbers.loss_table import LossTable
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics
-from .numbers.objective import Forward, Objective, call_model, check_loss, inputs_of
+from .numbers.objective import Objective, call_model, check_loss, inputs_of
 
 
 def evaluate(

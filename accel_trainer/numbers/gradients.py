@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data.cut import Layout
 from ..data.micro_batches import Batch, MicroBatch
-from .objective import Forward, usable
+from .forward import Forward
+from .objective import usable
 from .reductions import TreeSum, add_over_processes
 from .scalars import on_device
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base.exchange import gather_objects
 from ..data.cut import process_of
 from ..data.micro_batches import Batch, MicroBatch
-from .objective import Forward
+from .forward import Forward
 from .scalars import column_of, widest_float
 
 

@@ -21,9 +21,10 @@ from ..base.exchange import gather_objects
 from ..data.collated import TARGET_NAMES, take
 from ..data.micro_batches import MicroBatch
 from ..data.randomness import generators_kept
+from .forward import Forward
 from .loss_functions import may_leave_traces
 from .metrics import Metrics, total_of
-from .objective import Forward, Objective
+from .objective import Objective
 from .scalars import column_of
 
 _Compute = Callable[[Any, MicroBatch, Any], Forward]  # of a function, a micro-batch and the model's `_Answers` for it

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base.exchange import gather_objects
-from .objective import Forward
+from .forward import Forward
 
 
 class Metrics:

@@ -6,10 +6,7 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Real
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,52 +15,10 @@ from torch import Tensor, nn
 from ..data.collated import TARGET_NAMES, tensors_in
 from ..data.micro_batches import MicroBatch
 from ..data.sources import TensorSource
+from .forward import Forward, forward_of
 from .loss_functions import Weight, check_reduction, divisor_of, form_of, unwrap_partial
-from .scalars import on_device
 
 _Joined = Callable[..., Tensor]
-
-
-_NO_SCALARS: Mapping[str, Any] = MappingProxyType({})
-
-
-class Loss(NamedTuple):
-    """What `compute_loss` returns where it has more to say than the loss.
-
-    Attributes:
-        loss: Scalar, the mean over the micro-batch.
-        weight: What it counts in the mean over all micro-batches, at least 0, a number or scalar tensor; `None` for the
-            number of samples.
-        outputs: What metrics are given as outputs, one entry per sample in its first dimension ...
-        targets: ... and as targets.
-        scalars: Name -> number or scalar tensor: parts of the loss, or metrics of the training. Their means over the
-            epoch, weighted as the loss is, are in `History.train_metrics`, and those over the test set in
-            `History.metrics`. Each micro-batch gives the same names.
-
-    Example:
-        >>> from torch.nn import functional as F
-        >>> def compute_loss(model, batch):
-        ...     outputs = model(batch["features"])
-        ...     fit, size = F.mse_loss(outputs, batch["value"]), outputs.square().mean()
-        ...     return Loss(fit + 0.1 * size, None, outputs, batch["value"], {"fit": fit, "size": size})
-    """
-
-    loss: Tensor
-    weight: Weight | None = None
-    outputs: Any = None
-    targets: Any = None
-    scalars: Mapping[str, Weight] = _NO_SCALARS
-
-
-@dataclass(slots=True)
-class Forward:
-    """The result of one forward; `outputs` of the model and `targets` are `None` where `compute_loss` keeps them."""
-
-    loss: Tensor  # scalar mean over the micro-batch
-    weight: Weight  # a number, or a scalar on the device
-    outputs: Any = None
-    targets: Any = None
-    scalars: Mapping[str, Weight] = field(default_factory=lambda: _NO_SCALARS)
 
 
 def target_name_of(batch: Any) -> str | None:
@@ -231,22 +186,22 @@ class Objective:
         if self.compute_loss is None and self.weight_fn is None:
             forward = self._forward(model, micro_batch, is_even, joined)
             if self._has_weightless_class:
-                _mute(forward, list(tensors_in(forward.outputs)))
+                forward.mute(list(tensors_in(forward.outputs)))
         else:
             outputs: list[Tensor] = []  # all tensors that the model returns
             with model.register_forward_hook(lambda module, inputs, output: outputs.extend(tensors_in(output))):
                 forward = self._forward(model, micro_batch, is_even, joined)
-            forward.weight = _checked_weight(forward.weight, forward.loss)
-            _mute(forward, outputs)
+            forward.check_weight()
+            forward.mute(outputs)
         if micro_batch.piece.is_padding:
-            forward.weight = 0
+            forward.leave_out()
         return forward
 
     def _forward(self, model: nn.Module, micro_batch: MicroBatch, is_even: bool, joined: _Joined | None) -> Forward:
         batch = micro_batch.data
         weight: Weight = micro_batch.num_samples if self.weight_fn is None else self.weight_fn(batch)
         if self.compute_loss is not None:
-            forward = _forward_of(self.compute_loss(model, batch), weight)
+            forward = forward_of(self.compute_loss(model, batch), weight)
             if self._needs_outputs and forward.outputs is None:
                 raise ValueError(
                     "Metrics need the model's outputs, which compute_loss keeps to itself: let it return "
@@ -275,31 +230,6 @@ def _is_small(value: Any) -> bool:
     if isinstance(value, (list, tuple, deque)):
         return len(value) < 1000 and all(map(_is_small, value))
     return type(value) in (bool, int, float)
-
-
-def _forward_of(result: Any, weight: Weight) -> Forward:
-    """Return what `compute_loss` has returned as a `Forward`; `weight` is that of a loss that comes without one."""
-    if not isinstance(result, tuple):
-        if isinstance(result, Mapping):
-            raise TypeError(
-                f"compute_loss must return a loss, (loss, weight) or accel_trainer.Loss, got a {type(result).__name__} "
-                f"of {', '.join(map(str, result))}: return its loss; other numbers go into the scalars of Loss."
-            )
-        return Forward(result, weight)
-    given = Loss(*result)
-    scalars = {name: _checked_scalar(name, value) for name, value in given.scalars.items()}
-    return Forward(given.loss, weight if given.weight is None else given.weight, given.outputs, given.targets, scalars)
-
-
-def _checked_scalar(name: str, value: Any) -> Weight:
-    if name in ("loss", "train_loss", "test_loss"):
-        raise ValueError(f"The name {name!r} of a scalar is taken by the trainer's own numbers.")
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return value.detach().reshape(())
-    if isinstance(value, Real) and not isinstance(value, Tensor):
-        return float(value)
-    held = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise TypeError(f"The scalar {name!r} of compute_loss must be one real number, got {held}.")
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -377,34 +307,3 @@ def check_loss(loss: object, needs_grad: bool) -> None:
             "The loss does not require grad: nothing connects it with the model's parameters. Compute it from the "
             "model's outputs, without detach(), item() or torch.no_grad()."
         )
-
-
-def _checked_weight(weight: Any, loss: Any) -> Weight:
-    if isinstance(weight, Tensor):
-        if weight.numel() != 1:
-            raise ValueError(f"The weight of a micro-batch must be one number, got shape {tuple(weight.shape)}.")
-        if weight.is_complex():
-            raise ValueError(f"The weight of a micro-batch must be a real number, got {weight.dtype}.")
-        weight = weight.detach().reshape(())
-        weight = weight.float() if weight.element_size() < 4 else weight  # a sum of small types would overflow
-        weight = on_device(weight, loss.device) if isinstance(loss, Tensor) else weight
-        return torch.where((weight >= 0) & (weight < _LARGEST_WEIGHT), weight, -1)  # refused when it is read
-    if not isinstance(weight, Real) or not 0 <= float(weight) < _LARGEST_WEIGHT:
-        raise ValueError(f"The weight of a micro-batch must be a number of at least 0 and below 1e30, got {weight!r}.")
-    return float(weight)
-
-
-_LARGEST_WEIGHT = 1e30  # sums of it times a loss still are finite in single precision
-
-
-def _mute(forward: Forward, outputs: list[Tensor]) -> None:
-    """Give a micro-batch of weight 0 a loss and a gradient of zero, whatever the loss divides by."""
-    if not isinstance(forward.loss, Tensor) or forward.loss.ndim != 0:
-        return  # refused a moment later
-    if not isinstance(forward.weight, Tensor) and forward.weight > 0:
-        return
-    is_empty = ~(on_device(forward.weight, forward.loss.device) > 0)
-    forward.loss = torch.where(is_empty, 0, forward.loss)
-    for output in outputs:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: torch.where(is_empty, 0, gradient))  # type: ignore[no-untyped-call]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.collated import TARGET_NAMES, take
-from .objective import Loss, target_name_of, unwrapped
+from .forward import Loss
+from .objective import target_name_of, unwrapped
 
 
 def computes_its_loss(model: nn.Module) -> bool:

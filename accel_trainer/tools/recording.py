@@ -21,7 +21,8 @@ from ..base.codec import flattened
 from ..callbacks import Callback
 from ..data.collated import tensors_in
 from ..data.micro_batches import MicroBatch
-from ..numbers.objective import Forward, Objective
+from ..numbers.forward import Forward
+from ..numbers.objective import Objective
 from ..storage.weights import copy_into, plain_name, plain_state
 from ..trainer import Trainer
 

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from accel_trainer import Callback, Trainer
 from accel_trainer.data.cut import Layout, cut, run_of
 from accel_trainer.data.micro_batches import Batch, MicroBatch
+from accel_trainer.numbers.forward import Forward
 from accel_trainer.numbers.loss_table import LossTable
 from accel_trainer.numbers.metrics import Metrics
-from accel_trainer.numbers.objective import Forward, Objective
+from accel_trainer.numbers.objective import Objective
 from support import assert_same, correct, loader_of, make_data, make_model, on_processes, quiet, summary
 
 
