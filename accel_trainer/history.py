@@ -103,7 +103,11 @@ class History:
         return asdict(self)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the losses into an image file; its ending chooses the format."""
+        """Draw the losses into an image file; its ending chooses the format.
+
+        Raises:
+            ImportError: matplotlib is not installed; the message names the extra that brings it.
+        """
         from .view.picture import draw_losses
 
         draw_losses(Path(path).expanduser(), self)

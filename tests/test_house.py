@@ -260,8 +260,8 @@ def test_nothing_is_lost_under_torture():
     assert done.returncode == 0 and "Nothing was lost in 10 kills." in done.stderr, done.stderr
 
 
-TOP = """.ci .gitignore CHANGELOG.md CONTRIBUTING.md LICENSE README.md accel_trainer benchmarks constraints.txt
-pyproject.toml scripts tests"""
+TOP = """.ci .gitignore CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in README.md accel_trainer benchmarks
+constraints.txt pyproject.toml scripts tests"""
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")

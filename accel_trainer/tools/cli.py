@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_run_function(options.run)
         function, _ = _COMMANDS[parsed.command]
         return function(options)
-    except (ValueError, TypeError, OSError, HardwareError) as error:
+    except (ValueError, TypeError, OSError, ImportError, HardwareError) as error:
         if not _is_raised_here(error):
             raise
         return fail(str(error))
@@ -78,7 +78,7 @@ def _parser() -> OptionParser:
     evaluate.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
 
     parity = parsers["parity"]
-    parity.add_argument("run", type=str, nargs="?", help=f"{_RUN} (default: handwritten digits)")
+    parity.add_argument("run", type=str, nargs="?", help=f"{_RUN} (default: small pictures of digits)")
     parity.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of CPU processes")
     parity.add_argument("--num_micro_batches", type=int, default=8, help="the fixed number of most rows")
     parity.add_argument("--num_epochs", type=int, default=2, help="epochs of each run")

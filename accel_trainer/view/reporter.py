@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.clock import Clock
+from ..base.extras import is_installed, without
 from ..history import History
 from ..state import TrainState
 from ..storage.files import put_in_place
@@ -39,6 +40,9 @@ class Reporter:
         if self._folder is not None:
             self._folder.write_json("environment.json", environment)
             self._folder.write_json("config.json", config)
+            files = [file for file, library in _LIBRARIES.items() if not is_installed(library)]
+            if files:
+                self._announce(str(without(*_LIBRARIES.values(), no=" and ".join(files))))
         self.write_page("running")
 
     def report_recut(self, name: str, num_micro_batches: int) -> None:
@@ -79,7 +83,7 @@ class Reporter:
         history, state, folder = self._history, self._state, self._folder
         if folder is not None:
             folder.append_history({"stop_reason": history.stop_reason} | self._best())
-            if history.num_epochs:
+            if history.num_epochs and is_installed("matplotlib"):
                 folder.attempt("losses.png", lambda: put_in_place(folder.path / "losses.png", self._draw))
             self.write_page(how)
         self._announce(f"Stopped: {history.stop_reason}.")
@@ -110,4 +114,5 @@ class Reporter:
         draw_losses(path, self._history, format="png")
 
 
+_LIBRARIES = {"report.html": "jinja2", "losses.png": "matplotlib"}
 _FILES = ("report.html", "losses.png", "history.jsonl", "best/model.safetensors", "checkpoints")
