@@ -41,7 +41,7 @@ def _load_yaml(text: str) -> Any:
 set_loader(_YAML, _load_yaml, (yaml.YAMLError,))
 
 
-_WRONG = re.compile(r"unrecognized arguments: .*?(?P<option>--[\w-]+)|(invalid choice:|ption) '(?P<name>\w+)'")
+_WRONG = re.compile(r"nrecognized arguments: .*?(?P<option>--[\w-]+)|(invalid choice:|ption) '(?P<name>\w+)'")
 _FIELDS = vars(TrainConfig())
 # Fields that are true or false, or one word more: `--resume` alone, `--resume false`, `--resume auto`.
 _YES_OR_NO = {name for name, kind in get_type_hints(TrainConfig).items() if kind is bool or True in get_args(kind)}

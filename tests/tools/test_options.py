@@ -1,5 +1,10 @@
 """Options as people write them: on command lines, in YAML, and through the parsers of other libraries."""
 
+import os
+import shutil
+import site
+import subprocess
+
 import pytest
 from jsonargparse import Namespace
 from transformers import HfArgumentParser
@@ -9,6 +14,7 @@ from accel_trainer.base.console import nearest
 from accel_trainer.config import TRACKER_NAMES
 from accel_trainer.tools.cli import main
 from accel_trainer.tools.options import OptionParser, config_of
+from support import ROOT
 
 
 def parser_of_a_script():
@@ -154,6 +160,18 @@ def test_the_version_is_told(capsys):
 
     assert main_fails("--version") == 0
     assert capsys.readouterr().out == f"accel_trainer {accel_trainer.__version__}\n"
+
+
+@pytest.mark.parametrize("minor", range(10, 16))
+def test_help_is_told_on_every_python_that_is_here(minor):
+    interpreter = shutil.which(f"python3.{minor}")
+    if interpreter is None or subprocess.run([interpreter, "-c", ""], capture_output=True).returncode:
+        pytest.skip("no such interpreter here")
+    folders = str(ROOT), *site.getsitepackages()  # what the help needs has no compiled parts
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [interpreter, "-W", "error", "-m", "accel_trainer", "train", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and "--num_epochs" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", ["weights_and_biases", "neptune", "tb"])
