@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from .base.console import did_you_mean
+from .base.tracebacks import ends_in_users_lines
 
 if TYPE_CHECKING:
     Names = Sequence[str]
@@ -113,6 +114,7 @@ class TrainConfig:
     project: str = "accel_trainer"
     verbose: bool = True
 
+    @ends_in_users_lines
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             object.__setattr__(self, name, _as_python(value))

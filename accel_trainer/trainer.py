@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from .base.clock import advice
 from .base.console import warn
 from .base.exchange import meet
+from .base.tracebacks import ends_in_users_lines
 from .callbacks import Callback, Callbacks
 from .config import TrainConfig
 from .data.cut import Layout, describe_batch
@@ -100,6 +101,7 @@ class Trainer:
         3
     """
 
+    @ends_in_users_lines
     def __init__(
         self,
         model: nn.Module,
@@ -150,6 +152,7 @@ class Trainer:
 
     # --- fit ----------------------------------------------------------------------------------------------------------
 
+    @ends_in_users_lines
     def fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None = None) -> History:
         """Train, and return the history; the model then holds the weights of the best epoch.
 
@@ -158,6 +161,8 @@ class Trainer:
 
         A first Ctrl-C, or the time limit, ends the run after the step under way, saves a checkpoint and returns.
         SIGTERM and SIGUSR1 do the same and leave the program with exit code 143 (0 where the launcher would restart).
+        In a notebook an interrupt does the same and then raises `KeyboardInterrupt`, so that the cells below do not
+        run; `history` and the model hold what the run has come to.
 
         Args:
             train_loader: What to train on.
@@ -192,6 +197,10 @@ class Trainer:
         if stopping.kind in _LEAVING:
             restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
             raise SystemExit(0 if restarts else 143)
+        if stopping.kind == "Ctrl-C" and in_notebook():  # or the cells below would run
+            raise KeyboardInterrupt(
+                "the run has ended in order: the trainer has its history and the model its weights."
+            )
         return self.history
 
     def _check_fit(self, train_loader: DataLoader[Any], test_loader: DataLoader[Any] | None) -> str:
@@ -359,6 +368,7 @@ class Trainer:
 
     # --- evaluate and predict -----------------------------------------------------------------------------------------
 
+    @ends_in_users_lines
     def evaluate(self, loader: DataLoader[Any]) -> dict[str, float]:
         """Return `{"loss": ..., **metrics}` over all samples of a loader, the same numbers on every process.
 
@@ -386,6 +396,7 @@ class Trainer:
                 keep_evaluation(self._page, num_samples, self._epoch_held, scores)
             return scores
 
+    @ends_in_users_lines
     def predict(self, loader: DataLoader[Any]) -> Any:
         """Return the model's outputs for every sample once, in dataset order, in host memory.
 

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from .tracebacks import ENTRY
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
 
 
@@ -51,9 +53,13 @@ def complain(text: str) -> None:
 
 
 def warn(text: str, stacklevel: int = 2) -> None:
-    """Warn as `warnings.warn`: a `stacklevel` of 1 names the line of the call."""
+    """Warn as `warnings.warn`: a `stacklevel` of 1 names the line of the call; `ends_in_users_lines` does not count."""
+    frame, level, counted = sys._getframe(1), 2, 1
+    while counted < stacklevel and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+        counted += frame.f_code is not ENTRY
     try:
-        warnings.warn(printable(text), stacklevel=stacklevel + 1)
+        warnings.warn(printable(text), stacklevel=level)
     except (OSError, ValueError):  # the stream is closed, or cannot be written in this alphabet
         complain(text)
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.console import printable
+from ..base.tracebacks import ends_in_users_lines
 from .checkpoints import BEST
 from .tensor_files import check_seal, is_utf8, read_weights
 
@@ -113,6 +114,7 @@ def copy_beside(model: nn.Module, losses: Iterable[nn.Module], values: Mapping[s
             buffer.copy_(values[name])
 
 
+@ends_in_users_lines
 def load_best(model: nn.Module, run_dir: str | os.PathLike[str]) -> nn.Module:
     """Give a model the best weights of a run, in place, and return it.
 
