@@ -21,8 +21,13 @@ def make_config(folder: Path, is_exact: bool, names: list[str]) -> TrainConfig:
     )
 
 
+def make_wrong_configs() -> list[TrainConfig]:
+    return [
+        TrainConfig(mode="least"),  # type: ignore[arg-type]
+        TrainConfig(resume="yes"),  # type: ignore[arg-type]
+        TrainConfig(trackers=3),  # type: ignore[arg-type]
+        TrainConfig(num_epochs="3"),  # type: ignore[arg-type]
+    ]
+
+
 first: str = TrainConfig(resume="auto", run_dir="runs/first", trackers=("wandb",)).trackers[0]
-TrainConfig(mode="least")  # type: ignore[arg-type]
-TrainConfig(resume="yes")  # type: ignore[arg-type]
-TrainConfig(trackers=3)  # type: ignore[arg-type]
-TrainConfig(num_epochs="3")  # type: ignore[arg-type]
