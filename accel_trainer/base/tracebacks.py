@@ -31,7 +31,7 @@ def ends_in_users_lines(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
             if "IPython" in sys.modules:
-                error._render_traceback_ = _rendered  # type: ignore[union-attr]  # what IPython asks an error for
+                vars(error)["_render_traceback_"] = _rendered  # what IPython asks an error for
             raise
 
     return entry
@@ -68,11 +68,11 @@ def _in_users_lines(error: BaseException) -> Iterator[None]:
         following = following.__cause__ or following.__context__
     try:
         for one, frames in whole.items():
-            one.__traceback__ = _of_user(frames)
+            one.with_traceback(_of_user(frames))
         yield
     finally:
         for one, frames in whole.items():
-            one.__traceback__ = frames
+            one.with_traceback(frames)
 
 
 def _of_user(frames: TracebackType | None) -> TracebackType | None:
