@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base.console import nearest
+from .base.console import did_you_mean
 from .errors import StopTraining
 
 if TYPE_CHECKING:
@@ -113,8 +113,7 @@ def _check(callback: object) -> None:
         raise TypeError(f"A callback must be an instance of accel_trainer.Callback, got {callback!r}.")
     for name in dir(callback):
         if name.startswith("on_") and name not in HOOKS:
-            near = nearest(name, HOOKS, 0.0)
             raise TypeError(
-                f"{type(callback).__name__}.{name} is not a hook and would never be called; did you mean {near}? "
-                f"The hooks are {', '.join(HOOKS)}."
+                f"{type(callback).__name__}.{name} is not a hook and would never be called."
+                f"{did_you_mean(name, HOOKS)} The hooks are {', '.join(HOOKS)}."
             )

@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from .base.console import nearest
+from .base.console import did_you_mean
+from .base.tracebacks import ends_in_users_lines
+
+if TYPE_CHECKING:
+    Names = Sequence[str]
+    Folder = str | os.PathLike[str]
+else:  # as far as OmegaConf and HfArgumentParser know types; any sequence and path is taken
+    Names = list[str]
+    Folder = str
 
 # Those of accelerate.tracking; a test compares.
 TRACKER_NAMES = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -90,14 +98,14 @@ class TrainConfig:
     bitwise: bool = False
     num_threads: int | None = None
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
-    compile: bool | Literal["regional"] = False
-    data_in_memory: bool | Literal["auto"] = "auto"
+    compile: Literal[True, False, "regional"] = False
+    data_in_memory: Literal[True, False, "auto"] = "auto"
     max_grad_norm: float | None = None
     schedule_every: Literal["step", "epoch"] = "step"
     seed: int = 0
     restore_best: bool = True
-    run_dir: str | os.PathLike[str] | None = None
-    resume: bool | Literal["auto"] = False
+    run_dir: Folder | None = None
+    resume: Literal[True, False, "auto"] = False
     checkpoint_every: int | str | None = None
     keep_checkpoints: int = 2
     keep_best: int = 1
@@ -105,13 +113,17 @@ class TrainConfig:
     time_limit_seconds: float | None = None
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
     find_unused_parameters: bool = False
-    trackers: tuple[str, ...] = ()
+    trackers: Names = field(default_factory=tuple)
     project: str = "accel_trainer"
     verbose: bool = True
 
+    @ends_in_users_lines
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             object.__setattr__(self, name, _as_python(value))
+        every = self.checkpoint_every
+        if isinstance(every, str) and every.isdecimal():  # HfArgumentParser leaves a number a text
+            object.__setattr__(self, "checkpoint_every", int(every))
         for names, required, is_right in _REQUIREMENTS:
             for name in names:
                 value = getattr(self, name)
@@ -119,7 +131,7 @@ class TrainConfig:
                 if not may_be_left_out and not is_right(value):
                     raise ValueError(f"{name} must be {required}, got {_shown(value)}.")
         check_tracker_names(self.trackers)
-        object.__setattr__(self, "trackers", tuple(self.trackers))  # a list is accepted too
+        object.__setattr__(self, "trackers", tuple(self.trackers))
         if self.bitwise and self.mixed_precision == "fp8":
             raise ValueError("bitwise=True cannot be had with mixed_precision='fp8', whose scales the processes share.")
         checkpoints = (("resume", self.resume), ("checkpoint_every", self.checkpoint_every is not None))
@@ -193,11 +205,12 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = 
 )
 
 
-def check_tracker_names(names: Iterable[str]) -> None:
+def check_tracker_names(names: Sequence[str]) -> None:
     """Refuse what is not a list of names that Accelerate knows; the message names the nearest known name."""
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    is_list = isinstance(names, Sequence) and not isinstance(names, (str, bytes))
+    if not is_list or not all(isinstance(name, str) for name in names):
         raise ValueError(f"trackers must be a list of names, such as ['tensorboard'], got {names!r}.")
     for name in names:
         if name not in TRACKER_NAMES:
-            known, near = ", ".join(TRACKER_NAMES), nearest(name, TRACKER_NAMES, 0.0)
-            raise ValueError(f"trackers must be among {known}, got {name!r}; did you mean {near!r}?")
+            known = ", ".join(TRACKER_NAMES)
+            raise ValueError(f"trackers must be among {known}, got {name!r}.{did_you_mean(name, TRACKER_NAMES)}")

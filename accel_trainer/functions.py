@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from .base.tracebacks import ends_in_users_lines
 from .callbacks import Callbacks
 from .config import TrainConfig
 from .data.micro_batches import MicroBatchLoader
@@ -125,6 +126,7 @@ def _session_of(model: nn.Module) -> _Session:
     return session
 
 
+@ends_in_users_lines
 def train_model(
     train_loader: DataLoader[Any],
     model: nn.Module,
@@ -169,6 +171,7 @@ def train_model(
     return math.nan if totals is None else totals.loss
 
 
+@ends_in_users_lines
 def evaluate_model(test_loader: DataLoader[Any], model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
     """Return the mean loss over all samples of a loader, each counted once, the same number on every process.
 

@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any
 
 from .base.codec import checked, unpack
+from .base.tracebacks import ends_in_users_lines
 
 # Name of a value of one epoch -> the attribute of `History` that has all of them.
 SERIES = {
@@ -136,8 +137,13 @@ class History:
         """Return everything as lists, dictionaries and numbers."""
         return asdict(self)
 
+    @ends_in_users_lines
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the losses into an image file; its ending chooses the format."""
+        """Draw the losses into an image file; its ending chooses the format.
+
+        Raises:
+            ImportError: matplotlib is not installed; the message names the extra that brings it.
+        """
         from .view.picture import draw_losses
 
         draw_losses(Path(path).expanduser(), self)
@@ -163,6 +169,7 @@ class History:
         )
 
     @classmethod
+    @ends_in_users_lines
     def load(cls, run_dir: str | os.PathLike[str]) -> History:
         """Read the history of a run folder.
 

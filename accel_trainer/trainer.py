@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from .base.clock import advice
 from .base.console import warn
 from .base.exchange import meet
+from .base.tracebacks import ends_in_users_lines
 from .callbacks import Callback, Callbacks
 from .config import TrainConfig
 from .data.cut import Layout, describe_batch
@@ -103,6 +104,7 @@ class Trainer:
         3
     """
 
+    @ends_in_users_lines
     def __init__(
         self,
         model: nn.Module,
@@ -153,6 +155,7 @@ class Trainer:
 
     # --- fit ----------------------------------------------------------------------------------------------------------
 
+    @ends_in_users_lines
     def fit(
         self,
         train_loader: DataLoader[Any],
@@ -165,6 +168,8 @@ class Trainer:
 
         A first Ctrl-C, or the time limit, ends the run after the step under way, saves a checkpoint and returns.
         SIGTERM and SIGUSR1 do the same and leave the program with exit code 143 (0 where the launcher would restart).
+        In a notebook an interrupt does the same and then raises `KeyboardInterrupt`, so that the cells below do not
+        run; `history` and the model hold what the run has come to.
 
         Args:
             train_loader: What to train on.
@@ -202,6 +207,10 @@ class Trainer:
         if stopping.kind in _LEAVING:
             restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
             raise SystemExit(0 if restarts else 143)
+        if stopping.kind == "Ctrl-C" and in_notebook():  # or the cells below would run
+            raise KeyboardInterrupt(
+                "the run has ended in order: the trainer has its history and the model its weights."
+            )
         return self.history
 
     def _check_fit(self, train_loader: DataLoader[Any], tests: Mapping[str, DataLoader[Any]]) -> str:
@@ -382,6 +391,7 @@ class Trainer:
 
     # --- evaluate and predict -----------------------------------------------------------------------------------------
 
+    @ends_in_users_lines
     def evaluate(self, loader: DataLoader[Any]) -> dict[str, float]:
         """Return `{"loss": ..., **metrics}` over all samples of a loader, the same numbers on every process.
 
@@ -409,6 +419,7 @@ class Trainer:
                 keep_evaluation(self._page, num_samples, self._epoch_held, scores)
             return scores
 
+    @ends_in_users_lines
     def predict(self, loader: DataLoader[Any], ragged: float | Literal["list"] | None = None) -> Any:
         """Return the model's outputs for every sample once, in dataset order, in host memory.
 

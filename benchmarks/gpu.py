@@ -48,15 +48,6 @@ OUT_OF_MEMORY = "devices/test_memory.py::test_a_real_device_runs_out_of_memory"
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-rA")
 TESTS = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
 PARITY = "parity", "--processes", "1", "2", "--format", "json"
-# Forked from a server that has imported scikit-learn, too: in each of 15 processes that takes longer than all else.
-PREPARED = """
-import sys
-from multiprocessing import forkserver
-from accel_trainer.tools.cli import main
-forkserver.set_forkserver_preload(["torch._dynamo", "accel_trainer.trainer", "sklearn.datasets"])
-forkserver.ensure_running()
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @dataclass(frozen=True)
@@ -67,13 +58,11 @@ class Part:
     limit: float
     command: tuple[str, ...] = ()  # in place of the function of that name in gpu_parts.py
     may_lack: bool = False  # of time
-    small: tuple[str, ...] = ()  # in place of the command where everything is small
 
     def __call__(self, results: Path, small: bool) -> None:
         """Run it in this process."""
         if self.command:
-            command = self.small if small and self.small else self.command
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(self.command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             print(done.stdout)
             is_right = done.returncode == 0 or (small and done.returncode == 5)  # no test for a CPU
             last = [line for line in done.stdout.splitlines() if line.strip()][-1:]
@@ -97,10 +86,7 @@ FIRST = [
         Part("two_processes", 120),
         Part("graphs", 150),
         Part("tests", 150, (*PYTEST, "--deselect", f"tests/{OUT_OF_MEMORY}", *TESTS)),
-        Part(
-            *("parity", 150, (sys.executable, "-m", "accel_trainer", *PARITY)),
-            small=(sys.executable, "-c", PREPARED, *PARITY),
-        ),
+        Part("parity", 150, (sys.executable, "-m", "accel_trainer", *PARITY)),
     ],
     [Part("memory", 60)],
     [Part("memory_test", 40, (*PYTEST, str(ROOT / "tests" / OUT_OF_MEMORY)))],

@@ -5,13 +5,11 @@ accelerate launch scripts/finetune_text.py --data reviews.csv --model distilbert
 
 import difflib
 import os
-from dataclasses import fields
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
 
 import torch
 from datasets import ClassLabel, Dataset, load_dataset
-from jsonargparse import ArgumentParser
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -21,7 +19,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from accel_trainer import TrainConfig, Trainer
+from accel_trainer import Trainer
+from accel_trainer.tools.options import OptionParser
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -93,8 +92,7 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
 
 def main() -> None:
     """Read the options, fine-tune, evaluate and save."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    parser = OptionParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=str, required=True, help="a CSV, JSON lines or Parquet file, or a hub dataset")
     parser.add_argument("--text_column", type=str, default="text")
     parser.add_argument("--label_column", type=str, default="label")
@@ -104,11 +102,10 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-5, help="its peak, after the warm-up")
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which it rises")
     parser.add_argument("--weight_decay", type=float, default=0.01)
-    parser.add_class_arguments(TrainConfig)
-    parser.set_defaults(num_epochs=3, max_grad_norm=1.0, run_dir="runs/text")
+    parser.add_config(num_epochs=3, max_grad_norm=1.0, run_dir="runs/text")
     options = parser.parse_args()
+    config = parser.config_of(options)
     try:
-        config = TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
         rows = load_texts(options.data, options.text_column, options.label_column)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (ValueError, OSError) as error:

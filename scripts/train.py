@@ -4,16 +4,14 @@ accelerate launch scripts/train.py --num_epochs 20 --patience 3
 accelerate launch scripts/train.py --config run.yaml
 """
 
-from dataclasses import fields
-
 import torch
 from datasets import Dataset
-from jsonargparse import ArgumentParser
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader
 
-from accel_trainer import TrainConfig, Trainer
+from accel_trainer import Trainer
+from accel_trainer.tools.options import OptionParser
 
 
 def load_data(seed: int) -> tuple[Dataset, Dataset, Dataset]:
@@ -47,17 +45,12 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     """Read the options, train, and evaluate the best weights."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    parser = OptionParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=64, help="samples of one update, over all processes")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_class_arguments(TrainConfig)
-    parser.set_defaults(num_epochs=40, patience=5, num_micro_batches=2, run_dir="runs/digits")
+    parser.add_config(num_epochs=40, patience=5, num_micro_batches=2, run_dir="runs/digits")
     options = parser.parse_args()
-    try:
-        config = TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
-    except ValueError as error:
-        parser.error(str(error))
+    config = parser.config_of(options)
 
     train_data, test_data, final_data = load_data(config.seed)
     train_loader = DataLoader(train_data, options.batch_size, shuffle=True)

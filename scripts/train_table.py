@@ -8,7 +8,6 @@ import csv
 import difflib
 import logging
 import os
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,11 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Features, Value, disable_progress_bars, load_dataset
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accel_trainer import TrainConfig, Trainer
+from accel_trainer import Trainer
+from accel_trainer.tools.options import OptionParser
 
 FORMATS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 NO_NUMBER = {"na", "n/a", "nan", "null", "none", "-", "?"}  # missing, in a column of numbers
@@ -198,8 +198,7 @@ class TableModel(nn.Module):
 
 def main() -> None:
     """Read the options and the table, train, evaluate the best weights, and predict every row."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    parser = OptionParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help=f"the table, with the ending {', '.join(FORMATS)}")
     parser.add_argument("--target", required=True, help="the column to predict")
     parser.add_argument("--task", choices=["auto", "regression", "classification"], default="auto")
@@ -208,13 +207,12 @@ def main() -> None:
     parser.add_argument("--class_weights", action="store_true", help="give all classes the same weight in the loss")
     parser.add_argument("--batch_size", type=int, default=128, help="rows of one update, over all processes")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_class_arguments(TrainConfig)
-    parser.set_defaults(num_epochs=30, patience=5, num_micro_batches=2, run_dir="runs/table")
+    parser.add_config(num_epochs=30, patience=5, num_micro_batches=2, run_dir="runs/table")
     options = parser.parse_args()
     disable_progress_bars()  # those of reading
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are told below
+    config = parser.config_of(options)
     try:
-        config = TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
         columns, target, notes = read_columns(read_table(Path(options.data)), options)
         is_class = options.task == "classification" or (options.task == "auto" and holds_categories(target))
         codes, classes = pd.factorize(target, sort=True)  # -1 where it is missing

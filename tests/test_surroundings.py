@@ -20,6 +20,7 @@ from torchmetrics.regression import MeanSquaredError
 
 from accel_trainer import Callback, ProcessFailedError, TrainConfig, Trainer, launch, load_best
 from accel_trainer.base.console import complain, is_terminal, pass_on, show, warn
+from accel_trainer.base.tracebacks import ends_in_users_lines
 from accel_trainer.devices.environment import describe_environment, masked
 from accel_trainer.history import History
 from accel_trainer.storage.checkpoints import read_checkpoint, steps_in
@@ -160,7 +161,9 @@ def test_a_text_steers_no_terminal_but_by_our_own_colours(monkeypatch, capsys):
 def test_warnings_stay_warnings():
     with pytest.warns(UserWarning, match="careful") as caught:
         warn("careful", stacklevel=1)
-    assert caught[0].filename == __file__
+        ends_in_users_lines(lambda: warn("careful", stacklevel=2))()
+    assert [one.filename for one in caught] == [__file__] * 2
+    assert caught[1].lineno == caught[0].lineno + 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="careful"):

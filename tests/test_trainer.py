@@ -632,7 +632,7 @@ def test_a_misspelt_hook_is_refused_with_the_nearest_known():
         def on_epoch_ends(self, trainer):
             pass
 
-    with pytest.raises(TypeError, match=r"Typo.on_epoch_ends is not a hook .* did you mean on_epoch_end\?"):
+    with pytest.raises(TypeError, match=r"Typo.on_epoch_ends is not a hook .* Did you mean .on_epoch_end.\?"):
         Trainer(make_model(), None, nn.CrossEntropyLoss(), callbacks=[Typo()])
 
 

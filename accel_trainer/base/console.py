@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from .tracebacks import ENTRY
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
 
 
@@ -51,9 +53,13 @@ def complain(text: str) -> None:
 
 
 def warn(text: str, stacklevel: int = 2) -> None:
-    """Warn as `warnings.warn`: a `stacklevel` of 1 names the line of the call."""
+    """Warn as `warnings.warn`: a `stacklevel` of 1 names the line of the call; `ends_in_users_lines` does not count."""
+    frame, level, counted = sys._getframe(1), 2, 1
+    while counted < stacklevel and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+        counted += frame.f_code is not ENTRY
     try:
-        warnings.warn(printable(text), stacklevel=stacklevel + 1)
+        warnings.warn(printable(text), stacklevel=level)
     except (OSError, ValueError):  # the stream is closed, or cannot be written in this alphabet
         complain(text)
 
@@ -90,9 +96,37 @@ class Lenient:
         return self._stream is getattr(other, "_stream", other)
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the known name that is most like a wrong one, if their likeness reaches the cutoff, from 0 to 1."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that was meant by a wrong one: a slip of the keyboard, most of the same words, or initials.
+
+    Example:
+        >>> known = ["num_epochs", "learning_rate", "trackers"]
+        >>> [nearest(name, known) for name in ("num_epohcs", "epochs", "lr", "workers")]
+        ['num_epochs', 'num_epochs', 'learning_rate', None]
+    """
+    words = _words(name)
+
+    def likeness(other: str) -> tuple[float, float]:
+        others = _words(other)
+        letters = difflib.SequenceMatcher(None, "_".join(words), "_".join(others)).ratio()
+        shared = 2 * len({*words} & {*others}) / (len(words) + len(others) or 1)
+        if len(others) > 1 and words == ["".join(word[0] for word in others)]:
+            shared = 1.0
+        return max(letters * (letters > 0.75), shared * (shared > 0.6)), letters
+
+    near = max(known, key=likeness, default=None)
+    return near if near is not None and likeness(near)[0] else None
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name, in the singular."""
+    return [word.rstrip("s") or word for word in re.findall("[a-z0-9]+", name.lower())]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence with the known name that was meant; nothing where none is near."""
+    near = nearest(name, known)
+    return "" if near is None else f" Did you mean {near!r}?"
 
 
 def is_first_rank() -> bool:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.console import printable
+from ..base.tracebacks import ends_in_users_lines
 from ..numbers.reductions import sum_of_bits
 from .checkpoints import BEST, EPOCHS
 from .tensor_files import check_seal, is_utf8, metadata_of, read_weights
@@ -194,6 +195,7 @@ def copy_beside(model: nn.Module, losses: Iterable[nn.Module], values: Mapping[s
             buffer.copy_(values[name])
 
 
+@ends_in_users_lines
 def load_best(model: nn.Module, run_dir: str | os.PathLike[str], epoch: int | None = None) -> nn.Module:
     """Give a model the best weights of a run, in place, and return it.
 

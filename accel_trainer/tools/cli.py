@@ -10,20 +10,20 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-import yaml  # type: ignore[import-untyped]
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import Namespace
 
-from ..base.console import complain, is_first_rank, nearest, show
+from .. import __version__
+from ..base.console import complain, is_first_rank, show
 from ..config import TrainConfig
 from ..errors import HardwareError, ProcessFailedError
+from .options import OptionParser, config_of, fail
 
 if TYPE_CHECKING:
     from .parity import Row
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parser().parse_args(arguments)
     except UnicodeDecodeError as error:
-        return _fail(f"--config names a file that is not text: {error}.")
+        return fail(f"--config names a file that is not text: {error}.")
     if parsed.command in _ON_ONE_PROCESS and not is_first_rank():
         return 0
     options = parsed[parsed.command]
@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_run_function(options.run)
         function, _ = _COMMANDS[parsed.command]
         return function(options)
-    except (ValueError, TypeError, OSError, HardwareError) as error:
+    except (ValueError, TypeError, OSError, ImportError, HardwareError) as error:
         if not _is_raised_here(error):
             raise
-        return _fail(str(error))
+        return fail(str(error))
 
 
 def _is_raised_here(error: Exception) -> bool:
@@ -59,66 +59,18 @@ def _is_raised_here(error: Exception) -> bool:
     return Path(__file__).parent.parent in Path(raised.filename).parents and str(raised.line).startswith("raise ")
 
 
-_LARGEST_CONFIG = 2**16  # characters
-_DEEPEST_CONFIG = 10  # lists and dictionaries in one another
-
-
-def _load_yaml(text: str) -> Any:
-    """Return what YAML holds, without references: a few lines of them stand for any amount of data.
-
-    Raises:
-        YAMLError: It has references, or is too large, or too deep.
-    """
-    if len(text) > _LARGEST_CONFIG:
-        raise yaml.YAMLError(f"it has more than {_LARGEST_CONFIG} characters")
-    depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"references such as *{event.anchor} are not taken")
-        if depth > _DEEPEST_CONFIG:
-            raise yaml.YAMLError(f"it is nested more than {_DEEPEST_CONFIG} deep")
-    return get_loader("yaml")(text)
-
-
-set_loader("yaml without references", _load_yaml, (yaml.YAMLError,))
-
-
-class _Parser(ArgumentParser):
-    """Report a wrong argument in one line, with the nearest right one; on several processes once."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(message.split())
-        for wrong in re.findall(r"--\w+", text) or re.findall(r"'(\w+)'", text):
-            near = nearest(wrong, self._words())
-            if near not in (None, wrong):
-                text += f" Did you mean {near}?"
-                break
-        raise SystemExit(_fail(text))
-
-    def _words(self) -> Iterator[str]:
-        for action in self._actions:
-            yield from action.option_strings
-            if isinstance(action.choices, dict):  # of subcommands
-                yield from action.choices
-                for parser in action.choices.values():
-                    yield from parser._words()
-
-
-def _parser() -> _Parser:
-    mode = "yaml without references"
-    parser = _Parser(prog="accel_trainer", description="One training run on any hardware.", parser_mode=mode)
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="accel_trainer", description="One training run on any hardware.", version=__version__)
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
     parsers = {}
     for name, (_, text) in _COMMANDS.items():
-        parsers[name] = _Parser(description=f"{text[0].upper()}{text[1:]}.")
+        parsers[name] = OptionParser(description=f"{text[0].upper()}{text[1:]}.")
         commands.add_subcommand(name, parsers[name], help=text)
 
     for name in ("train", "evaluate", "check"):
         parsers[name].add_argument("run", type=str, help=_RUN)
     for name in ("train", "check"):
-        parsers[name].add_argument("--config", action="config", help="a YAML file with any of these options")
-        parsers[name].add_class_arguments(TrainConfig)
+        parsers[name].add_config()
 
     evaluate = parsers["evaluate"]
     evaluate.add_argument("run_dir", type=str, help="folder of a run, whose best weights are evaluated")
@@ -126,7 +78,7 @@ def _parser() -> _Parser:
     evaluate.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
 
     parity = parsers["parity"]
-    parity.add_argument("run", type=str, nargs="?", help=f"{_RUN} (default: handwritten digits)")
+    parity.add_argument("run", type=str, nargs="?", help=f"{_RUN} (default: small pictures of digits)")
     parity.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of CPU processes")
     parity.add_argument("--num_micro_batches", type=int, default=8, help="the fixed number of most rows")
     parity.add_argument("--num_epochs", type=int, default=2, help="epochs of each run")
@@ -141,10 +93,6 @@ def _parser() -> _Parser:
     parsers["report"].add_argument("--output", type=str, help=_OUTPUT)
     parsers["runs"].add_argument("folder", type=str, nargs="?", default="runs", help="looked through for runs")
     return parser
-
-
-def _config_of(options: Namespace, **more: Any) -> TrainConfig:
-    return TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__} | more)
 
 
 def _check_run_function(name: str) -> None:
@@ -165,7 +113,7 @@ def _train(options: Namespace) -> int:
     from ..trainer import Trainer
     from .run_functions import call_run_function
 
-    arguments, loaders = call_run_function(options.run, _config_of(options))
+    arguments, loaders = call_run_function(options.run, config_of(options))
     trainer = Trainer(**arguments)
     trainer.fit(loaders["train_loader"], loaders.get("test_loader"))
     if "final_loader" in loaders:
@@ -214,7 +162,7 @@ def _evaluate(options: Namespace) -> int:
 def _check(options: Namespace) -> int:
     from .preflight import check
 
-    return check(options.run, _config_of(options, resume=False, checkpoint_every=None))
+    return check(options.run, config_of(options, resume=False, checkpoint_every=None))
 
 
 def _report(options: Namespace) -> int:
@@ -229,7 +177,7 @@ def _report(options: Namespace) -> int:
     try:
         write_whole(output, render(records).encode("utf-8", "replace"))
     except OSError as error:
-        return _fail(f"{output} cannot be written: {error.strerror}.")
+        return fail(f"{output} cannot be written: {error.strerror}.")
     show(str(output))
     return 0
 
@@ -278,7 +226,7 @@ def _parity(options: Namespace) -> int:
             rows.extend(Parity(config, complain, options.timeout).rows(cases))
     except ProcessFailedError as error:
         hint = _NORM_HINT if "Expected more than 1 value per channel" in str(error) else ""
-        return _fail(f"the run fails under the first layout already, one process: {error}{hint}")
+        return fail(f"the run fails under the first layout already, one process: {error}{hint}")
     except KeyboardInterrupt:
         complain("Interrupted.")
     if options.format == "json":
@@ -288,12 +236,6 @@ def _parity(options: Namespace) -> int:
     if len(rows) < len(cases) and not any(row.case.promise == "cut" and not row.kept for row in rows):
         return 130
     return 1 if any(row.kept is False for row in rows) else 0
-
-
-def _fail(text: str) -> int:
-    if is_first_rank():
-        complain(f"error: {text}")
-    return 2
 
 
 _NORM_HINT = "BatchNorm needs two samples in every micro-batch: use a smaller --num_micro_batches, or drop_last=True."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import math
 import multiprocessing
 import os
@@ -11,7 +12,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,8 +19,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from ..base.console import is_first_rank, pass_on
+from ..base.tracebacks import ends_in_users_lines, text_of
 from ..errors import ProcessFailedError
-from ..view.notebook import Message, open_channel
+from ..view.notebook import Message, in_notebook, open_channel
 
 _GRACE_SECONDS = 15.0  # for the others to end after one has failed
 
@@ -76,13 +77,15 @@ def run_on_processes(
             process.join()
 
 
+@ends_in_users_lines
 def launch(function: Callable[..., Any], *args: Any, num_processes: int | None = None) -> Any:
     """Run a function on several processes of this machine and return what the main process returns.
 
     For notebooks, and for scripts that want to start the processes themselves. The function may be one of the
     notebook: it, what it refers to, its arguments and its result travel as copies. The processes are new ones, so
     nothing that this one has done with devices or Accelerate stands in the way; the port is always a free one. What
-    they print appears here. Interrupting the notebook interrupts them, as Ctrl-C does: `fit` then saves and returns.
+    they print appears here. Interrupting the notebook interrupts them: `fit` then saves, and `launch` ends with
+    `KeyboardInterrupt`. Ctrl-C in a script lets `fit` save and return.
 
     Args:
         function: What to run on each process; it makes the model, the loaders and the `Trainer`.
@@ -112,8 +115,10 @@ def launch(function: Callable[..., Any], *args: Any, num_processes: int | None =
         raise ValueError(f"num_processes must be a whole number of at least 1, or None, got {num_processes!r}.")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError("launch starts processes, and this is one of several already: call the function itself.")
-    sent = cloudpickle.dumps((function, args))
-    environment = {"ACCEL_TRAINER_IN_NOTEBOOK": "1"} if "ipykernel" in sys.modules else {}
+    # Lines of cells, which no file has, for tracebacks.
+    lines = {name: entry for name, entry in linecache.cache.items() if not os.path.exists(name)}
+    sent = cloudpickle.dumps((function, args, lines))
+    environment = {"ACCEL_TRAINER_IN_NOTEBOOK": "1"} if in_notebook() else {}
     results = run_on_processes(num_processes, _call, sent, environment=environment, on_message=_show)
     return cloudpickle.loads(results[0])
 
@@ -122,7 +127,8 @@ def _call(sent: bytes) -> bytes | None:
     """Call what `launch` was given, in one of its processes."""
     import cloudpickle
 
-    function, args = cloudpickle.loads(sent)
+    function, args, lines = cloudpickle.loads(sent)
+    linecache.cache.update(lines)
     result = function(*args)
     return cloudpickle.dumps(result) if is_first_rank() else None
 
@@ -215,7 +221,7 @@ def _child(
     try:
         outcome = function(*args)
     except BaseException as error:
-        text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        text = f"{type(error).__name__}: {error}\n{text_of(error, in_notebook())}"
         outcome = _Failure(text, isinstance(error, ProcessFailedError))
     if channel is not None:
         channel.flush()
@@ -226,7 +232,7 @@ def _collect_interruptibly(collect: Callable[[], list[Any]], processes: dict[Any
     """Return the results; the first interrupt or SIGTERM goes to the processes, which are still waited for.
 
     Raises:
-        KeyboardInterrupt: They do not end in order on it, or it has come again.
+        KeyboardInterrupt: They do not end in order on it, it has come again, or this is a notebook.
     """
     try:
         with sigterm_interrupts():
@@ -237,12 +243,15 @@ def _collect_interruptibly(collect: Callable[[], list[Any]], processes: dict[Any
         if process.is_alive():
             os.kill(process.pid, number)
     try:
-        return collect()
+        results = collect()
     except ProcessFailedError as error:
-        raise KeyboardInterrupt("interrupted") from error
+        raise KeyboardInterrupt("interrupted") from (None if in_notebook() else error)
     finally:
         if number is signal.SIGTERM:
             signal.raise_signal(number)  # as if it came now
+    if in_notebook():  # or the cells below would run
+        raise KeyboardInterrupt("interrupted")
+    return results
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..base.console import nearest
+from ..base.console import did_you_mean
 from ..config import TrainConfig
 
 _LOADERS = ("train_loader", "test_loader", "final_loader")
@@ -31,7 +31,7 @@ def find_run_function(name: str) -> Callable[[TrainConfig], Mapping[str, Any]]:
     function = getattr(module, attribute, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(f"{path} has no function {attribute!r}.{_nearest(attribute, known)}")
+        raise ValueError(f"{path} has no function {attribute!r}.{did_you_mean(attribute, known)}")
     return function  # type: ignore[no-any-return]
 
 
@@ -44,7 +44,7 @@ def _import_module(name: str) -> Any:
         if error.name is None or not name.startswith(error.name):
             raise  # the module exists, and imports one that does not
         files = [entry[:-3] for entry in os.listdir() if entry.endswith(".py")]
-        raise ValueError(f"There is no module {name!r} here or installed.{_nearest(name, files)}") from None
+        raise ValueError(f"There is no module {name!r} here or installed.{did_you_mean(name, files)}") from None
 
 
 def _import_file(path: str) -> Any:
@@ -57,11 +57,6 @@ def _import_file(path: str) -> Any:
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     spec.loader.exec_module(module)  # type: ignore[union-attr]
     return module
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = nearest(name, known)
-    return "" if near is None else f" Did you mean {near!r}?"
 
 
 def call_run_function(
@@ -87,7 +82,9 @@ def call_run_function(
     known = [*inspect.signature(Trainer).parameters, *_LOADERS]
     for key in run:
         if key not in known:
-            raise ValueError(f"{name} returns {key!r}, which is not among {', '.join(known)}.{_nearest(key, known)}")
+            raise ValueError(
+                f"{name} returns {key!r}, which is not among {', '.join(known)}.{did_you_mean(key, known)}"
+            )
     for key in _NEEDED:
         if key not in run:
             raise ValueError(f"{name} returns no {key!r}.")

@@ -117,6 +117,8 @@ def show_losses(name: str, history: History) -> None:
         content = {"image/png": picture.getvalue(), "text/plain": "losses"}
         display(content, raw=True, display_id=name, update=name in _shown)  # type: ignore[no-untyped-call]
         _shown.add(name)
+    except ImportError as error:
+        warn(str(error))
     except Exception as error:  # a picture that a library cannot draw is no error of the training
         warn(f"Could not draw the losses: {error!r}.")
 

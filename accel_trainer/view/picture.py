@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..base.extras import require
+
 if TYPE_CHECKING:
     from ..history import History
 
@@ -14,7 +16,11 @@ def draw_losses(target: str | os.PathLike[str] | BinaryIO, history: History, **o
 
     The ending of the file chooses the format, unless the options of `savefig` name one. The figure is made without
     pyplot, which would choose a screen and keep it alive.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message names the extra that brings it.
     """
+    require("matplotlib", no="picture of the losses")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..base.codec import checked, encode, flattened, unpack, with_checksum
 from ..base.console import warn
+from ..base.extras import is_installed, require
 from ..history import PARTS_OF_EPOCH, SERIES, History
 from ..storage.files import write_whole
 from ..storage.run_folder import is_in_use
@@ -159,8 +160,10 @@ class LivePage:
         return time.perf_counter() >= self._not_before
 
     def write(self, state: str) -> None:
-        """Write the page, whole or not at all."""
+        """Write the page, whole or not at all; nothing without jinja2, as the start of the run has said."""
         self.state = state
+        if not is_installed("jinja2"):
+            return
         is_first = self._not_before == 0.0  # loads the template too
         started = time.perf_counter()
         try:
@@ -198,6 +201,7 @@ def is_page(path: Path) -> bool:
 
 @functools.cache
 def _template() -> Any:
+    require("jinja2", no="page of a run")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = Path(__file__).parent / "page"
@@ -210,7 +214,11 @@ def _template() -> Any:
 
 
 def render(records: Sequence[RunFiles]) -> str:
-    """Return the page of one run, or of several side by side."""
+    """Return the page of one run, or of several side by side.
+
+    Raises:
+        ImportError: jinja2 is not installed; the message names the extra that brings it.
+    """
     if len({record.name for record in records}) < len(records):
         records = [replace(record, name=seen_from(record.path)) for record in records]
     is_running = any(record.state == "running" for record in records)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.clock import Clock
+from ..base.extras import is_installed, without
 from ..callbacks import Callback
 from ..history import History
 from ..state import TrainState
@@ -46,6 +47,9 @@ class Reporter(Callback):
             self._folder.write_json("config.json", config)
             steps = zip(self._history.steps, self._history.step_losses, self._history.step_learning_rates, strict=True)
             self._folder.write_steps(_step_row(*step) for step in steps)
+            files = [file for file, library in _LIBRARIES.items() if not is_installed(library)]
+            if files:
+                self._announce(str(without(*_LIBRARIES.values(), no=" and ".join(files))))
         self.write_page("running")
 
     def on_report(self, trainer: Trainer) -> None:
@@ -93,7 +97,7 @@ class Reporter(Callback):
         history, state, folder = self._history, self._state, self._folder
         if folder is not None:
             folder.append_history({"stop_reason": history.stop_reason} | self._best())
-            if history.num_epochs:
+            if history.num_epochs and is_installed("matplotlib"):
                 folder.attempt("losses.png", lambda: put_in_place(folder.path / "losses.png", self._draw))
             self.write_page(how)
         self._announce(f"Stopped: {history.stop_reason}.")
@@ -128,4 +132,5 @@ def _step_row(step: int, train_loss: float, learning_rates: list[float]) -> dict
     return {"step": step, "train_loss": train_loss, "learning_rates": learning_rates}
 
 
+_LIBRARIES = {"report.html": "jinja2", "losses.png": "matplotlib"}
 _FILES = ("report.html", "losses.png", "history.jsonl", "best/model.safetensors", "checkpoints")

@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import time
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
-from accel_trainer import ProcessFailedError, launch
+from accel_trainer import History, ProcessFailedError, launch
+from accel_trainer.base.tracebacks import text_of as text_of_error
 from support import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the kernel's client
@@ -33,6 +36,12 @@ def text_of(outputs):
 
 def pictures_of(outputs):
     return [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+
+
+def shown_in(outputs):
+    """Return what is shown of the error of a cell, without colours and numbers; empty where there was none."""
+    lines = [line for output in outputs for line in output.get("traceback", [])]
+    return re.sub(r"-+> \d+ +", "-> ", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(lines)))
 
 
 TRAIN = """
@@ -80,7 +89,92 @@ def test_launch_in_a_kernel_returns_results_after_an_accelerator_and_shows_a_cur
         assert text_of(outputs).count("Epoch 3/3 - Train Loss: ") == 1
         assert len(pictures_of(outputs)) == 1, text_of(outputs)  # drawn anew in its place
     assert text_of(same).split() == ["True", "3"]
-    assert "ValueError: the cause" in text_of(failed) and "in fails" in text_of(failed)
+    shown = shown_in(failed)
+    assert shown.rstrip().endswith('in fails\n    raise ValueError("the cause")\nValueError: the cause')
+    assert "accel_trainer/" not in shown and "site-packages" not in shown and "-> launch(fails" in shown
+
+
+ERRORS = """
+import os, signal
+from accel_trainer import Callback
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 1)
+    def forward(self, x):
+        return self.fc(x)
+
+class Interrupt(Callback):
+    def __init__(self, pid):
+        self.pid = pid
+    def on_epoch_end(self, trainer):
+        if trainer.history.num_epochs == 2 and trainer.is_main_process:  # once
+            os.kill(self.pid, signal.SIGINT)
+
+loader = DataLoader(TensorDataset(inputs, 2 * inputs), 16)
+
+def make(model, num_epochs=10**6, run_dir=None, callbacks=()):
+    config = TrainConfig(num_epochs=num_epochs, run_dir=run_dir, trackers=[])
+    return Trainer(model, torch.optim.SGD(model.parameters(), 0.1), nn.MSELoss(), callbacks=callbacks, config=config)
+
+def interrupted(pid, run_dir):
+    return make(nn.Linear(1, 1), run_dir=run_dir, callbacks=[Interrupt(pid)]).fit(loader, loader)
+"""
+
+
+@pytest.mark.distributed
+def test_errors_end_in_the_users_own_line_and_an_interrupt_ends_the_cell(tmp_path):
+    cells = {
+        "set-up": TRAIN + ERRORS,
+        "forward": "make(Net()).fit(loader)",
+        "config": "TrainConfig(num_epochs=0)",
+        "all": "%env ACCEL_TRAINER_FULL_TRACEBACK=1\nmake(Net()).fit(loader)",
+        "few": "%env ACCEL_TRAINER_FULL_TRACEBACK=\nmake(Net()).evaluate(loader)",
+        "interrupt": "trainer = make(nn.Linear(1, 1), callbacks=[Interrupt(os.getpid())])\ntrainer.fit(loader, loader)",
+        "usable": "print(trainer.history.num_epochs, trainer.evaluate(loader)['loss'] == trainer.history.best_value)",
+        "launched": "launch(interrupted, os.getpid(), 'run', num_processes=2)",
+    }
+    outputs = dict(zip(cells, run_cells(tmp_path, *cells.values()), strict=True))
+    shown = {name: shown_in(output) for name, output in outputs.items()}
+    of_torch = "-> return self.fc(x)\n\nRuntimeError: mat1 and mat2 shapes cannot be multiplied (16x1 and 2x1)"
+    in_order = "KeyboardInterrupt: the run has ended in order: the trainer has its history and the model its weights."
+    ends = {
+        "forward": of_torch,
+        "config": "-> TrainConfig(num_epochs=0)\n\nValueError: num_epochs must be at least 1, got 0.",
+        "few": of_torch,
+        "interrupt": f"-> trainer.fit(loader, loader)\n\n{in_order}",
+        "launched": f"-> {cells['launched']}\n\nKeyboardInterrupt: interrupted",
+    }
+    for name, end in ends.items():
+        assert shown[name].endswith(end), f"{name}: {shown[name]}"
+        assert "accel_trainer/" not in shown[name] and "site-packages" not in shown[name]
+        assert "ACCEL_TRAINER_FULL_TRACEBACK=1" in shown[name]
+    assert "accel_trainer/loop.py" in shown["all"] and "torch/nn/modules/linear.py" in shown["all"]
+    assert text_of(outputs["usable"]).split() == ["2", "True"]
+    assert json.loads((tmp_path / "run/preempted.json").read_text())["is_saved"]
+    assert History.load(tmp_path / "run").num_epochs == 2
+
+
+def fail_deep(depth):
+    return fail_deep(depth - 1) if depth else torch.zeros(2) @ torch.zeros(3, 1)
+
+
+def test_the_frames_of_libraries_are_left_out_of_a_chain_of_errors_and_kept_in_the_errors():
+    try:
+        try:
+            torch.nn.Linear(1, 1)(torch.zeros(3, 2))
+        except RuntimeError as error:
+            raise ValueError("what follows") from error
+    except ValueError as error:
+        frames = error.__cause__.__traceback__.tb_next
+        short, whole = text_of_error(error, is_for_notebook=True), text_of_error(error, is_for_notebook=False)
+        assert "torch/nn" in whole and "torch/nn" not in short and "torch.nn.Linear(1, 1)" in short
+        assert "direct cause" in short and frames is error.__cause__.__traceback__.tb_next
+    try:
+        fail_deep(sys.getrecursionlimit())
+    except RecursionError as error:
+        assert "in fail_deep" in text_of_error(error, is_for_notebook=True)
 
 
 @pytest.mark.distributed

@@ -432,8 +432,8 @@ def test_the_names_are_those_of_accelerate():
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["tensorbord"], "got 'tensorbord'; did you mean 'tensorboard'?"),
-        (["wandb", "ml_flow"], "got 'ml_flow'; did you mean 'mlflow'?"),
+        (["tensorbord"], "got 'tensorbord'. Did you mean 'tensorboard'?"),
+        (["wandb", "ml_flow"], "got 'ml_flow'. Did you mean 'mlflow'?"),
         (["all"], "trackers must be among aim, .*, got 'all'"),
         ("wandb", "must be a list of names"),
         ([None], "must be a list of names"),
