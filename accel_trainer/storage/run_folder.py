@@ -37,7 +37,7 @@ from .tensor_files import check_seal, metadata_of, save_tensors
 if os.name == "posix":
     import fcntl
 
-_NOTES = ("preempted.json", "nonfinite.json")  # how a run has ended
+_NOTES = ("preempted.json", "nonfinite.json", "failed.json")  # how a run has ended
 _RECORDS = ("config.json", "environment.json", "history.jsonl", "evaluations.json", "trackers.json", "report.html")
 _FILES = (*_RECORDS, "losses.png", *_NOTES, BEST)  # all that a run writes, beside its checkpoints
 _LOCK_SECONDS = 10.0  # to wait for the end of another run, which a signal may have ended just now
