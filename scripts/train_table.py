@@ -151,13 +151,10 @@ def read_columns(frame: pd.DataFrame, options: Namespace) -> tuple[dict[str, str
         raise ValueError(f"the target {options.target!r} is text, and regression needs numbers")
     frame = frame.drop(columns=[options.target, *options.ignore])
     found = {name: kind_of(frame[name], name in options.categories) for name in frame}
-    kinds, notes = (
-        {name: kind for name, (kind, _) in found.items() if kind},
-        [note for _, note in found.values() if note],
-    )
+    kinds = {name: kind for name, (kind, _) in found.items() if kind}
     if not kinds:
         raise ValueError("there is no column to predict from")
-    return kinds, target, notes
+    return kinds, target, [note for _, note in found.values() if note]
 
 
 def check_column(frame: pd.DataFrame, name: str, reason: str = "") -> None:
@@ -343,21 +340,14 @@ def train_table(table: Table, options: Namespace, config: TrainConfig) -> None:
         whole_metrics["R2"] = lambda outputs, targets: (
             1 - squared_error(outputs, targets) / squared_error(targets, targets.double().mean())
         )
-    loaders = {
-        name: DataLoader(
-            TensorDataset(table.inputs[rows], table.targets[rows]),
-            options.batch_size if name == "train" else 1024,
-            shuffle=name == "train",
-        )
-        for name, rows in table.parts.items()
-    }
+    data = {name: TensorDataset(table.inputs[rows], table.targets[rows]) for name, rows in table.parts.items()}
     torch.manual_seed(config.seed)  # the initial weights
     model = TableModel(table.encoding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     more = {"metrics": metrics, "whole_metrics": whole_metrics, "callbacks": [KeepEncoding(table.encoding)]}
     trainer = Trainer(model, optimizer, loss_fn, **more, config=config)
-    history = trainer.fit(loaders["train"], loaders["test"])
-    scores = trainer.evaluate(loaders["final"])  # with the weights of the best epoch
+    history = trainer.fit(DataLoader(data["train"], options.batch_size, shuffle=True), DataLoader(data["test"], 1024))
+    scores = trainer.evaluate(DataLoader(data["final"], 1024))  # with the weights of the best epoch
     outputs = trainer.predict(DataLoader(TensorDataset(table.inputs), 1024))  # of every row, in their order
     if not trainer.is_main_process:
         return
@@ -426,7 +416,7 @@ def main() -> None:
             predict_table(options, config)
             return
         table = prepare(read_table(Path(options.data)), options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     train_table(table, options, config)
 

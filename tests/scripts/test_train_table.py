@@ -335,6 +335,11 @@ def test_a_table_that_cannot_be_predicted_is_refused_in_one_line(tmp_path, monke
         assert code == 2 and "Traceback" not in printed and message in printed.strip().splitlines()[-1], printed
     code, printed = predict(monkeypatch, capsys, tmp_path / "t.parquet", "--run_dir", str(tmp_path))
     assert code == 2 and f"--run_dir {tmp_path} is no run of this script" in printed
+    code, printed = predict(monkeypatch, capsys, tmp_path / "t.parquet", "--output", str(tmp_path / "no/folder/t.csv"))
+    assert code == 2 and "no/folder" in printed.splitlines()[-1] and "Traceback" not in printed
+    (tmp_path / "run/best/model.safetensors").unlink()
+    code, printed = predict(monkeypatch, capsys, tmp_path / "t.parquet")
+    assert code == 2 and "No best weights in" in printed.splitlines()[-1]
     code, printed = run_here(monkeypatch, capsys, SCRIPT, "--data", "t.csv")
     assert code == 2 and "give --data and --target to train, or --predict and --run_dir to predict" in printed
 
