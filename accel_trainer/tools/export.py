@@ -146,7 +146,7 @@ def _results(record: RunFiles, epoch: int) -> _Results:
             size = "a stream" if evaluation["num_samples"] is None else f"{evaluation['num_samples']:,}"
             results.append((str(evaluation.get("name") or "final"), size, _numbers(evaluation["scores"])))
     history = record.history
-    if epoch <= len(history.test_losses):
+    if epoch <= len(history.test_losses) and "test" not in [of for of, *_ in results]:
         size = str(record.identity.get("length of test_loader's dataset", "a stream"))
         scores = {"loss": history.test_losses} | history.metrics
         results.append(("test", size, _numbers({name: values[epoch - 1] for name, values in scores.items()})))
