@@ -144,7 +144,7 @@ def _results(record: RunFiles, epoch: int) -> _Results:
     for evaluation in record.evaluations:
         if evaluation["epoch"] == epoch:
             size = "a stream" if evaluation["num_samples"] is None else f"{evaluation['num_samples']:,}"
-            results.append((str(evaluation.get("name") or "final"), size, _numbers(evaluation["scores"])))
+            results.append((str(evaluation.get("data", "final")), size, _numbers(evaluation["scores"])))
     history = record.history
     if epoch <= len(history.test_losses) and "test" not in [of for of, *_ in results]:
         size = str(record.identity.get("length of test_loader's dataset", "a stream"))

@@ -144,6 +144,11 @@ def test_what_has_ended_a_run_is_said_until_it_goes_on(tmp_path, kind):
     assert raised.value is error
     seen = run_forked(functools.partial(main, ["runs", str(tmp_path)]), "accel_trainer")
     assert re.search(rf"^run +{state} +2/3 .* {re.escape(reason)}$", seen.stdout, re.MULTILINE), seen
+    note = (run_dir / "failed.json").read_text()
+    (run_dir / "failed.json").write_text(note.replace(state, "finished"))
+    with pytest.raises(ValueError, match="failed.json cannot be read: its checksum does not match"):
+        RunFiles.load(run_dir)
+    (run_dir / "failed.json").write_text(note)
     for page in ((run_dir / "report.html").read_text(), render([RunFiles.load(run_dir)])):
         assert f'<span class="state {state}">{state}</span> {reason}</p>' in page and "killed" not in page
     assert fit(run_dir, resume="auto").history.stop_reason == "all 3 epochs done"
