@@ -173,12 +173,12 @@ def together(
     hardware: Hardware,
     bitwise: bool = False,
     num_threads: int | None = None,
-    before_leaving: Callable[[], None] = lambda: None,
+    before_leaving: Callable[[str], object] = lambda cause: None,
 ) -> Iterator[Any]:
     """Let the processes share a failure, compute alike, and leave generators and settings as they were.
 
-    `before_leaving` is called before a process is ended because another has failed. Yields where the processes agree
-    on a stop; `None` with one process.
+    `before_leaving` is called with the cause before a process is ended because another has failed. Yields where the
+    processes agree on a stop; `None` with one process.
     """
     with (
         shared_failure(hardware.process, hardware.num_processes, before_leaving) as votes,

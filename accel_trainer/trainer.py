@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -32,11 +32,11 @@ from .data.workers import like_loader
 from .devices.agreement import Stopping
 from .devices.checks import check_model, check_optimizer
 from .devices.compiled import num_compilations
-from .devices.environment import describe_environment
+from .devices.environment import describe_environment, masked
 from .devices.hardware import Hardware
 from .devices.memory import keep_data
 from .devices.prepared import Prepared
-from .errors import NonFiniteError
+from .errors import NonFiniteError, ProcessFailedError
 from .evaluation import evaluate, predict, training_mode
 from .history import History
 from .loop import fit, record
@@ -151,6 +151,7 @@ class Trainer:
         self._page: LivePage | None = None
         self._epoch_held: int | None = None  # whose weights the model has
         self._trackers: Trackers | None = None
+        self._reporter: Reporter | None = None  # of the run that goes on
         self.is_main_process = True
 
     # --- fit ----------------------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ class Trainer:
         return mode
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_trackers": None}  # connections of this process
+        return self.__dict__ | {"_trackers": None, "_reporter": None}  # connections and files of this process
 
     def _prepare(
         self,
@@ -283,6 +284,7 @@ class Trainer:
         outcome = self._metrics, self.history, found.folder, saver, reporter, self._probe
         run = Run(training, tests, *outcome, monitor, identity["mode"], announce)
         begin(run, found, identity, self._callbacks)
+        self._reporter = reporter
         if found.folder is not None:
             choices = {"asked": asdict(config), "resolved": _resolved(run), "identity": identity}
             reporter.report_start(choices, describe_environment(hardware.describe()))
@@ -456,11 +458,32 @@ class Trainer:
         config = self.config
         hardware = Hardware(config.mixed_precision, self._make_accelerator, config.bitwise)
         self.is_main_process = hardware.is_main
-        finish = functools.partial(finish_writes, timeout=20.0)
-        with together(hardware, config.bitwise, config.num_threads, finish) as votes, _hinted():
-            yield hardware, votes
-            if hardware.num_processes > 1:
-                meet()  # who leaves first may take the store with it
+        outer = self._reporter  # of a run whose callback evaluates
+        try:
+            with together(hardware, config.bitwise, config.num_threads, self._leave) as votes, _hinted():
+                yield hardware, votes
+                if hardware.num_processes > 1:
+                    meet()  # who leaves first may take the store with it
+        except BaseException as error:
+            if outer is None:
+                self._report_failure(type(error).__name__, error)
+            raise
+        finally:
+            self._reporter = outer
+
+    def _leave(self, cause: str) -> None:
+        """See the last write through before the error of another process ends this one."""
+        finish_writes(timeout=20.0)
+        self._report_failure(ProcessFailedError.__name__, cause)
+
+    def _report_failure(self, kind: str, message: object) -> None:
+        """Leave word in the run folder of the error that ends a run, by the name of its class."""
+        state = _ENDS.get(kind, "failed")
+        with suppress(Exception):  # whatever happens here, the error itself is what the user is told
+            name = f"{kind}: " if state == "failed" and kind != ProcessFailedError.__name__ else ""
+            text, *_ = masked([f"{state}: {name}{message}".strip(": ")])[0].splitlines()
+            if self._reporter is not None:
+                self._reporter.report_failure(state, text[:_LONGEST_REASON])
 
     @contextmanager
     def _evaluating(self) -> Iterator[Prepared]:
@@ -567,20 +590,20 @@ _ON_BATCH_NORM = (
     "model. A fixed num_micro_batches (the largest number of processes that you may use) makes it the same on all."
 )
 _LEAVING = ("SIGTERM", "SIGUSR1")  # what ends the program too
+# Class of an error -> the state in which it leaves a run; all others: failed. `TrialPruned` is Optuna's.
+_ENDS = {"TrialPruned": "pruned", "KeyboardInterrupt": "interrupted"}
+_LONGEST_REASON = 300  # characters
 
 
 @contextmanager
 def _closed_at_the_end(run: Run) -> Iterator[None]:
     """See the last write through, and leave the folder to others; one that holds nothing is removed."""
-    page = run.reporter.page
     try:
         yield
     except KeyboardInterrupt:
         run.saver.close(at_once=True)
         raise
     except BaseException:
-        if page is not None and page.state == "running":
-            run.reporter.write_page("failed")
         _close(run)
         raise
     _close(run)

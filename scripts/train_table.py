@@ -2,14 +2,17 @@
 
 accelerate launch scripts/train_table.py --data houses.csv --target price --num_epochs 30
 accelerate launch scripts/train_table.py --data patients.parquet --target ill --class_weights --ignore name id
+accelerate launch scripts/train_table.py --predict new.csv --run_dir runs/table
 """
 
 import csv
 import difflib
+import json
 import logging
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,12 +22,14 @@ from jsonargparse import Namespace
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accel_trainer import Trainer
+from accel_trainer import Callback, TrainConfig, Trainer, load_best
 from accel_trainer.tools.options import OptionParser
 
 FORMATS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 NO_NUMBER = {"na", "n/a", "nan", "null", "none", "-", "?"}  # missing, in a column of numbers
+NUMBERS = ("integer", "floating", "mixed-integer-float", "decimal")
 MAX_WHOLE = 20  # whole numbers with at most as many distinct values are categories
+ENCODING = "best/table.json"  # in the run folder: how columns become numbers, for --predict
 
 
 def read_header(path: Path) -> list[str]:
@@ -64,82 +69,102 @@ def read_table(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path}: {str(error.__cause__ or error).strip().splitlines()[0]}") from error
 
 
-def read_column(values: pd.Series, is_category: bool = False) -> tuple[pd.Series | None, str]:
-    """Return a column as float64, or as text where it holds categories, or `None` if it is of no use; and a note.
+def name_of(value: Any) -> str:
+    """Return a category as text, the same for 3 and 3.0."""
+    return f"{value:.15g}" if isinstance(value, (float, np.floating)) else str(value)
 
-    Args:
-        values: The column as it is in the table.
-        is_category: Whether to take it as categories, whatever it holds.
+
+def without_words(known: pd.Series) -> pd.Series:
+    """Return the values that are no word for a missing number."""
+    return known[~known.map(lambda value: str(value).strip().lower() in NO_NUMBER)]
+
+
+def kind_of(values: pd.Series, is_category: bool = False) -> tuple[str | None, str]:
+    """Return what a column holds, "number", "date" or "category", `None` if it is of no use; and a note.
 
     Raises:
-        ValueError: It has no values, infinite ones, or text among numbers; the message names column and row.
+        ValueError: It has no values; the message names the column.
     """
-    name, known, note = values.name, values.dropna(), ""
-    if known.empty:
-        raise ValueError(f"column {name!r} has no values: leave it out with --ignore {name}")
+    name, known = values.name, values.dropna()
     kind = pd.api.types.infer_dtype(known)
+    is_text = kind == "string" or (kind.startswith("mixed") and known.map(np.isscalar).all())
+    given = without_words(known) if is_text and not is_category else known
+    if given.empty:
+        raise ValueError(f"column {name!r} has no values: leave it out with --ignore {name}")
     if is_category or kind == "boolean":
-        return known.map(str).reindex(values.index), note
-    if kind == "string" or (kind.startswith("mixed") and known.map(np.isscalar).all()):
-        given = known[~known.map(lambda value: str(value).strip().lower() in NO_NUMBER)]
-        if given.empty:
-            raise ValueError(f"column {name!r} has no values: leave it out with --ignore {name}")
-        numbers = pd.to_numeric(given, errors="coerce")
-        is_text = numbers.isna()
-        if is_text.mean() < 0.5:
-            for row in given.index[is_text]:
-                remedy = f"correct it, or use --categories {name} or --ignore {name}"
-                raise ValueError(f"column {name!r}, row {row + 1}: {known[row]!r} is not a number: {remedy}")
-            kind, known = "floating", numbers
-        elif pd.to_datetime(known, format="ISO8601", errors="coerce", utc=True).notna().all():
-            kind, known = "datetime", pd.to_datetime(known, format="ISO8601", utc=True)
-        elif known.nunique() > 0.5 * len(known):
-            return None, f"{name} is left out: free text, {known.nunique()} distinct values in {len(known)} rows"
-        else:
-            return known.map(str).reindex(values.index), note
-    if kind in ("date", "datetime", "datetime64"):
-        known = (pd.to_datetime(known, utc=True) - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
-        note = f"{name} holds dates: taken as a number of days"
-    elif kind not in ("integer", "floating", "mixed-integer-float", "decimal"):
+        return "category", ""
+    if is_text:
+        if pd.to_numeric(given, errors="coerce").isna().mean() < 0.5:
+            return "number", ""
+        if pd.to_datetime(known, format="ISO8601", errors="coerce", utc=True).isna().any():
+            is_free = known.nunique() > 0.5 * len(known)
+            note = f"{name} is left out: free text, {known.nunique()} distinct values in {len(known)} rows"
+            return (None, note) if is_free else ("category", "")
+    if is_text or kind in ("date", "datetime", "datetime64"):
+        return "date", f"{name} holds dates: taken as a number of days"
+    if kind not in NUMBERS:
         return None, f"{name} is left out: its values are of type {type(known.iloc[0]).__name__}"
-    known = known.astype("float64")
-    for row in known.index[np.isinf(known)]:
-        raise ValueError(f"column {name!r}, row {row + 1}: {known[row]} is not a finite number")
-    return known.reindex(values.index), note
+    return "number", ""
+
+
+def read_as(values: pd.Series, kind: str) -> pd.Series:
+    """Return a column of this kind: categories as text, numbers and days as float64; what is missing is nan.
+
+    Raises:
+        ValueError: It has infinite values, or others than of this kind; the message names column and row.
+    """
+    name, known = values.name, values.dropna()
+    if kind == "category":
+        return known.map(name_of).reindex(values.index)
+    if kind == "date":
+        dates = pd.to_datetime(known, format="ISO8601", errors="coerce", utc=True)
+        numbers = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
+    elif pd.api.types.infer_dtype(known) in NUMBERS:
+        numbers = known.astype("float64")
+    else:
+        known = without_words(known)
+        numbers = pd.to_numeric(known.map(str), errors="coerce").astype("float64")
+    for row in known.index[~np.isfinite(numbers)]:
+        problem = f"is not a {'finite number' if np.isinf(numbers[row]) else kind}"
+        remedy = f"correct it, or train with --categories {name} or --ignore {name}"
+        raise ValueError(f"column {name!r}, row {row + 1}: {known[row]!r} {problem}: {remedy}")
+    return numbers.reindex(values.index)
 
 
 def holds_categories(values: pd.Series) -> bool:
-    """Return whether a column from `read_column` is text, or whole numbers with few distinct values."""
+    """Return whether a column from `read_as` is text, or whole numbers with few distinct values."""
     known = values.dropna()
     return known.dtype != "float64" or (known.nunique() <= MAX_WHOLE and bool((known % 1 == 0).all()))
 
 
-def read_columns(frame: pd.DataFrame, options: Namespace) -> tuple[list[pd.Series], pd.Series, list[str]]:
-    """Return the columns to predict from, the target, and what the user should know; refuse what cannot be used."""
+def read_columns(frame: pd.DataFrame, options: Namespace) -> tuple[dict[str, str], str, list[str]]:
+    """Return the kind of each column to predict from, that of the target, and notes; refuse what cannot be used."""
     for name in (options.target, *options.ignore, *options.categories):
-        if name not in frame:
-            nearest = difflib.get_close_matches(name, frame.columns, n=1, cutoff=0)[0]
-            raise ValueError(f"there is no column {name!r}; the nearest is {nearest!r}")
-    target, _ = read_column(frame[options.target], options.target in options.categories)
+        check_column(frame, name)
+    target, _ = kind_of(frame[options.target], options.target in options.categories)
     if target is None:
         raise ValueError(f"the target {options.target!r} holds neither numbers nor classes that come again")
-    if target.nunique() == 1:
-        raise ValueError(f"the target {options.target!r} has one class only, {target.dropna().iloc[0]}")
-    if options.task == "regression" and target.dtype != "float64":
+    known = read_as(frame[options.target], target).dropna()
+    if known.nunique() == 1:
+        raise ValueError(f"the target {options.target!r} has one class only, {name_of(known.iloc[0])}")
+    if options.task == "regression" and target == "category":
         raise ValueError(f"the target {options.target!r} is text, and regression needs numbers")
     frame = frame.drop(columns=[options.target, *options.ignore])
-    read = [read_column(frame[name], name in options.categories) for name in frame]
-    columns, notes = [values for values, _ in read if values is not None], [note for _, note in read if note]
-    if not columns:
+    found = {name: kind_of(frame[name], name in options.categories) for name in frame}
+    kinds = {name: kind for name, (kind, _) in found.items() if kind}
+    if not kinds:
         raise ValueError("there is no column to predict from")
-    missing = [f"{values.name} {values.isna().sum()}" for values in columns if values.hasnans]
-    notes.append(f"Missing values: {', '.join(missing) or 'none'}")
-    if target.isna().any():
-        notes.append(f"{target.isna().sum()} rows without {options.target} are predicted, but left out of training")
-    return columns, target, notes
+    return kinds, target, [note for _, note in found.values() if note]
 
 
-def split_rows(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def check_column(frame: pd.DataFrame, name: str, reason: str = "") -> None:
+    """Refuse the name of a column that is not in the table."""
+    if name not in frame:
+        nearest = difflib.get_close_matches(name, frame.columns, n=1, cutoff=0)
+        raise ValueError(f"there is no column {name!r}{reason}; the nearest is {nearest[0]!r}")
+
+
+def split_rows(groups: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Return the rows of train (64 %), test (16 %, selects the best epoch) and final (20 %, untouched until the end).
 
     Args:
@@ -153,41 +178,68 @@ def split_rows(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, n
     test, final, train = (np.sort(np.concatenate(rows)) for rows in zip(*parts, strict=True))
     if not (len(test) and len(final)):
         raise ValueError(f"{(groups >= 0).sum()} rows with a target are too few to train, test and evaluate with")
-    return train, test, final
+    return {"train": train, "test": test, "final": final}
 
 
-def encode(columns: list[pd.Series], train: np.ndarray) -> tuple[torch.Tensor, int, int]:
-    """Return inputs of shape (rows, numbers + categorical columns), the number of numbers and that of all categories.
+def describe(values: pd.Series, train: np.ndarray) -> dict[str, Any]:
+    """Return how a column becomes numbers: its categories, or mean and scale, of the train rows; as JSON holds it."""
+    known = values.iloc[train].dropna()
+    if known.empty or holds_categories(values):
+        return {"categories": known.unique().tolist()}
+    has_missing = len(known) < len(train)
+    return {"mean": float(known.mean()), "scale": float(known.std(ddof=0) or 1.0), "has_missing": has_missing}
 
-    Means, deviations and categories are those of the train rows. A missing number becomes the mean, and another number
-    tells that it was missing. Each categorical column has one more category, for missing and unseen values.
+
+def encode(columns: list[pd.Series], encodings: list[dict[str, Any]]) -> torch.Tensor:
+    """Return inputs of shape (rows, numbers + categorical columns).
+
+    A missing number becomes the mean of the train rows. Where these had missing ones, another number tells it. Each
+    categorical column has one more category, for missing and unseen values.
     """
     numbers, codes, num_categories = [], [], 0
-    for values in columns:
-        known = values.iloc[train].dropna()
-        if holds_categories(values):
-            categories = pd.Index(known.unique())
+    for values, encoding in zip(columns, encodings, strict=True):
+        if "categories" in encoding:
+            categories = pd.Index(encoding["categories"])
             codes.append(num_categories + 1 + categories.get_indexer(values))  # -1 where there is none
             num_categories += len(categories) + 1
         else:
-            numbers.append(((values - known.mean()) / (known.std(ddof=0) or 1.0)).fillna(0.0))
-            if len(known) < len(train):
+            numbers.append(((values - encoding["mean"]) / encoding["scale"]).fillna(0.0))
+            if encoding["has_missing"]:
                 numbers.append(values.isna())
     inputs = np.stack([np.asarray(column, dtype="float32") for column in numbers + codes], axis=1)
-    return torch.from_numpy(inputs), len(numbers), num_categories
+    return torch.from_numpy(inputs)
+
+
+def look_at(columns: list[pd.Series], encodings: list[dict[str, Any]]) -> list[str]:
+    """Return what the user should know of the values of a table."""
+    missing, never_missing, unseen = [], [], []
+    for values, encoding in zip(columns, encodings, strict=True):
+        if values.hasnans:
+            missing.append(f"{values.name} {values.isna().sum()}")
+            never_missing += [values.name] if encoding.get("has_missing") is False else []
+        known = values.dropna()
+        new = known[~known.isin(encoding.get("categories", known))]
+        if len(new):
+            unseen.append(f"{values.name} {len(new)} ({', '.join(map(name_of, new.unique()[:3]))})")
+    notes = [f"Missing values: {', '.join(missing) or 'none'}"]
+    notes += [f"No train row lacks {', '.join(never_missing)}: the mean is taken"] if never_missing else []
+    return notes + ([f"Rows of categories that no train row has: {', '.join(unseen)}"] if unseen else [])
 
 
 class TableModel(nn.Module):
     """Embed the categories, and pass them with the numbers through two hidden layers."""
 
-    def __init__(self, num_inputs: int, num_numbers: int, num_categories: int, num_outputs: int) -> None:
+    def __init__(self, encoding: dict[str, Any]) -> None:
         super().__init__()
-        self.num_numbers, size = num_numbers, 8
-        self.embedding = nn.Embedding(max(num_categories, 1), size)
+        categories = [column["categories"] for column in encoding["columns"] if "categories" in column]
+        numbers = [column for column in encoding["columns"] if "categories" not in column]
+        self.num_numbers, size = len(numbers) + sum(column["has_missing"] for column in numbers), 8
+        self.embedding = nn.Embedding(max(sum(map(len, categories)) + len(categories), 1), size)
         nn.init.zeros_(self.embedding.weight)  # what training never sees has no effect
+        classes = encoding["target"]["classes"]
         self.layers = nn.Sequential(
-            *(nn.Linear(num_numbers + (num_inputs - num_numbers) * size, 128), nn.ReLU(), nn.Dropout(0.1)),
-            *(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, num_outputs)),
+            *(nn.Linear(self.num_numbers + len(categories) * size, 128), nn.ReLU(), nn.Dropout(0.1)),
+            *(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1 if classes is None else len(classes))),
         )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -196,11 +248,154 @@ class TableModel(nn.Module):
         return self.layers(torch.cat([numbers, self.embedding(codes).flatten(start_dim=1)], dim=1))
 
 
+class KeepEncoding(Callback):
+    """Write how the columns become numbers into the run folder, which is there once the run begins."""
+
+    def __init__(self, encoding: dict[str, Any]) -> None:
+        self.encoding = encoding
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Write it beside the weights."""
+        if trainer.is_main_process and trainer.config.run_dir is not None:
+            path = Path(trainer.config.run_dir, ENCODING).expanduser()
+            path.write_text(json.dumps(self.encoding, indent=2, allow_nan=False) + "\n")
+
+
+def in_units(outputs: torch.Tensor, target: dict[str, Any]) -> pd.DataFrame:
+    """Return what outputs of shape (rows, classes), or (rows, 1), predict: class and probability, or a number."""
+    outputs = outputs.double()
+    if target["classes"] is None:
+        return pd.DataFrame({"prediction": outputs.squeeze(1).numpy() * target["scale"] + target["mean"]})
+    best = outputs.softmax(dim=1).max(dim=1)
+    return pd.DataFrame({"prediction": np.array(target["classes"])[best.indices], "probability": best.values})
+
+
+def squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the squared differences, in double precision."""
+    return (outputs.double() - targets).square().sum()
+
+
+class Table(NamedTuple):
+    """A table, ready to train on.
+
+    Attributes:
+        inputs: Of shape (rows, numbers + categorical columns).
+        targets: Classes, -1 where there is none, of shape (rows,); or numbers without a unit, of shape (rows, 1).
+        actual: The target in its own unit, classes as text.
+        parts: The rows of train, test and final.
+        encoding: How columns and target become numbers, as JSON holds it.
+        notes: What the user should know.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    actual: pd.Series
+    parts: dict[str, np.ndarray]
+    encoding: dict[str, Any]
+    notes: list[str]
+
+
+def prepare(frame: pd.DataFrame, options: Namespace) -> Table:
+    """Return a table ready to train on, or raise a ValueError that says what is wrong with it."""
+    kinds, target_kind, notes = read_columns(frame, options)
+    columns = [read_as(frame[name], kind) for name, kind in kinds.items()]
+    target = read_as(frame[options.target], target_kind)
+    is_class = options.task == "classification" or (options.task == "auto" and holds_categories(target))
+    codes, classes = pd.factorize(target, sort=True)  # -1 where it is missing
+    parts = split_rows(codes if is_class else np.minimum(codes, 0), options.seed)
+    of_columns = [
+        {"name": name, "kind": kind} | describe(values, parts["train"])
+        for (name, kind), values in zip(kinds.items(), columns, strict=True)
+    ]
+    notes += look_at(columns, of_columns)
+    if target.hasnans:
+        notes.append(f"{target.isna().sum()} rows without {target.name} are predicted, but left out of training")
+    of_target = {"name": target.name, "kind": target_kind, "classes": None}
+    if is_class:
+        of_target["classes"], targets = [name_of(value) for value in classes], torch.from_numpy(codes)
+        target = target.map(name_of, na_action="ignore")
+    else:
+        known = target[parts["train"]]
+        of_target |= {"mean": float(known.mean()), "scale": float(known.std(ddof=0) or 1.0)}
+        scaled = (target - of_target["mean"]) / of_target["scale"]
+        targets = torch.tensor(scaled.to_numpy(), dtype=torch.float32).unsqueeze(1)
+    encoding = {"target": of_target, "columns": of_columns}
+    return Table(encode(columns, of_columns), targets, target, parts, encoding, notes)
+
+
+def train_table(table: Table, options: Namespace, config: TrainConfig) -> None:
+    """Train, evaluate the best weights, and predict every row."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*table.notes, sep="\n")
+    classes, whole_metrics = table.encoding["target"]["classes"], {}
+    if classes is not None:
+        counts = table.targets[table.parts["train"]].bincount()
+        weights = counts.sum() / len(classes) / counts if options.class_weights else None
+        loss_fn = nn.CrossEntropyLoss(weights)
+        metrics = {"accuracy": lambda outputs, targets: outputs.argmax(dim=1) == targets}
+    else:
+        loss_fn, scale = nn.MSELoss(), table.encoding["target"]["scale"]
+        metrics = {"mean_absolute_error": lambda outputs, targets: (outputs - targets).abs().squeeze(1) * scale}
+        whole_metrics["RMSE"] = lambda outputs, targets: (squared_error(outputs, targets) / len(targets)).sqrt() * scale
+        whole_metrics["R2"] = lambda outputs, targets: (
+            1 - squared_error(outputs, targets) / squared_error(targets, targets.double().mean())
+        )
+    data = {name: TensorDataset(table.inputs[rows], table.targets[rows]) for name, rows in table.parts.items()}
+    torch.manual_seed(config.seed)  # the initial weights
+    model = TableModel(table.encoding)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
+    more = {"metrics": metrics, "whole_metrics": whole_metrics, "callbacks": [KeepEncoding(table.encoding)]}
+    trainer = Trainer(model, optimizer, loss_fn, **more, config=config)
+    history = trainer.fit(DataLoader(data["train"], options.batch_size, shuffle=True), DataLoader(data["test"], 1024))
+    scores = trainer.evaluate(DataLoader(data["final"], 1024))  # with the weights of the best epoch
+    outputs = trainer.predict(DataLoader(TensorDataset(table.inputs), 1024))  # of every row, in their order
+    if not trainer.is_main_process:
+        return
+
+    print("Final evaluation: " + ", ".join(f"{name.replace('_', ' ')} {score:.4f}" for name, score in scores.items()))
+    told = pd.DataFrame({"row": np.arange(1, len(outputs) + 1), "part": "", "actual": table.actual})
+    for name, rows in table.parts.items():
+        told.loc[rows, "part"] = name
+    told = told.join(in_units(outputs, table.encoding["target"]))
+    if classes is not None:
+        final = told[told.part == "final"]
+        is_right = (final.prediction == final.actual).groupby(final.actual)
+        print(f"Balanced accuracy {is_right.mean().mean():.4f}, the mean over the classes:")
+        for name, of_class in is_right:
+            print(f"  {name}: {of_class.mean():.4f} of {len(of_class)} rows")
+    if config.run_dir is not None:
+        told.to_csv(Path(config.run_dir, "predictions.csv").expanduser(), index=False)
+    print(f"Best epoch {history.best_epoch} of {history.num_epochs}; files in {config.run_dir}")
+
+
+def predict_table(options: Namespace, config: TrainConfig) -> None:
+    """Predict every row of a table with the best weights of a run; a table that does not fit is a ValueError."""
+    path = Path(config.run_dir or "", ENCODING).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--run_dir {config.run_dir} is no run of this script: there is no {path}")
+    encoding, frame = json.loads(path.read_text()), read_table(Path(options.predict))
+    target, of_columns = encoding["target"], encoding["columns"]
+    for column in of_columns:
+        check_column(frame, column["name"], ", which the run was trained with")
+    columns = [read_as(frame[column["name"]], column["kind"]) for column in of_columns]
+    inputs = encode(columns, of_columns)
+    trainer = Trainer(load_best(TableModel(encoding), config.run_dir), None, nn.MSELoss(), config=config)
+    outputs = trainer.predict(DataLoader(TensorDataset(inputs), 1024))
+    if not trainer.is_main_process:
+        return
+    told = pd.DataFrame({"row": np.arange(1, len(outputs) + 1)}).join(in_units(outputs, target))
+    output = Path(options.output or Path(config.run_dir, f"predictions_{Path(options.predict).stem}.csv")).expanduser()
+    told.to_csv(output, index=False)
+    print(*look_at(columns, of_columns), f"{len(told)} rows are predicted in {output}", sep="\n")
+
+
 def main() -> None:
-    """Read the options and the table, train, evaluate the best weights, and predict every row."""
+    """Read the options, and train or predict."""
     parser = OptionParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help=f"the table, with the ending {', '.join(FORMATS)}")
-    parser.add_argument("--target", required=True, help="the column to predict")
+    parser.add_argument("--data", help=f"the table to train on, with the ending {', '.join(FORMATS)}")
+    parser.add_argument("--target", help="the column to predict")
+    parser.add_argument("--predict", metavar="TABLE", help="do not train: predict this table with the run in --run_dir")
+    parser.add_argument("--output", help="where (default: predictions_TABLE.csv in --run_dir)")
     parser.add_argument("--task", choices=["auto", "regression", "classification"], default="auto")
     parser.add_argument("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns to leave out")
     parser.add_argument("--categories", nargs="+", default=[], metavar="COLUMN", help="columns that are no numbers")
@@ -211,55 +406,17 @@ def main() -> None:
     options = parser.parse_args()
     disable_progress_bars()  # those of reading
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are told below
+    if options.predict is None and None in (options.data, options.target):
+        parser.error("give --data and --target to train, or --predict and --run_dir to predict")
     config = parser.config_of(options)
     try:
-        columns, target, notes = read_columns(read_table(Path(options.data)), options)
-        is_class = options.task == "classification" or (options.task == "auto" and holds_categories(target))
-        codes, classes = pd.factorize(target, sort=True)  # -1 where it is missing
-        train, test, final = split_rows(codes if is_class else np.minimum(codes, 0), config.seed)
-    except ValueError as error:
+        if options.predict is not None:
+            predict_table(options, config)
+            return
+        table = prepare(read_table(Path(options.data)), options)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*notes, sep="\n")
-
-    inputs, num_numbers, num_categories = encode(columns, train)
-    if is_class:
-        targets, num_outputs = torch.from_numpy(codes), len(classes)
-        names = np.array([f"{value:.15g}" if isinstance(value, float) else value for value in classes])
-        weights = len(train) / len(classes) / np.bincount(codes[train])
-        loss_fn = nn.CrossEntropyLoss(torch.tensor(weights, dtype=torch.float32) if options.class_weights else None)
-        metrics = {"accuracy": lambda outputs, targets: outputs.argmax(dim=1) == targets}
-    else:
-        mean, scale, num_outputs = target[train].mean(), target[train].std(ddof=0) or 1.0, 1
-        targets = torch.tensor(((target - mean) / scale).to_numpy(), dtype=torch.float32).unsqueeze(1)
-        loss_fn = nn.MSELoss()
-        metrics = {"mean_absolute_error": lambda outputs, targets: (outputs - targets).abs().squeeze(1) * scale}
-    train_data, test_data, final_data = (TensorDataset(inputs[rows], targets[rows]) for rows in (train, test, final))
-
-    torch.manual_seed(config.seed)  # the initial weights
-    model = TableModel(inputs.shape[1], num_numbers, num_categories, num_outputs)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
-    trainer = Trainer(model, optimizer, loss_fn, metrics=metrics, config=config)
-    history = trainer.fit(DataLoader(train_data, options.batch_size, shuffle=True), DataLoader(test_data, 1024))
-    scores = trainer.evaluate(DataLoader(final_data, 1024))  # with the weights of the best epoch
-    outputs = trainer.predict(DataLoader(TensorDataset(inputs), 1024))  # of every row, in their order
-    if not trainer.is_main_process:
-        return
-
-    print("Final evaluation: " + ", ".join(f"{name.replace('_', ' ')} {score:.4f}" for name, score in scores.items()))
-    table = pd.DataFrame({"row": np.arange(1, len(inputs) + 1)})
-    if is_class:
-        best = outputs.double().softmax(dim=1).max(dim=1)
-        table["prediction"], table["probability"] = names[best.indices.numpy()], best.values.numpy()
-        is_right = pd.Series(best.indices.numpy() == codes)[final].groupby(names[codes[final]])
-        print(f"Balanced accuracy {is_right.mean().mean():.4f}, the mean over the classes:")
-        for name, of_class in is_right:
-            print(f"  {name}: {of_class.mean():.4f} of {len(of_class)} rows")
-    else:
-        table["prediction"] = outputs.squeeze(1).double().numpy() * scale + mean
-    if config.run_dir is not None:
-        table.to_csv(Path(config.run_dir, "predictions.csv"), index=False)
-    print(f"Best epoch {history.best_epoch} of {history.num_epochs}; files in {config.run_dir}")
+    train_table(table, options, config)
 
 
 if __name__ == "__main__":

@@ -336,7 +336,15 @@ def test_git_may_speak_another_alphabet(tmp_path, monkeypatch):
 
 # --- files of others --------------------------------------------------------------------------------------------------
 
-OF_OTHERS = ("environment.json", "losses.png", "report.html", "evaluations.json", "preempted.json", "nonfinite.json")
+OF_OTHERS = (
+    "environment.json",
+    "losses.png",
+    "report.html",
+    "evaluations.json",
+    "preempted.json",
+    "nonfinite.json",
+    "failed.json",
+)
 
 
 @pytest.mark.parametrize("resume", [False, "auto"])

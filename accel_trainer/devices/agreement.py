@@ -267,7 +267,7 @@ def _wait_for(look: Callable[[], _Found], seconds: float) -> _Found:
 class _Board:
     """The keys of one run in the store of the process group, and the thread that watches them."""
 
-    def __init__(self, process: int, num_processes: int, before_leaving: Callable[[], object]) -> None:
+    def __init__(self, process: int, num_processes: int, before_leaving: Callable[[str], object]) -> None:
         # All processes make the same calls in the same order, so this number names the same run everywhere.
         store = distributed_c10d._get_default_store()
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store of a launcher outlives the processes
@@ -302,8 +302,8 @@ class _Board:
             if failure is not None:
                 # The main thread may wait for the process that has ended.
                 if failure[0] != self.process and not self._closed.wait(_GRACE_SECONDS):
-                    self._before_leaving()
                     cause = "Process {} failed with {}".format(*failure)
+                    self._before_leaving(cause)
                     complain(f"accel_trainer: process {self.process} ends. {cause}")
                     os._exit(1)
                 return
@@ -318,13 +318,14 @@ class _Board:
 
 @contextmanager
 def shared_failure(
-    process: int, num_processes: int, before_leaving: Callable[[], object] = lambda: None
+    process: int, num_processes: int, before_leaving: Callable[[str], object] = lambda cause: None
 ) -> Iterator[_Votes | None]:
     """Let an error of one process end the block on all of them, with one message that names it.
 
     The process that fails first prints its error at once; its exit closes its connections, so that processes waiting in
     a collective with it come out of it. They raise `ProcessFailedError`. A process that stays stuck is ended after
-    three seconds; before that, its `before_leaving` is called. Yields what `Stopping` needs for several processes.
+    three seconds; before that, its `before_leaving` is called with the cause. Yields what `Stopping` needs for several
+    processes.
     """
     if num_processes == 1:
         yield None

@@ -38,7 +38,7 @@ from .tensor_files import check_seal, metadata_of, save_tensors
 if os.name == "posix":
     import fcntl
 
-_NOTES = ("preempted.json", "nonfinite.json")  # how a run has ended
+_NOTES = ("preempted.json", "nonfinite.json", "failed.json")  # how a run has ended
 _RECORDS = (
     "config.json",
     "environment.json",

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
@@ -26,6 +26,7 @@ from ..errors import HardwareError, ProcessFailedError
 from .options import OptionParser, config_of, fail
 
 if TYPE_CHECKING:
+    from ..view.report import RunFiles
     from .parity import Row
 
 
@@ -89,6 +90,13 @@ def _parser() -> OptionParser:
     printed.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="what is printed")
     printed.add_argument("--markdown", action="store_true", help="a table for a README or an issue")
 
+    export = parsers["export"]
+    export.add_argument("run", type=str, nargs="?", help=f"{_RUN}, whose model writes its own files")
+    export.add_argument("run_dir", type=str, help="folder of the run")
+    export.add_argument("--output", type=str, help="the new folder (default: export, in that of the run)")
+    export.add_argument("--push", type=str, metavar="NAME", help="upload it to this model repository, as user/name")
+    export.add_argument("--private", action="store_true", help="let only you see that repository")
+
     parsers["report"].add_argument("runs", type=str, nargs="+", help="run folders; several are put side by side")
     parsers["report"].add_argument("--output", type=str, help=_OUTPUT)
     parsers["runs"].add_argument("folder", type=str, nargs="?", default="runs", help="looked through for runs")
@@ -127,20 +135,26 @@ def _print_scores(title: str, scores: dict[str, float]) -> None:
     show(f"{title}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
 
 
-def _evaluate(options: Namespace) -> int:
-    from ..storage.tensor_files import metadata_of
-    from ..storage.weights import load_best
-    from ..trainer import Trainer
-    from ..view.report import LivePage, RunFiles, keep_evaluation
+def _call_as_in(record: RunFiles, run: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Call a run function with the config of a run; return the arguments for `Trainer` and the loaders."""
     from .run_functions import call_run_function
 
-    record = RunFiles.load(options.run_dir)
     asked = {name: value for name, value in record.asked.items() if name in TrainConfig.__dataclass_fields__}
     try:
         config = TrainConfig(**asked | {"run_dir": None, "resume": False, "checkpoint_every": None})
     except ValueError as error:
         raise ValueError(f"{record.path / 'config.json'} cannot be used: {error}") from error
-    arguments, loaders = call_run_function(options.run, config)
+    return call_run_function(run, config)
+
+
+def _evaluate(options: Namespace) -> int:
+    from ..storage.tensor_files import metadata_of
+    from ..storage.weights import load_best
+    from ..trainer import Trainer
+    from ..view.report import LivePage, RunFiles, keep_evaluation
+
+    record = RunFiles.load(options.run_dir)
+    arguments, loaders = _call_as_in(record, options.run)
     name = options.loader or next(key for key in ("final_loader", "test_loader", "train_loader") if key in loaders)
     if name not in loaders:
         raise ValueError(f"{options.run} returns no {name!r}, but {', '.join(loaders)}.")
@@ -163,6 +177,24 @@ def _check(options: Namespace) -> int:
     from .preflight import check
 
     return check(options.run, config_of(options, resume=False, checkpoint_every=None))
+
+
+def _export(options: Namespace) -> int:
+    from ..view.report import RunFiles
+    from .export import export, push
+
+    record = RunFiles.load(options.run_dir)
+    model = _call_as_in(record, options.run)[0]["model"] if options.run is not None else None
+    name = None if options.push is None else options.push.rpartition("/")[2]
+    folder = export(record.path, options.output or record.path / "export", model, name)
+    show(str(folder))
+    if options.push is not None:
+        try:
+            show(push(folder, options.push, options.private))
+        except Exception as error:  # a wrong name, not logged in, no network: the client has many kinds
+            text, *_ = f"{type(error).__name__}: {error}".splitlines()
+            return fail(f"not uploaded ({text}). Once `hf auth login` is done: hf upload {options.push} {folder}")
+    return 0
 
 
 def _report(options: Namespace) -> int:
@@ -273,12 +305,13 @@ def _markdown(cells: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-_ON_ONE_PROCESS = ("report", "runs", "parity")  # whatever the launch
+_ON_ONE_PROCESS = ("report", "runs", "parity", "export")  # whatever the launch
 _COMMANDS = {
     "train": (_train, "train a run function under this launch, and evaluate its final_loader"),
     "evaluate": (_evaluate, "evaluate the best weights of a run"),
     "check": (_check, "try two steps on the full layout: does it fit, agree, save, load, and how long will it take"),
     "parity": (_parity, "train under every layout of this machine and compare with what is promised"),
+    "export": (_export, "write the best weights of a run with a model card, for the Hugging Face Hub"),
     "report": (_report, "write the page of a run, or of several side by side"),
     "runs": (_runs, "list the runs in a folder"),
 }

@@ -27,7 +27,8 @@ class RunFiles:
     """What the files of a run folder say.
 
     Attributes:
-        state: `running`, `finished`, `interrupted`, `failed`, or `broken` where the run left no sign of its end.
+        state: `running`, `finished`, `interrupted`, `failed`, `pruned`, or `broken` where the run left no sign of its
+            end.
         asked: The user's choices by name.
         resolved: What these choices were resolved to.
         identity: What a resumed run must share: model, data, loss, optimizer, scheduler.
@@ -57,11 +58,14 @@ class RunFiles:
         path = Path(run_dir).expanduser().absolute()
         history = History.load(path) if history is None else history
         config = _read(path / "config.json", {})
+        failure = {} if history.stop_reason is not None else _read(path / "failed.json", {})
+        if failure:
+            history.end(failure["reason"])
         return cls(
             name=path.name,
             path=path,
             history=history,
-            state=state or _state_of(path, history),
+            state=state or _state_of(path, history, failure.get("state")),
             **{name: config.get(name, {}) for name in ("asked", "resolved", "identity")},
             environment=_read(path / "environment.json", {}),
             evaluations=_read(path / "evaluations.json", []),
@@ -87,6 +91,7 @@ class RunFiles:
 _TYPES: dict[str, dict[str, Any]] = {
     "config.json": {"asked": dict, "resolved": dict, "identity": dict},
     "environment.json": {"versions": dict},
+    "failed.json": {"state": str, "reason": str},
     "evaluations.json": {"num_samples": int | None, "epoch": int | None, "scores": dict},
 }
 
@@ -117,9 +122,11 @@ def seen_from(path: Path, folder: str | os.PathLike[str] = ".") -> str:
         return str(path)
 
 
-def _state_of(path: Path, history: History) -> str:
+def _state_of(path: Path, history: History, how_it_failed: str | None) -> str:
     if is_in_use(path):
         return "running"
+    if how_it_failed is not None:
+        return how_it_failed
     if (path / "preempted.json").exists():
         return "interrupted"
     if (path / "nonfinite.json").exists():

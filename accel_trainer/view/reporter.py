@@ -114,6 +114,18 @@ class Reporter(Callback):
         for line in filter(None, (history.overfitting(), advice)):
             self._announce(line)
 
+    def report_failure(self, state: str, reason: str) -> None:
+        """Show in `failed.json` and the page that an error has ended the run, unless its end was reported before.
+
+        Nothing is left of a run that has measured and saved nothing.
+        """
+        page, folder = self.page, self._folder
+        if page is None or folder is None or page.state != "running" or not (folder.path / "history.jsonl").exists():
+            return
+        self._history.end(reason)
+        folder.write_json("failed.json", {"state": state, "reason": reason, "step": self._state.step})
+        self.write_page(state)
+
     def _announce_files(self, folder: RunFolder) -> None:
         """Say which files are in the folder by now, and which could not be written."""
         names = [file.split("/")[0] for file in _FILES if file not in folder.failing]

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import json
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
 from support import ROOT, run_forked, run_here, torchrun
 
@@ -22,8 +24,8 @@ def run(monkeypatch, capsys, path, *arguments):
     return run_here(monkeypatch, capsys, SCRIPT, *options, *arguments)
 
 
-def predictions(path):
-    return pd.read_csv(path.parent / "run" / "predictions.csv", keep_default_na=False)
+def predictions(path, name="predictions.csv"):
+    return pd.read_csv(path.parent / "run" / name, keep_default_na=False)
 
 
 @pytest.fixture
@@ -69,7 +71,10 @@ def test_a_large_csv_with_all_that_tables_have(tmp_path, monkeypatch, capsys):
     ):
         assert line in printed, printed
     told = predictions(tmp_path / "t.csv")
-    assert list(told.columns) == ["row", "prediction", "probability"]
+    assert list(told.columns) == ["row", "part", "actual", "prediction", "probability"]
+    assert told.part.value_counts().to_dict() == {"train": 31_998, "test": 8_000, "final": 10_000, "": 2}
+    assert (told.part == "").to_numpy().nonzero()[0].tolist() == [7, 40_000]
+    assert told.actual.tolist() == frame.y.fillna("").tolist()
     assert told.row.tolist() == list(range(1, num_rows + 1)) and told.probability.between(1 / 3, 1).all()
     known = (frame["size"].notna() & frame.town.notna()).to_numpy()
     assert (told.prediction.to_numpy() == label)[known].mean() > 0.99
@@ -93,8 +98,19 @@ def test_regression_puts_predictions_back_in_units(tmp_path, monkeypatch, capsys
     code, printed = run(monkeypatch, capsys, path, *arguments)
     assert code == 0, printed
     assert "Missing values: a 1\n1 rows without y" in printed and "since holds dates" in printed
-    error = float(printed.split("mean absolute error ")[1].split()[0])
-    told = predictions(path).prediction
+    told = predictions(path)
+    final = told[told.part == "final"]
+    actual = final.actual.astype(float)
+    assert actual.tolist() == pytest.approx(frame.truth[final.index].tolist())
+    assert told.part[3] == told.actual[3] == ""
+    for name, score in (
+        ("mean absolute error", mean_absolute_error),
+        ("RMSE", root_mean_squared_error),
+        ("R2", r2_score),
+    ):
+        value = float(printed.split(f"{name} ")[1].split()[0].strip(","))
+        assert value == pytest.approx(score(actual, final.prediction), rel=1e-4, abs=1e-4)
+    error, told = mean_absolute_error(actual, final.prediction), told.prediction
     rest = frame.index != 5
     assert np.corrcoef(told[rest], frame.truth[rest])[0, 1] > 0.99
     assert np.abs(told - frame.truth)[rest].mean() < 60 and error < 60
@@ -197,7 +213,7 @@ WRONG = {
     ),
     "text among numbers": (change(16, "a", "wide"), [], "column 'a', row 17: 'wide' is not a number"),
     "text in the target": (change(16, "y", "dear"), [], "column 'y', row 17: 'dear' is not a number"),
-    "infinite": (change(4, "b", "-inf"), [], "column 'b', row 5: -inf is not a finite number"),
+    "infinite": (change(4, "b", "-inf"), [], "column 'b', row 5: '-inf' is not a finite number"),
     "no such target": (numeric_table(40), ["--target", "twon"], "there is no column 'twon'; the nearest is 'town'"),
     "one class": (numeric_table(40).assign(y="same"), [], "the target 'y' has one class only, same"),
     "all missing": (numeric_table(40).assign(b=np.nan), [], "column 'b' has no values: leave it out with --ignore b"),
@@ -242,8 +258,9 @@ def test_means_deviations_and_categories_are_of_the_train_rows(functions):
     late = pd.Series([1.5, 2.5, 4.5, 8.5, np.nan], name="late")
     town = pd.Series(["x", "y", "x", "never seen", None], name="town")
     kind = pd.Series([1.0, 2.0, 2.0, 2.0, 7.0], name="kind")
-    inputs, num_numbers, num_categories = functions["encode"]([size, town, late, kind], np.arange(3))
-    assert (num_numbers, num_categories) == (3, 6)
+    columns, train = [size, town, late, kind], np.arange(3)
+    encodings = [functions["describe"](values, train) for values in columns]
+    inputs = functions["encode"](columns, json.loads(json.dumps(encodings, allow_nan=False)))
     of_late = np.array([1.5, 2.5, 4.5])
     expected = [
         (np.array([1.5, 2.5, 2.0, 900.25, 2.0]) - 2.0) / 0.5,
@@ -257,15 +274,74 @@ def test_means_deviations_and_categories_are_of_the_train_rows(functions):
 
 def test_each_class_is_divided_alike_and_by_seed(functions):
     groups = np.repeat([0, 1, 2, -1], [1000, 50, 1, 10])
-    parts = functions["split_rows"](groups, 3)
+    parts = list(functions["split_rows"](groups, 3).values())
     assert [[int((groups[part] == group).sum()) for group in range(3)] for part in parts] == [
         [640, 32, 1],
         [160, 8, 0],
         [200, 10, 0],
     ]
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(1051))
-    again, other = functions["split_rows"](groups, 3), functions["split_rows"](groups, 4)
+    again, other = (list(functions["split_rows"](groups, seed).values()) for seed in (3, 4))
     assert np.array_equal(parts[0], again[0]) and not np.array_equal(parts[0], other[0])
+
+
+def predict(monkeypatch, capsys, path, *arguments):
+    options = ["--predict", str(path), "--run_dir", str(path.parent / "run"), "--verbose", "false"]
+    return run_here(monkeypatch, capsys, SCRIPT, *options, *arguments)
+
+
+@pytest.mark.parametrize("kind", ["class", "number"])
+def test_a_new_table_is_predicted_as_in_training_from_any_format(tmp_path, monkeypatch, capsys, kind):
+    frame = numeric_table(120)
+    frame["day"] = [str(datetime.date(2020, 1, 1) + datetime.timedelta(days=number)) for number in range(120)]
+    frame["rooms"] = np.arange(120) % 5
+    frame.loc[frame.index % 10 == 3, "a"] = None
+    if kind == "class":
+        frame["y"] = np.where(frame.y > 5200, 1, 0)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    assert run(monkeypatch, capsys, tmp_path / "t.csv", "--num_epochs", "2")[0] == 0
+    trained = predictions(tmp_path / "t.csv").drop(columns=["part", "actual"])
+
+    new = frame.drop(columns="y").assign(day=pd.to_datetime(frame.day))[["rooms", "day", "b", "a", "town"]]
+    new[::-1].reset_index(drop=True).to_parquet(tmp_path / "new.parquet")
+    code, printed = predict(monkeypatch, capsys, tmp_path / "new.parquet")
+    assert code == 0 and "Missing values: a 12\n120 rows are predicted in" in printed, printed
+    told = predictions(tmp_path / "t.csv", "predictions_new.csv")
+    assert told.row.tolist() == trained.row.tolist()
+    pd.testing.assert_frame_equal(told.drop(columns="row")[::-1].reset_index(drop=True), trained.drop(columns="row"))
+
+    new.iloc[:1].assign(town=None, rooms=7, b=None, day="2021-01-01").to_csv(tmp_path / "odd.csv", index=False)
+    code, printed = predict(monkeypatch, capsys, tmp_path / "odd.csv", "--output", str(tmp_path / "out.csv"))
+    assert code == 0, printed
+    assert "Missing values: b 1, town 1\nNo train row lacks b: the mean is taken\n" in printed
+    assert "Rows of categories that no train row has: rooms 1 (7)\n1 rows are predicted" in printed
+    assert len(pd.read_csv(tmp_path / "out.csv")) == 1
+
+
+def test_a_table_that_cannot_be_predicted_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    frame = numeric_table(40)
+    frame["day"] = pd.Timestamp("2021-05-01") + pd.to_timedelta(np.arange(40), unit="D")
+    frame.to_parquet(tmp_path / "t.parquet")
+    assert run(monkeypatch, capsys, tmp_path / "t.parquet", "--num_epochs", "1")[0] == 0
+    for name, table, message in (
+        ("lacks", frame.drop(columns="town"), "no column 'town', which the run was trained with; the nearest is "),
+        ("text", frame.astype(object).replace({"a": {frame.a[16]: "wide"}}), "column 'a', row 17: 'wide' is not a nu"),
+        ("dates", frame.assign(a=frame.day), "column 'a', row 1: Timestamp('2021-05-01 00:00:00') is not a number"),
+        ("no dates", frame.assign(day="soon"), "column 'day', row 1: 'soon' is not a date"),
+    ):
+        path = tmp_path / f"{name}.{'parquet' if name == 'dates' else 'csv'}"
+        table.to_parquet(path) if name == "dates" else table.to_csv(path, index=False)
+        code, printed = predict(monkeypatch, capsys, path)
+        assert code == 2 and "Traceback" not in printed and message in printed.strip().splitlines()[-1], printed
+    code, printed = predict(monkeypatch, capsys, tmp_path / "t.parquet", "--run_dir", str(tmp_path))
+    assert code == 2 and f"--run_dir {tmp_path} is no run of this script" in printed
+    code, printed = predict(monkeypatch, capsys, tmp_path / "t.parquet", "--output", str(tmp_path / "no/folder/t.csv"))
+    assert code == 2 and "no/folder" in printed.splitlines()[-1] and "Traceback" not in printed
+    (tmp_path / "run/best/model.safetensors").unlink()
+    code, printed = predict(monkeypatch, capsys, tmp_path / "t.parquet")
+    assert code == 2 and "No best weights in" in printed.splitlines()[-1]
+    code, printed = run_here(monkeypatch, capsys, SCRIPT, "--data", "t.csv")
+    assert code == 2 and "give --data and --target to train, or --predict and --run_dir to predict" in printed
 
 
 def test_the_options_come_from_the_config(tmp_path, monkeypatch, capsys):

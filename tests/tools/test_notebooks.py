@@ -186,7 +186,9 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path, num_processes):
         cell.source = cell.source.replace("num_processes = 1 ", f"num_processes = {num_processes} ")
     NotebookClient(notebook, timeout=80, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert len(pictures_of(outputs)) == 2  # the live curve and losses.png
+    assert len(pictures_of(outputs)) == 5  # digits, the live curve, losses, confusion matrix, wrong samples
+    predicted, true = re.findall(r"(?:predicted|true) +\[([\d, ]+)\]", text_of(outputs))
+    assert predicted == true
     final = next(line for line in text_of(outputs).splitlines() if line.startswith("Final loss"))
     assert float(final.split()[-1]) > 0.95
     assert f"{num_processes} process" in text_of(outputs)

@@ -1,20 +1,25 @@
 """The page of a run: its numbers, in a real browser; the comparison; the list of runs; the picture."""
 
+import functools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from accel_trainer import Callback, History, Trainer
+from accel_trainer import Callback, History, ProcessFailedError, Trainer
+from accel_trainer.devices import agreement
 from accel_trainer.tools.cli import main
 from accel_trainer.view.report import LivePage, RunFiles, render, runs_in
-from support import correct, loader_of, make_data, make_model, quiet
+from accel_trainer.view.reporter import Reporter
+from support import correct, loader_of, make_data, make_model, on_processes, quiet, run_forked
 
 
 def fit(run_dir, callbacks=(), lr=0.02, **choices):
@@ -106,6 +111,120 @@ def test_an_error_ends_the_page_too_and_a_file_that_makes_no_sense_is_no_error_o
     (tmp_path / "other/evaluations.json").write_text("nonsense")
     with pytest.warns(UserWarning, match="evaluations.json"):
         assert trainer.evaluate(loader_of(make_data(11), 4))["loss"] > 0
+
+
+class TrialPruned(Exception):
+    """As Optuna's is called."""
+
+
+class Raises(Callback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_epoch_end(self, trainer):
+        if trainer.state.epoch == 2:
+            raise self.error
+
+
+SAID = {
+    "error": (ValueError("no such\nsample"), "failed", "failed: ValueError: no such"),
+    "without words": (ZeroDivisionError(), "failed", "failed: ZeroDivisionError"),
+    "secret": (OSError("https://me:pass@host"), "failed", "failed: OSError: https://***@host"),
+    "pruned": (TrialPruned("at epoch 2"), "pruned", "pruned: at epoch 2"),
+    "exit": (SystemExit(3), "failed", "failed: SystemExit: 3"),
+    "second Ctrl-C": (KeyboardInterrupt(), "interrupted", "interrupted"),
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_what_has_ended_a_run_is_said_until_it_goes_on(tmp_path, kind):
+    (error, state, reason), run_dir = SAID[kind], tmp_path / "run"
+    with pytest.raises(type(error)) as raised:
+        fit(run_dir, [Raises(error)])
+    assert raised.value is error
+    seen = run_forked(functools.partial(main, ["runs", str(tmp_path)]), "accel_trainer")
+    assert re.search(rf"^run +{state} +2/3 .* {re.escape(reason)}$", seen.stdout, re.MULTILINE), seen
+    note = (run_dir / "failed.json").read_text()
+    (run_dir / "failed.json").write_text(note.replace(state, "finished"))
+    with pytest.raises(ValueError, match="failed.json cannot be read: its checksum does not match"):
+        RunFiles.load(run_dir)
+    (run_dir / "failed.json").write_text(note)
+    for page in ((run_dir / "report.html").read_text(), render([RunFiles.load(run_dir)])):
+        assert f'<span class="state {state}">{state}</span> {reason}</p>' in page and "killed" not in page
+    assert fit(run_dir, resume="auto").history.stop_reason == "all 3 epochs done"
+    record = RunFiles.load(run_dir)
+    assert (record.state, record.outcome) == ("finished", "all 3 epochs done") and not (
+        run_dir / "failed.json"
+    ).exists()
+
+
+def test_an_error_after_the_end_or_before_anything_leaves_no_word(tmp_path):
+    class Late(Callback):
+        def on_fit_end(self, trainer):
+            raise ValueError("late")
+
+    class Early(Callback):
+        def on_step_end(self, trainer):
+            raise ValueError("early")
+
+    with pytest.raises(ValueError, match="late"):
+        fit(tmp_path / "late", [Late()])
+    assert RunFiles.load(tmp_path / "late").outcome == "all 3 epochs done"
+    with pytest.raises(ValueError, match="early"):
+        fit(tmp_path / "early", [Early()])
+    assert not (tmp_path / "early").exists()
+
+
+def test_an_evaluation_that_fails_within_a_callback_is_no_end_of_the_run(tmp_path):
+    class Tries(Callback):
+        def on_epoch_end(self, trainer):
+            with pytest.raises(TypeError):
+                trainer.evaluate(None)
+            if trainer.state.epoch == 3:
+                raise ValueError("the end")
+
+    with pytest.raises(ValueError, match="the end"):
+        fit(tmp_path / "run", [Tries()])
+    assert RunFiles.load(tmp_path / "run").outcome == "failed: ValueError: the end"
+
+
+def test_a_word_that_cannot_be_left_hides_no_error(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(Reporter, "report_failure", fails)
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(tmp_path / "run", [Boom()])
+
+
+class OnOneProcess(Callback):
+    def on_epoch_end(self, trainer):
+        if trainer.state.epoch == 2 and torch.distributed.get_rank() == 1:
+            raise ValueError("no such sample")
+
+
+def fail_on_one(run_dir, lives_on):
+    try:
+        fit(run_dir, [OnOneProcess()])
+    except ValueError:
+        if lives_on:  # its connections do not close: the main process waits for it, and is ended by its watch
+            threading.Event().wait(20)
+        torch.distributed.destroy_process_group()  # as an interpreter that ends: some time before it has ended
+        threading.Event().wait(0.5)
+        os._exit(3)
+    except ProcessFailedError:
+        os._exit(4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lives_on", [False, True])
+def test_the_error_of_another_process_is_said_too(tmp_path, monkeypatch, capfd, lives_on):
+    monkeypatch.setattr(agreement, "_GRACE_SECONDS", 0.2)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        on_processes(2, fail_on_one, tmp_path / "run", lives_on)
+    record = RunFiles.load(tmp_path / "run")
+    told = "failed: Process 1 failed with ValueError: no such sample"
+    assert (record.state, record.outcome) == ("failed", told) and told in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_disk_that_fails_and_a_nan_do_not_stop_the_page(tmp_path, monkeypatch):
