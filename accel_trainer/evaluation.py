@@ -15,6 +15,7 @@ from .data.collated import count_samples
 from .data.micro_batches import MicroBatch, MicroBatchLoader
 from .data.randomness import EVALUATION, derive_seed, draws_nothing, seed_all
 from .devices.agreement import Stopping
+from .devices.gathered_answers import GatheredAnswers
 from .devices.gathering import Gathered, of_samples
 from .devices.memory import until_it_fits
 from .devices.prepared import Prepared
@@ -32,6 +33,7 @@ def evaluate(
     metrics: Metrics,
     stopping: Stopping | None = None,
     probe: MeanProbe | None = None,
+    answers: GatheredAnswers | None = None,
 ) -> dict[str, float] | None:
     """Return the loss and metrics over all samples of a loader, the same numbers on every process.
 
@@ -42,6 +44,7 @@ def evaluate(
         metrics: The metrics; there may be none.
         stopping: With it the end of the run cuts it short, on all processes alike, and `None` is returned.
         probe: Looks whether the functions are means.
+        answers: Takes in what a report of the evaluation needs of each sample.
     """
     hardware = prepared.hardware
     loader.refresh()
@@ -51,6 +54,8 @@ def evaluate(
         metrics.reset(hardware.device)
         losses = LossTable(hardware.device, tuple(metrics.functions), prepared.copies_losses)
         gathered = Gathered(hardware, is_bounded=True) if metrics.whole else None
+        if answers is not None:
+            answers.start()
         with evaluation_pass(prepared, loader, objective.modules) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.is_first:
@@ -66,12 +71,15 @@ def evaluate(
                         losses.add(micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))
                         if gathered is not None:
                             gathered.add(micro_batch, pair_of_samples(forward, micro_batch.num_samples))
+                        if answers is not None:
+                            answers.add(micro_batch, forward)
                         if probe is not None:
                             uncompiled = partial(prepared.forward_mode, is_full=False)
                             probe.look(objective, metrics, prepared.model, uncompiled, micro_batch, forward)
                         del forward  # two outputs in memory are one too many
-                if gathered is not None:
-                    gathered.after(micro_batch)
+                for collecting in (gathered, answers):
+                    if collecting is not None:
+                        collecting.after(micro_batch)
     totals = losses.exchange()
     if probe is not None:
         probe.settle(hardware.device, hardware.is_main)

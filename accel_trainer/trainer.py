@@ -6,10 +6,11 @@ import functools
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,12 +27,14 @@ from .callbacks import Callback, Callbacks
 from .config import TrainConfig
 from .data.cut import Layout, describe_batch
 from .data.micro_batches import MicroBatchLoader
-from .data.order import check_loader, dataset_order, is_stream, num_batches, sampler_of
+from .data.order import check_loader, dataset_order, is_stream, num_batches, sampler_of, samples_at
+from .data.randomness import EVALUATION, derive_seed, seed_all
 from .data.workers import like_loader
 from .devices.agreement import Stopping
 from .devices.checks import check_model, check_optimizer
 from .devices.compiled import num_compilations
 from .devices.environment import describe_environment
+from .devices.gathered_answers import GatheredAnswers
 from .devices.hardware import Hardware
 from .devices.memory import keep_data
 from .devices.prepared import Prepared
@@ -39,6 +42,7 @@ from .errors import NonFiniteError
 from .evaluation import evaluate, predict, training_mode
 from .history import History
 from .loop import fit, record
+from .numbers.answers import KINDS
 from .numbers.loss_table import Totals
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics, metric_of
@@ -50,10 +54,14 @@ from .storage.identity import identity_of
 from .storage.resume import begin, find
 from .storage.run_folder import RunFolder
 from .storage.saver import Saver, finish_writes, seconds_between_saves
+from .storage.tensor_files import metadata_of
 from .storage.weights import checked_state
+from .view.assessment import assess, check_library, show_wrong
+from .view.described import described
 from .view.notebook import LiveCurve, in_notebook
-from .view.report import LivePage, keep_evaluation
+from .view.report import LivePage, RunFiles, keep_evaluation
 from .view.reporter import Reporter
+from .view.samples import describe_dataset
 from .view.screen import ProgressBar, recut_message, say, wants_bar
 from .view.trackers import Trackers
 
@@ -146,6 +154,7 @@ class Trainer:
         self._page: LivePage | None = None
         self._epoch_held: int | None = None  # whose weights the model has
         self._trackers: Trackers | None = None
+        self._datasets: dict[str, weakref.ref[Any]] = {}  # of the last fit, by what they were for
         self.is_main_process = True
 
     # --- fit ----------------------------------------------------------------------------------------------------------
@@ -174,6 +183,10 @@ class Trainer:
         if self.optimizer is None:
             raise ValueError("fit needs an optimizer; this Trainer was made without one.")
         self.history, self.state, self._page, self._trackers = History(), TrainState(), None, None
+        self._datasets, self._epoch_held = {}, None
+        for name, loader in (("train", train_loader), ("test", test_loader)):
+            with suppress(TypeError):  # of a list, say, that nothing refers to weakly
+                self._datasets[name] = weakref.ref(getattr(loader, "dataset", None))
         with self._session() as (hardware, votes):
             monitor = self._check_fit(train_loader, test_loader)
             if hardware.num_processes > 1:
@@ -218,7 +231,7 @@ class Trainer:
         return mode
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_trackers": None}  # connections of this process
+        return self.__dict__ | {"_trackers": None, "_datasets": {}}  # connections and references of this process
 
     def _prepare(
         self,
@@ -256,6 +269,7 @@ class Trainer:
         begin(run, found, identity, self._callbacks)
         if found.folder is not None:
             choices = {"asked": asdict(config), "resolved": _resolved(run), "identity": identity}
+            choices |= described(self.model, optimizer)  # type: ignore[arg-type]
             reporter.report_start(choices, describe_environment(hardware.describe()))
         return run
 
@@ -359,32 +373,91 @@ class Trainer:
 
     # --- evaluate and predict -----------------------------------------------------------------------------------------
 
-    def evaluate(self, loader: DataLoader[Any]) -> dict[str, float]:
+    def evaluate(
+        self,
+        loader: DataLoader[Any],
+        report: Literal["classification", "regression"] | None = None,
+        *,
+        name: str | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+    ) -> dict[str, float]:
         """Return `{"loss": ..., **metrics}` over all samples of a loader, the same numbers on every process.
 
         Call it on every process: they share the work.
 
         After a `fit` with a `run_dir`, the scores are kept in its `evaluations.json` and shown in its `report.html`.
+        With a `report` the page also shows what the model gets wrong, and the folder gets the pictures:
+        `classification.png` (confusion matrix, precision, recall and F1 of each class) or `regression.png` (residuals),
+        and `wrong_samples.png` where samples are images. The numbers are those of scikit-learn.
 
         Args:
             loader: Its batches are divided over the processes; each sample counts once. An empty one gives nan.
+            report: `"classification"` for scores (batch, classes, ...), or one per target, with class indices or
+                one-hot targets; `"regression"` for outputs and targets of one shape, (batch,) or (batch, targets).
+            name: What the page calls these samples. `None` for `train` and `test`, the data of the last `fit`, and
+                `final`, any other.
+            run_dir: Folder of a run whose best weights the model holds, for the results; `None` for the last `fit`.
 
         Raises:
             TypeError: Not a plain `DataLoader`.
+            ValueError: A report that nothing can be written to, or that outputs and targets are not made for.
+            ImportError: The report needs a library of `accel_trainer[report]`.
         """
+        self._check_report(report, run_dir)
         with self._evaluating() as prepared:
+            hardware = prepared.hardware
             check_loader(loader, "loader", may_be_empty=True)
-            if prepared.hardware.num_processes > 1:
+            if hardware.num_processes > 1:
                 self._metrics.check_merging()
-            micro_batches = self._loader(loader, prepared.hardware, "loader")
-            self._objective.to(prepared.hardware.device)
+            page, epoch = self._page, self._epoch_held
+            if run_dir is not None:
+                page, epoch = hardware.from_main(functools.partial(_page_of, run_dir))
+            micro_batches = self._loader(loader, hardware, "loader")
+            self._objective.to(hardware.device)
+            answers = None if report is None else GatheredAnswers(report, self._objective, hardware)
             scores: dict[str, float] = evaluate(  # type: ignore[assignment]
-                prepared, self._objective, micro_batches, self._metrics, probe=self._probe
+                prepared, self._objective, micro_batches, self._metrics, probe=self._probe, answers=answers
             )
-            if self._page is not None and prepared.hardware.is_main:
+            details = None if answers is None else self._details(answers, loader, hardware)
+            if page is not None and hardware.is_main:
                 num_samples = None if is_stream(loader) else len(dataset_order(loader))
-                keep_evaluation(self._page, num_samples, self._epoch_held, scores)
+                data = {"data": name or self._role_of(loader), "dataset": describe_dataset(loader.dataset)}
+                keep_evaluation(page, data | {"num_samples": num_samples, "epoch": epoch, "scores": scores}, details)
             return scores
+
+    def _check_report(self, report: str | None, run_dir: object) -> None:
+        if report is None:
+            return
+        if report not in KINDS:
+            raise ValueError(f"report must be one of {', '.join(KINDS)}, or None, got {report!r}.")
+        if run_dir is None and (self.config.run_dir is None or self._epoch_held is None):
+            raise ValueError(
+                f"report={report!r} is written to the folder of a run, and there is none: call fit with a run_dir in "
+                "TrainConfig before, or give evaluate the run_dir of a run whose weights the model holds."
+            )
+        check_library(report)
+
+    def _role_of(self, loader: DataLoader[Any]) -> str:
+        """Return what the data of a loader are to the last fit."""
+        roles = (name for name, dataset in self._datasets.items() if dataset() is loader.dataset)
+        return next(roles, "final")
+
+    def _details(self, answers: GatheredAnswers, loader: DataLoader[Any], hardware: Hardware) -> dict[str, Any] | None:
+        """Return what the report of an evaluation shows, on the main process; `None` on the others."""
+        joined, details = answers.joined(), {}
+
+        def assessed() -> list[int]:
+            details.update(assess(answers.kind, joined, loader.dataset))  # type: ignore[arg-type]
+            return [wrong["index"] for wrong in details["wrong"]]
+
+        positions = hardware.from_main(assessed)
+        # On all processes alike: a sampler may count how often it was asked.
+        indices, total = ({}, 0) if is_stream(loader) else samples_at(loader, self.config.seed, positions)
+        if not hardware.is_main:
+            return None
+        seed_all(derive_seed(self.config.seed, EVALUATION))  # what a transform draws is the same in every report
+        is_known = total == details["num_samples"]  # a collate function may leave some out, or add some
+        return details | show_wrong(details["wrong"], loader.dataset, indices if is_known else None)
 
     def predict(self, loader: DataLoader[Any]) -> Any:
         """Return the model's outputs for every sample once, in dataset order, in host memory.
@@ -547,6 +620,13 @@ def _save_the_end(run: Run) -> bool:
         if is_saved:
             run.announce(f'Step {state.step} is saved in {run.folder.path}: resume="auto" goes on from it.')
     return kind in _LEAVING
+
+
+def _page_of(run_dir: str | os.PathLike[str]) -> tuple[LivePage, int]:
+    """Return the page of a run that has ended, and the epoch of its best weights."""
+    record = RunFiles.load(run_dir)
+    epoch = metadata_of(record.path / "best" / "model.safetensors")["epoch"]  # a disk that was full has an older one
+    return LivePage(record.path, record.history, record.state), int(epoch)
 
 
 def _resolved(run: Run) -> dict[str, Any]:

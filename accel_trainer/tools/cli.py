@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _OUTPUT = "the page to write (default: report.html, of one run in its folder)"
+_REPORT = "also put into the run's report what the model gets wrong: confusion matrix, or residuals"
 _RUN = "your run function, as my_module:make_run or path/to/script.py:make_run"
 
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_run_function(options.run)
         function, _ = _COMMANDS[parsed.command]
         return function(options)
-    except (ValueError, TypeError, OSError, HardwareError) as error:
+    except (ValueError, TypeError, OSError, ImportError, HardwareError) as error:
         if not _is_raised_here(error):
             raise
         return _fail(str(error))
@@ -123,6 +124,7 @@ def _parser() -> _Parser:
     evaluate = parsers["evaluate"]
     evaluate.add_argument("run_dir", type=str, help="folder of a run, whose best weights are evaluated")
     evaluate.add_argument("--loader", type=str, help="final_loader, test_loader or train_loader (default: the first)")
+    evaluate.add_argument("--report", choices=("classification", "regression"), help=_REPORT)
     evaluate.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
 
     parity = parsers["parity"]
@@ -183,7 +185,7 @@ def _evaluate(options: Namespace) -> int:
     from ..storage.tensor_files import metadata_of
     from ..storage.weights import load_best
     from ..trainer import Trainer
-    from ..view.report import LivePage, RunFiles, keep_evaluation
+    from ..view.report import RunFiles
     from .run_functions import call_run_function
 
     record = RunFiles.load(options.run_dir)
@@ -199,11 +201,10 @@ def _evaluate(options: Namespace) -> int:
     trainer = Trainer(**arguments)
     load_best(trainer.model, record.path)
     epoch = metadata_of(record.path / "best" / "model.safetensors")["epoch"]  # a disk that was full has an older one
-    scores = trainer.evaluate(loaders[name])
+    data = name.removesuffix("_loader")
+    scores = trainer.evaluate(loaders[name], options.report, name=data, run_dir=record.path)
     if not trainer.is_main_process:
         return 0
-    num_samples = len(loaders[name].dataset) if hasattr(loaders[name].dataset, "__len__") else None
-    keep_evaluation(LivePage(record.path, record.history, record.state), num_samples, epoch, scores)
     if options.format == "json":
         show(json.dumps(scores))
     else:

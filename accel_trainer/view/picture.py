@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from ..history import History
 
 
-def draw_losses(target: str | os.PathLike[str] | BinaryIO, history: History, **options: Any) -> None:
+def draw_losses(
+    target: str | os.PathLike[str] | BinaryIO,
+    history: History,
+    steps: Sequence[tuple[float, float | None]] = (),
+    **options: Any,
+) -> None:
     """Draw train and test loss per epoch, the gap shaded and the best epoch marked, into an image file.
+
+    `steps` are points of a thin line behind them: the epochs done by then, with fractions, and the train loss.
 
     The ending of the file chooses the format, unless the options of `savefig` name one. The figure is made without
     pyplot, which would choose a screen and keep it alive.
@@ -23,6 +31,8 @@ def draw_losses(target: str | os.PathLike[str] | BinaryIO, history: History, **o
         # As wide as a column of a paper, with letters that can be read at half the size.
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
+        if steps:
+            axes.plot(*zip(*steps, strict=True), linewidth=0.8, color="#0969da", alpha=0.45, label="train loss by step")
         marker = "o" if history.num_epochs <= 40 else None
         train_losses, test_losses, best_epoch = history.train_losses, history.test_losses, history.best_epoch
         epochs = range(1, history.num_epochs + 1)
@@ -37,7 +47,7 @@ def draw_losses(target: str | os.PathLike[str] | BinaryIO, history: History, **o
         axes.set_ylabel("loss", fontsize=14)
         axes.tick_params(labelsize=12)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if history.num_epochs == 1:
+        if history.num_epochs == 1 and not steps:
             axes.set_xticks([1])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=13)

@@ -14,6 +14,7 @@ from ..storage.run_folder import RunFolder
 from .picture import draw_losses
 from .report import LivePage, seen_from
 from .screen import in_green, recut_message
+from .steps import read_steps
 
 
 class Reporter:
@@ -107,7 +108,17 @@ class Reporter:
             self._announce(f"Not written, so older or missing there: {', '.join(folder.failing)}.{older}")
 
     def _draw(self, path: Path) -> None:
-        draw_losses(path, self._history, format="png")
+        draw_losses(path, self._history, steps=self._points_by_step(path.parent), format="png")
+
+    def _points_by_step(self, run_dir: Path) -> list[tuple[float, float | None]]:
+        """Return the train losses by step, each at its place among the epochs; none where epochs vary in length."""
+        asked, resolved = (self._config.get(name, {}) for name in ("asked", "resolved"))
+        per_epoch = asked.get("steps_per_epoch") or resolved.get("num_batches")
+        steps = read_steps(run_dir)
+        places = [step / per_epoch for step in steps.steps] if per_epoch else []
+        if not places or places[-1] > self._history.num_epochs + 1:
+            return []
+        return list(zip(places, steps.train_losses, strict=True))
 
 
 _FILES = ("report.html", "losses.png", "history.jsonl", "best/model.safetensors", "checkpoints")
