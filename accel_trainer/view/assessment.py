@@ -371,4 +371,6 @@ _FORMS: dict[Any, Any] = {
 def is_details(value: Any) -> bool:
     """Return whether something read from a file has the form of details, so that it can be shown."""
     form = _FORMS.get(value.get("kind")) if isinstance(value, dict) and isinstance(value.get("kind"), str) else None
-    return form is not None and fits(value, form)
+    if form is None or not fits(value, form):
+        return False
+    return all(value[name] for name in ("table", "charts", "per_class") if name in value)  # none of them is ever empty

@@ -31,7 +31,7 @@ const bestEpochs = chart => ({
 // Two fingers zoom along the x axis, one finger moves what is zoomed, two taps show all again.
 const touchZoom = {
   hooks: { ready: [u => {
-    const whole = () => { const x = u.data[0]; return u.series[0].min == null ? null : [x[0], x[x.length - 1]]; };
+    const whole = () => { const x = u.data[0]; return x[0] < x[x.length - 1] ? [x[0], x[x.length - 1]] : null; };
     let start = null, lastTap = 0;
     const fingers = event => [...event.touches].map(one => one.clientX - u.over.getBoundingClientRect().left);
     const begin = event => {
