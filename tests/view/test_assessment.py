@@ -21,11 +21,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import accel_trainer.view.reporter as reporter
-from accel_trainer import Callback, Trainer
+from accel_trainer import Callback, History, Trainer
 from accel_trainer.base.codec import with_checksum
 from accel_trainer.tools.cli import main
 from accel_trainer.view import assessment
 from accel_trainer.view import report as page
+from accel_trainer.view.picture import draw_losses
 from accel_trainer.view.report import RunFiles, render
 from accel_trainer.view.samples import class_names, picture_of
 from support import Items, loader_of, make_data, make_model, on_processes, quiet
@@ -306,6 +307,9 @@ def test_many_samples_of_several_targets_are_counted_in_cells_each_once(drawn, r
         assert details["table"][place][1:] == errors(targets[:, place], predictions[:, place])
     assert details["table"][2] == ["mean of all", *errors(targets, predictions)]
     assert details["num_left_out"] == 2
+    sizes = (targets.double() - predictions.double()).abs() / targets.double().std(0, correction=0)
+    worst = sizes.amax(1).argsort(descending=True)[: assessment.NUM_WRONG]
+    assert [one["index"] for one in details["wrong"]] == [kept[i] for i in worst]
     for chart in details["charts"]:
         assert chart["points"] is None and sum(count for _, _, count in chart["cells"]) == 4998
         assert sum(chart["histogram"]) == 4998 and len(chart["cells"]) < 64 * 40
@@ -669,12 +673,13 @@ def test_lines_of_steps_that_make_no_sense_are_left_out_and_many_are_thinned(run
         {"step": "a"},
         {"step": 50, "learning_rates": 3},
     ]
-    wrong += [{"step": 60, "train_loss": 1.0, "checksum": "00000000"}, {"step": 70, "train_loss": 10**400}]
-    write_steps(run_dir, [*wrong, *rows, {"step": 45, "train_loss": "nan", "learning_rates": [0.1, 10**400]}])
+    wrong += [{"step": 70, "train_loss": 10**400}]
+    changed = {"step": 60, "train_loss": 1.0, "checksum": "00000000"}
+    write_steps(run_dir, [*wrong, *rows, {"step": 45, "train_loss": "nan", "learning_rates": [0.1, 10**400]}, changed])
     with open(run_dir / "steps.jsonl", "ab") as file:
         file.write(b"\xff\xfe[[[[\n")
     losses, curves = by_step(run_dir)
-    assert losses["x"][:3] == [10, 20, 40] and losses["series"][0]["values"][:3] == [10.0, 5.0, 40.0]
+    assert losses["x"] == [10, 20, 40, 45] and losses["series"][0]["values"] == [10.0, 5.0, 40.0, None]
     assert curves is None  # a rate that does not change is no curve
     write_steps(run_dir, [{"step": step, "train_loss": 0.5, "learning_rates": [step]} for step in range(1, 9001)])
     losses, curves = by_step(run_dir)
@@ -696,8 +701,10 @@ def test_the_picture_of_the_losses_shows_the_steps_of_one_epoch(tmp_path, monkey
     fitted(tmp_path / "steps", num_epochs=1, callbacks=[WritesSteps()])
     fitted(tmp_path / "plain", num_epochs=1)
     assert drawn == [[(0.5, 2.0), (1.0, 3.0), (1.5, 4.0), (2.0, 5.0)], []]  # of two steps per epoch
-    pictures = [(tmp_path / name / "losses.png").read_bytes() for name in ("steps", "plain")]
-    assert pictures[0] != pictures[1]
+    pictures = [io.BytesIO(), io.BytesIO()]
+    for picture, steps in zip(pictures, ((), drawn[0]), strict=True):
+        draw_losses(picture, History([2.0, 1.0], [2.0, 1.0]), steps=steps, format="png")
+    assert pictures[0].getvalue() != pictures[1].getvalue()
 
 
 def test_runs_with_steps_are_compared_by_step(run_dir, tmp_path):

@@ -117,7 +117,6 @@ function drawCurves(chart, figure, isLog) {
       incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6, 1e7] },
       { ...axis(chart.unit), values: (u, ticks) => ticks.map(tick => tick == null ? "" : short(tick)), size: sized }],
     cursor: { points: { size: 7 } }, plugins: [bestEpochs(chart), touchZoom],
-    hooks: { ready: [u => u.setLegend({ idx: null }, false)] },
   }, [chart.x, ...values], figure);
 }
 
