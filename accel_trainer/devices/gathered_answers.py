@@ -17,8 +17,8 @@ from .hardware import Hardware
 class GatheredAnswers:
     """Reduce the answers of each micro-batch to a few numbers per sample, and gather these in order.
 
-    A million samples take some 40 MB on the main process. What has many targets per sample, such as the pixels of an
-    image, is counted: that takes a table of classes x classes on each process.
+    A sample of a classification takes 30 bytes on the main process. What has many targets per sample, such as the
+    pixels of an image, is counted: that takes a table of classes x classes on each process.
     """
 
     def __init__(self, kind: Kind, objective: Objective, hardware: Hardware) -> None:

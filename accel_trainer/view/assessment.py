@@ -113,8 +113,8 @@ def _of_samples(columns: dict[str, Any], names: list[str], reading: str | None) 
     wrong = wrong[numpy.argsort(-losses[wrong], kind="stable")][:NUM_WRONG]
     shown = [
         {
-            "target": f"{names[targets[position]]} (p {math.exp(-losses[position]):.2g})",
-            "prediction": f"{names[predictions[position]]} (p {math.exp(certainties[position]):.2g})",
+            "target": f"{names[targets[position]]} (p\u00a0{math.exp(-losses[position]):.2g})",
+            "prediction": f"{names[predictions[position]]} (p\u00a0{math.exp(certainties[position]):.2g})",
             "note": "",
         }
         for position in wrong
@@ -161,9 +161,9 @@ def _of_parts(columns: dict[str, Any], tables: Any, names: list[str], reading: s
     wrong = wrong[numpy.argsort(-shares[wrong], kind="stable")][:NUM_WRONG]
     shown = [
         {
-            "target": f"{num_parts[position]:,} parts",
-            "prediction": f"{num_wrong[position]:,} wrong",
-            "note": f"{shares[position]:.1%} wrong",
+            "target": "",
+            "prediction": "",
+            "note": f"{num_wrong[position]:,} of {num_parts[position]:,} parts wrong ({100 * shares[position]:.3g} %)",
         }
         for position in wrong
     ]

@@ -29,8 +29,13 @@ def draw_wrong_samples(path: Path, details: Details) -> None:
         axes = figure.add_subplot(num_rows, 4, place)
         axes.imshow(imread(io.BytesIO(base64.b64decode(one["picture"].partition(",")[2])), format="png"))
         axes.set_axis_off()
-        target, prediction = (_short(one[name], 22) for name in ("target", "prediction"))
-        axes.set_title(f"{one['index']}: {target}\nseen as {prediction}", fontsize=8, parse_math=False)
+        said = (
+            f"{one['target']}\nseen as {one['prediction']}"
+            if one["target"]
+            else one["note"].replace(" parts", "\nparts")
+        )
+        title = f"{one['index']}: {said}"
+        axes.set_title("\n".join(_short(line, 30) for line in title.split("\n")), fontsize=8, parse_math=False)
     _save(figure, path)
 
 

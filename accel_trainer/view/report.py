@@ -501,7 +501,9 @@ def _scores(record: RunFiles) -> dict[str, float]:
         scores |= {f"{evaluation['data']} {name}": value for name, value in evaluation["scores"].items()}
         details = evaluation["details"] or {}
         if details.get("kind") == "classification":
-            scores |= {f"{evaluation['data']} {name}": value for name, value in details["summary"]}
+            summary = dict(details["summary"])
+            main = {name: summary[name] for name in ("accuracy", "macro F1") if name in summary}
+            scores |= {f"{evaluation['data']} {name}": value for name, value in main.items()}
         elif details:
             errors = zip(("R2", "MAE", "RMSE"), details["table"][-1][1:], strict=True)
             scores |= {f"{evaluation['data']} {name}": value for name, value in errors}

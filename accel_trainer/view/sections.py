@@ -31,7 +31,7 @@ def number(value: Any) -> str:
 
 def share(value: float) -> str:
     """Return a share of 1 as a percentage."""
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}\u00a0%"
 
 
 def described_evaluations(evaluations: Sequence[dict[str, Any]], is_chosen_by_test: bool) -> tuple[Table, str]:
@@ -150,11 +150,11 @@ def _setting(value: Any) -> str:
 
 
 def compared(values: Sequence[Any], shown: Callable[[Any], str] = number) -> list[str]:
-    """Return the values of several runs, each but the first with its difference to the first.
+    r"""Return the values of several runs, each but the first with its difference to the first.
 
     Example:
-        >>> compared([0.5, 0.4, None])
-        ['0.5000', '0.4000 (-0.1000, -20.0 %)', '-']
+        >>> compared([4, 5, None])
+        ['4', '5 (+1, +25.0\xa0%)', '-']
     """
     first, texts = values[0], []
     for place, value in enumerate(values):
@@ -162,7 +162,7 @@ def compared(values: Sequence[Any], shown: Callable[[Any], str] = number) -> lis
         if place and _is_number(value) and _is_number(first) and value != first:
             difference = value - first
             parts = [("+" if difference > 0 else "-") + shown(abs(difference))]
-            parts += [f"{100 * difference / abs(first):+.1f} %"] if first else []
+            parts += [f"{100 * difference / abs(first):+.1f}\u00a0%"] if first else []
             text += f" ({', '.join(parts)})"
         texts.append(text)
     return texts

@@ -163,6 +163,8 @@ def test_pixels_and_tokens_are_counted_and_what_the_loss_leaves_out_is_left_out(
     check_against_sklearn(details, targets[counts], predictions[counts])
     assert details["num_left_out"] == (~counts).sum() and "pixels" in details["unit"]
     wrong = ((predictions != targets) & counts).sum((1, 2)) / counts.sum((1, 2)).clamp_min(1)
+    most, of = (((predictions != targets) & counts)[wrong.argmax()].sum(), counts[wrong.argmax()].sum())
+    assert details["wrong"][0]["note"] == f"{most} of {of} parts wrong ({100 * most / of:.3g} %)"
     assert [one["index"] for one in details["wrong"]] == [
         i for i in wrong.argsort(descending=True, stable=True) if i != 4
     ]
@@ -452,7 +454,7 @@ def test_wrong_samples_have_their_index_in_the_whole_data_their_picture_and_thei
     assert [one["index"] for one in details["wrong"]] == expected and again == expected  # only these are read again
     assert details["index_of"] == "index in the whole data set"
     assert [row[0] for row in details["per_class"]] == ["cat", "dog"]
-    assert all(one["target"].startswith("dog (p ") for one in details["wrong"])
+    assert all(one["target"].startswith("dog (p\u00a0") for one in details["wrong"])
     picture = Image.open(io.BytesIO(base64.b64decode(details["wrong"][0]["picture"].partition(",")[2])))
     assert picture.size == (16, 16) and picture.getpixel((3, 3)) == (0, 0, round(59 / 60 * 255))
     with Image.open(tmp_path / "run/wrong_samples.png") as picture:

@@ -184,10 +184,10 @@ def test_report_compares_runs_and_says_what_differs(tmp_path, monkeypatch, capsy
     assert re.search(r"<th>learning rates</th><td>0.02</td><td>0.01</td>", page)
     first, second = History.load("one"), History.load("two")
     assert "Results, and their differences to one, the baseline" in page
-    assert "<th>epochs</th><td>3</td><td>2 (-1, -33.3 %)</td>" in page
+    assert "<th>epochs</th><td>3</td><td>2 (-1, -33.3\u00a0%)</td>" in page
     difference = second.best_value - first.best_value
     told = f"{number(second.best_value)} ({'-' if difference < 0 else '+'}{number(abs(difference))}, "
-    told += f"{100 * difference / first.best_value:+.1f} %)"
+    told += f"{100 * difference / first.best_value:+.1f}\u00a0%)"
     assert f"<td>{number(first.best_value)}</td><td>{told}</td>" in page
     for equal in ("patience", "hardware", "run_dir"):  # the folder is the name of the run
         assert f"<th>{equal}</th>" not in page
