@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from .data.micro_batches import MicroBatch, MicroBatchLoader
 from .data.randomness import EVALUATION, derive_seed, draws_nothing, seed_all
 from .devices.agreement import Stopping
 from .devices.gathering import Gathered, join, join_ragged, of_samples
+from .devices.hardware import Hardware
 from .devices.memory import until_it_fits
 from .devices.prepared import Prepared
 from .numbers.buffers import FixedBuffers
@@ -26,6 +27,19 @@ from .numbers.metrics import Metrics
 from .numbers.objective import Objective, call_model, check_loss, inputs_of
 
 
+class Collecting(Protocol):
+    """Takes in what each micro-batch of an evaluation gives."""
+
+    def start(self) -> None:
+        """Begin, from the first sample; more than once where memory runs out."""
+
+    def add(self, micro_batch: MicroBatch, forward: Forward, /) -> None:
+        """Take in what a micro-batch of this process gave."""
+
+    def after(self, micro_batch: MicroBatch) -> None:
+        """Collect what is waiting now and then; all processes call it for the same batches."""
+
+
 def evaluate(
     prepared: Prepared,
     objective: Objective,
@@ -33,6 +47,7 @@ def evaluate(
     metrics: Metrics,
     stopping: Stopping | None = None,
     probe: MeanProbe | None = None,
+    answers: Collecting | None = None,
 ) -> dict[str, float] | None:
     """Return the loss and metrics over all samples of a loader, the same numbers on every process.
 
@@ -43,15 +58,19 @@ def evaluate(
         metrics: The metrics; there may be none.
         stopping: With it the end of the run cuts it short, on all processes alike, and `None` is returned.
         probe: Looks whether the functions are means.
+        answers: Takes in what a report of the evaluation needs of each sample.
     """
     hardware = prepared.hardware
     loader.refresh()
     is_even = objective.weighs_evenly(loader.source, loader.may_hold_others)
     is_certain = draws_nothing(prepared.user_model, *objective.functions, *metrics.called)
+    whole = _WholeOutputs(hardware) if metrics.whole else None
+    collecting = [one for one in (whole, answers) if one is not None]
     for memory in until_it_fits(hardware, loader):
         metrics.reset(hardware.device)
         losses = LossTable(hardware.device, tuple(metrics.functions), prepared.copies_losses)
-        gathered = Gathered(hardware, is_bounded=True) if metrics.whole else None
+        for one in collecting:
+            one.start()
         with evaluation_pass(prepared, loader, objective.modules) as micro_batches:
             for micro_batch in micro_batches:
                 if micro_batch.piece.is_first:
@@ -65,14 +84,14 @@ def evaluate(
                     with memory.trying(micro_batch):
                         forward = evaluated(prepared, objective, micro_batch, is_even)
                         losses.add(micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))
-                        if gathered is not None:
-                            gathered.add(micro_batch, pair_of_samples(forward, micro_batch.num_samples))
+                        for one in collecting:
+                            one.add(micro_batch, forward)
                         if probe is not None:
                             uncompiled = partial(prepared.forward_mode, is_full=False)
                             probe.look(objective, metrics, prepared.model, uncompiled, micro_batch, forward)
                         del forward  # two outputs in memory are one too many
-                if gathered is not None:
-                    gathered.after(micro_batch)
+                for one in collecting:
+                    one.after(micro_batch)
     if objective.compute_loss is not None and hardware.num_processes > 1:
         losses.agree_on_scalars()
     totals = losses.exchange()
@@ -81,10 +100,30 @@ def evaluate(
     if stopping is not None and not totals.num_samples:
         raise ValueError("test_loader yields no batch (a stream that can be read once only is used up after a pass).")
     values = totals.metrics | metrics.merge(hardware.num_processes)
-    if gathered is not None:
-        outputs, targets = join(gathered.parts()) or (None, None)
-        values |= hardware.from_main(lambda: metrics.of_all(outputs, targets))
+    if whole is not None:
+        values |= whole.values(metrics)
     return {"loss": totals.loss, **metrics.in_order(values), **totals.scalars}
+
+
+class _WholeOutputs(Collecting):
+    """The outputs and targets of all samples, for metrics that are computed of all at once."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self._hardware = hardware
+
+    def start(self) -> None:
+        self._gathered = Gathered(self._hardware, is_bounded=True)
+
+    def add(self, micro_batch: MicroBatch, forward: Forward, /) -> None:
+        self._gathered.add(micro_batch, pair_of_samples(forward, micro_batch.num_samples))
+
+    def after(self, micro_batch: MicroBatch) -> None:
+        self._gathered.after(micro_batch)
+
+    def values(self, metrics: Metrics) -> dict[str, float]:
+        """Return the values of the metrics, on all processes; all call it."""
+        outputs, targets = join(self._gathered.parts()) or (None, None)
+        return self._hardware.from_main(lambda: metrics.of_all(outputs, targets))  # type: ignore[no-any-return]
 
 
 def evaluated(prepared: Prepared, objective: Objective, micro_batch: MicroBatch, is_even: bool) -> Forward:

@@ -39,6 +39,7 @@ class History:
             without `max_grad_norm`.
         metrics: Name of each metric, and of each scalar of `compute_loss` -> its value on the test set per epoch.
         train_metrics: Name of each scalar of `compute_loss` -> its mean over the samples of each epoch.
+        epoch_steps: Optimizer updates of the run done at the end of each epoch.
         steps: The steps, 1-based, after which the loss was read back: one in `report_every`.
         step_losses: Mean train loss over the steps since the one before, or since the start of the epoch.
         step_learning_rates: Learning rate of each parameter group in the updates of these steps.
@@ -67,6 +68,7 @@ class History:
     grad_norms: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     train_metrics: dict[str, list[float]] = field(default_factory=dict)
+    epoch_steps: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     step_losses: list[float] = field(default_factory=list)
     step_learning_rates: list[list[float]] = field(default_factory=list)
@@ -90,9 +92,12 @@ class History:
         *,
         metrics: dict[str, float] | None = None,
         train_metrics: dict[str, float] | None = None,
+        step: int | None = None,
         **values: float | None,
     ) -> None:
         """Append one epoch; a value of `None` is left out."""
+        if step is not None:
+            self.epoch_steps.append(step)
         for name, value in values.items():
             if value is not None:
                 getattr(self, SERIES[name]).append(value)
@@ -102,9 +107,10 @@ class History:
 
     def report(self, step: int, train_loss: float, learning_rates: Iterable[float]) -> None:
         """Append what was read back after a step."""
+        loss, rates = float(train_loss), [float(rate) for rate in learning_rates]
         self.steps.append(int(step))
-        self.step_losses.append(float(train_loss))
-        self.step_learning_rates.append([float(rate) for rate in learning_rates])
+        self.step_losses.append(loss)
+        self.step_learning_rates.append(rates)
 
     def note_best(self, epoch: int | None, value: float | None) -> None:
         """Record which epoch is the best so far, and its monitored value."""
@@ -213,7 +219,8 @@ class History:
                 {name: float(value) for name, value in row.get(kind, {}).items()} for kind in _KINDS
             )
             values = {name: float(row[name]) for name in SERIES if name in row or name == "train_loss"}
-            self.record(metrics=metrics, train_metrics=train_metrics, **values)
+            step = int(row["step"]) if "step" in row else None
+            self.record(metrics=metrics, train_metrics=train_metrics, step=step, **values)
         self.best_epoch, best_value, self.stop_reason = map(row.get, ("best_epoch", "best_value", "stop_reason"))
         if type(self.best_epoch) not in (int, NoneType) or type(self.stop_reason) not in (str, NoneType):
             raise TypeError(f"best_epoch {self.best_epoch!r}, stop_reason {self.stop_reason!r}")

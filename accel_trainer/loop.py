@@ -301,6 +301,7 @@ def record(run: Run, train: Totals, test: dict[str, float]) -> float:
         samples_per_second=train.num_samples / (seconds["data_seconds"] + seconds["compute_seconds"]),
         metrics=scores,
         train_metrics=train.scalars,
+        step=training.state.step,
         **seconds,
     )
     if run.monitor == "train_loss":

@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
-from .base.clock import advice
-from .base.console import warn
 from .base.exchange import meet
 from .base.tracebacks import ends_in_users_lines
 from .callbacks import Callback, Callbacks
 from .config import TrainConfig
-from .data.cut import Layout, describe_batch
 from .data.micro_batches import MicroBatchLoader
-from .data.order import check_loader, dataset_order, is_stream, num_batches, sampler_of
-from .data.workers import like_loader
+from .data.order import check_loader, num_batches, num_steps
+from .data.test_sets import argument_of, by_name, parts_of
+from .data.workers import in_dataset_order
 from .devices.agreement import Stopping
 from .devices.checks import check_model, check_optimizer
-from .devices.compiled import num_compilations
-from .devices.environment import describe_environment, masked
+from .devices.environment import describe_environment
 from .devices.hardware import Hardware
 from .devices.memory import keep_data
 from .devices.prepared import Prepared
+from .ending import LEAVING, closed_at_the_end, record_fault, report_end, report_failure, save_the_end
 from .errors import NonFiniteError, ProcessFailedError
 from .evaluation import evaluate, predict, training_mode
 from .history import History
-from .loop import fit, record
-from .numbers.loss_table import Totals
+from .loop import fit
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics, metric_of
 from .numbers.objective import Objective
@@ -53,11 +46,14 @@ from .storage.resume import begin, check_states, find
 from .storage.run_folder import RunFolder
 from .storage.saver import Saver, finish_writes, seconds_between_saves
 from .storage.weights import checked_state, save_for_library
+from .view.described import described
+from .view.gathered_answers import GatheredAnswers
 from .view.notebook import LiveCurve, in_notebook
-from .view.report import LivePage, keep_evaluation
 from .view.reporter import Reporter
+from .view.results import Results, details_of
 from .view.screen import ProgressBar, recut_message, say, wants_bar
 from .view.trackers import Trackers
+from .view.words import hinted, resolved, start_lines, warn_of_state
 
 
 class Trainer:
@@ -148,8 +144,7 @@ class Trainer:
         self._settings_after: list[dict[str, Any]] | None = None
         self.history = History()
         self.state = TrainState()
-        self._page: LivePage | None = None
-        self._epoch_held: int | None = None  # whose weights the model has
+        self._results = Results()
         self._trackers: Trackers | None = None
         self._reporter: Reporter | None = None  # of the run that goes on
         self.is_main_process = True
@@ -188,9 +183,10 @@ class Trainer:
         """
         if self.optimizer is None:
             raise ValueError("fit needs an optimizer; this Trainer was made without one.")
-        self.history, self.state, self._page, self._trackers = History(), TrainState(), None, None
+        self.history, self.state, self._results, self._trackers = History(), TrainState(), Results(), None
+        tests = by_name(test_loader)
+        self._results.note_data({"train": train_loader, **{name or "test": loader for name, loader in tests.items()}})
         with self._session() as (hardware, votes):
-            tests = _by_name(test_loader)
             monitor = self._check_fit(train_loader, tests)
             if hardware.num_processes > 1:
                 self._metrics.check_merging()
@@ -199,13 +195,13 @@ class Trainer:
             with training_mode(self.model), stopping.on_signals():
                 run = self._prepare(hardware, stopping, monitor, train_loader, tests)
                 try:
-                    with run.training.prepared.attached(), _closed_at_the_end(run):
+                    with run.training.prepared.attached(), closed_at_the_end(run):
                         self._fit(run)
                 finally:
                     if self._trackers is not None:
                         self._trackers.close()
                     self._settings_after = settings_of(self.optimizer)
-        if stopping.kind in _LEAVING:
+        if stopping.kind in LEAVING:
             restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
             raise SystemExit(0 if restarts else 143)
         if stopping.kind == "Ctrl-C" and in_notebook():  # or the cells below would run
@@ -218,8 +214,8 @@ class Trainer:
         """Refuse what cannot be trained, and return the name of what is monitored."""
         check_loader(train_loader, "train_loader")
         for name, loader in tests.items():
-            check_loader(loader, _argument(name))
-        monitor, (set_name, score) = self.config.monitor, _parts_of(self.config.monitor, tests)
+            check_loader(loader, argument_of(name))
+        monitor, (set_name, score) = self.config.monitor, parts_of(self.config.monitor, tests)
         metrics = self._metrics.names if tests else ()
         named = [f"{name}/{score}" for name in tests if name for score in ("loss", *metrics)]
         known = ["test_loss", "train_loss", *(named or metrics)]
@@ -233,7 +229,7 @@ class Trainer:
 
     def _mode(self, monitor: str, tests: Mapping[str, DataLoader[Any]]) -> str:
         """Return whether less or more of the monitored value is better."""
-        _, score = _parts_of(monitor, tests)
+        _, score = parts_of(monitor, tests)
         own = "min" if score in ("test_loss", "train_loss", "loss") else self._metrics.better(score)
         mode = self.config.mode or own
         if mode is None:
@@ -263,14 +259,15 @@ class Trainer:
         reporter = Reporter(found.folder, self.history, self.state, monitor, config.num_epochs, announce)
         micro_batches = self._loader(train_loader, hardware, "train_loader", reporter.report_recut)
         tests = {
-            name: self._loader(loader, hardware, _argument(name), reporter.report_recut)
+            name: self._loader(loader, hardware, argument_of(name), reporter.report_recut)
             for name, loader in test_loaders.items()
         }
         checked_state(self.model)
         prepared = Prepared(hardware, self.model, optimizer, config.compile)
-        for line in self._start_lines(hardware, train_loader, bool(tests)):
+        in_vain = () if tests else self._metrics.names
+        for line in start_lines(hardware, self.model, train_loader, config, in_vain):
             announce(line)
-        all_loaders = {"train_loader": micro_batches} | {_argument(name): loader for name, loader in tests.items()}
+        all_loaders = {"train_loader": micro_batches} | {argument_of(name): loader for name, loader in tests.items()}
         for name, loader in all_loaders.items():
             message = keep_data(loader, hardware, config.data_in_memory, name)
             if message is not None:
@@ -286,26 +283,16 @@ class Trainer:
         begin(run, found, identity, self._callbacks)
         self._reporter = reporter
         if found.folder is not None:
-            choices = {"asked": asdict(config), "resolved": _resolved(run), "identity": identity}
+            choices = {"asked": asdict(config), "resolved": resolved(run), "identity": identity}
+            choices |= described(self.model, optimizer)  # type: ignore[arg-type]
             reporter.report_start(choices, describe_environment(hardware.describe()))
         return run
 
     def _schedule(self, train_loader: DataLoader[Any]) -> Schedule | None:
         if self._scheduler is None:
             return None
-        config, num_steps = self.config, _num_steps(self.config, train_loader)
-        return Schedule(self._scheduler, self.optimizer, config.schedule_every, num_steps, config.num_epochs)  # type: ignore[arg-type]
-
-    def _start_lines(self, hardware: Hardware, train_loader: DataLoader[Any], has_tests: bool) -> Iterator[str]:
-        """Yield what is to be said before the first step."""
-        config = self.config
-        yield _start_line(hardware, train_loader, hardware.layout(config.num_micro_batches), config)
-        if not has_tests and self._metrics.names:
-            yield f"There is no test_loader: {', '.join(self._metrics.names)} cannot be computed."
-        is_free = config.num_micro_batches is None and not config.bitwise
-        has_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
-        if hardware.num_processes > 1 and is_free and has_norm:
-            yield _ON_BATCH_NORM
+        config, length = self.config, num_steps(self.config, train_loader)
+        return Schedule(self._scheduler, self.optimizer, config.schedule_every, length, config.num_epochs)  # type: ignore[arg-type]
 
     def _all_callbacks(
         self, hardware: Hardware, train_loader: DataLoader[Any], folder: RunFolder | None
@@ -314,8 +301,8 @@ class Trainer:
         config, callbacks = self.config, list(self._callbacks)
         shows = hardware.is_main and config.verbose
         if shows and wants_bar():
-            num_steps = config.steps_per_epoch or num_batches(train_loader)
-            callbacks.append(ProgressBar(num_steps, _num_steps(config, train_loader), train_loader.batch_size))
+            per_epoch = config.steps_per_epoch or num_batches(train_loader)
+            callbacks.append(ProgressBar(per_epoch, num_steps(config, train_loader), train_loader.batch_size))
         if shows and in_notebook():
             callbacks.append(LiveCurve())
         if hardware.is_main and config.trackers:
@@ -332,7 +319,7 @@ class Trainer:
             "optimizer": self.optimizer,
         }
         tests = tests or {"": None}  # type: ignore[dict-item]
-        loaders = {"train_loader": train_loader} | {_argument(name): loader for name, loader in tests.items()}
+        loaders = {"train_loader": train_loader} | {argument_of(name): loader for name, loader in tests.items()}
         settings, names = self._settings_at_first, self._metrics.names
         return identity_of(self.config, self.model, settings, functions, loaders, names)
 
@@ -343,12 +330,12 @@ class Trainer:
             training.callbacks.call("on_fit_start")
             check_states(self._callbacks)
             history.end(fit(run))
-            leaves = _save_the_end(run)
+            leaves = save_the_end(run)
         except NonFiniteError as error:
             history.end(str(error))
-            _record_fault(run, error)
+            record_fault(run, error)
             raise
-        self._warn_of_state(run, kept)
+        warn_of_state(run, kept)
         training.prepared.put_optimizer("eval")
         holds_best = False
         if self.config.restore_best and state.best_epoch is not None and not leaves:
@@ -357,21 +344,10 @@ class Trainer:
         if holds_best and run.folder is not None:
             folder = run.folder.best_path
             run.folder.attempt("best", lambda: save_for_library(self.model, folder))
-        self._epoch_held = state.best_epoch if holds_best else state.epoch
-        _report_end(run, holds_best)
-        self._page = run.reporter.page
+        report_end(run, holds_best)
+        epoch = state.best_epoch if holds_best else state.epoch
+        self._results.note_end(run.reporter.page, epoch)  # type: ignore[arg-type]
         training.callbacks.call("on_fit_end")
-
-    def _warn_of_state(self, run: Run, before: Mapping[str, str]) -> None:
-        """Warn of what the loss has changed in itself, where that is lost or differs between the processes."""
-        hardware, now = run.training.hardware, self._objective.state_outside()
-        changed = [name for name, value in now.items() if before.get(name) != value]
-        if changed and hardware.is_main and (hardware.num_processes > 1 or run.folder is not None):
-            warn(
-                f"The loss has changed {', '.join(changed)}, which is no buffer: each process has its own, and a run "
-                "that goes on begins with the first value again. Keep it with register_buffer in an nn.Module.",
-                stacklevel=4,
-            )
 
     def _rewind(self, optimizer: Optimizer) -> None:
         """Let a scheduler factory of a second run begin where that of the first did, not at its last learning rate.
@@ -394,31 +370,55 @@ class Trainer:
     # --- evaluate and predict -----------------------------------------------------------------------------------------
 
     @ends_in_users_lines
-    def evaluate(self, loader: DataLoader[Any]) -> dict[str, float]:
+    def evaluate(
+        self,
+        loader: DataLoader[Any],
+        report: Literal["classification", "regression"] | None = None,
+        *,
+        name: str | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+    ) -> dict[str, float]:
         """Return `{"loss": ..., **metrics}` over all samples of a loader, the same numbers on every process.
 
         Call it on every process: they share the work.
 
         After a `fit` with a `run_dir`, the scores are kept in its `evaluations.json` and shown in its `report.html`.
+        With a `report` the page also shows what the model gets wrong, and the folder gets the pictures:
+        `classification.png` (confusion matrix, precision, recall and F1 of each class) or `regression.png` (residuals),
+        and `wrong_samples.png` where samples are images. The numbers are those of scikit-learn.
 
         Args:
             loader: Its batches are divided over the processes; each sample counts once. An empty one gives nan.
+            report: `"classification"` for scores (batch, classes, ...), or one per target, with class indices or
+                one-hot targets; `"regression"` for outputs and targets of one shape, (batch,) or (batch, targets).
+            name: What the page calls these samples. `None` for `train` and `test`, the data of the last `fit`, and
+                `final`, any other.
+            run_dir: Folder of a run whose best weights the model holds, for the results; `None` for the last `fit`.
 
         Raises:
             TypeError: Not a plain `DataLoader`.
+            ValueError: A report that nothing can be written to, or that outputs and targets are not made for.
+            ImportError: The report needs a library of `accel_trainer[report]`.
         """
+        has_folder = run_dir is not None or (self.config.run_dir is not None and self._results.epoch is not None)
+        self._results.check_report(report, has_folder)
         with self._evaluating() as prepared:
+            hardware = prepared.hardware
             check_loader(loader, "loader", may_be_empty=True)
-            if prepared.hardware.num_processes > 1:
+            if hardware.num_processes > 1:
                 self._metrics.check_merging()
-            micro_batches = self._loader(loader, prepared.hardware, "loader")
-            self._objective.to(prepared.hardware.device)
+            results = self._results
+            if run_dir is not None:
+                results = hardware.from_main(functools.partial(Results.of, run_dir))
+            micro_batches = self._loader(loader, hardware, "loader")
+            self._objective.to(hardware.device)
+            answers = None if report is None else GatheredAnswers(report, self._objective, hardware)
             scores: dict[str, float] = evaluate(  # type: ignore[assignment]
-                prepared, self._objective, micro_batches, self._metrics, probe=self._probe
+                prepared, self._objective, micro_batches, self._metrics, probe=self._probe, answers=answers
             )
-            if self._page is not None and prepared.hardware.is_main:
-                num_samples = None if is_stream(loader) else len(dataset_order(loader))
-                keep_evaluation(self._page, num_samples, self._epoch_held, scores)
+            details = None if answers is None else details_of(answers, loader, self.config.seed, hardware)
+            if hardware.is_main:
+                results.keep(loader, scores, details, name)
             return scores
 
     @ends_in_users_lines
@@ -449,7 +449,7 @@ class Trainer:
             raise ValueError(f"ragged must be a number, 'list' or None, got {ragged!r}.")
         with self._evaluating() as prepared:
             check_loader(loader, "loader", may_be_empty=True)
-            return predict(prepared, self._loader(_in_dataset_order(loader), prepared.hardware, "loader"), ragged)
+            return predict(prepared, self._loader(in_dataset_order(loader), prepared.hardware, "loader"), ragged)
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -460,13 +460,13 @@ class Trainer:
         self.is_main_process = hardware.is_main
         outer = self._reporter  # of a run whose callback evaluates
         try:
-            with together(hardware, config.bitwise, config.num_threads, self._leave) as votes, _hinted():
+            with together(hardware, config.bitwise, config.num_threads, self._leave) as votes, hinted():
                 yield hardware, votes
                 if hardware.num_processes > 1:
                     meet()  # who leaves first may take the store with it
         except BaseException as error:
             if outer is None:
-                self._report_failure(type(error).__name__, error)
+                report_failure(self._reporter, type(error).__name__, error)
             raise
         finally:
             self._reporter = outer
@@ -474,16 +474,7 @@ class Trainer:
     def _leave(self, cause: str) -> None:
         """See the last write through before the error of another process ends this one."""
         finish_writes(timeout=20.0)
-        self._report_failure(ProcessFailedError.__name__, cause)
-
-    def _report_failure(self, kind: str, message: object) -> None:
-        """Leave word in the run folder of the error that ends a run, by the name of its class."""
-        state = _ENDS.get(kind, "failed")
-        with suppress(Exception):  # whatever happens here, the error itself is what the user is told
-            name = f"{kind}: " if state == "failed" and kind != ProcessFailedError.__name__ else ""
-            text, *_ = masked([f"{state}: {name}{message}".strip(": ")])[0].splitlines()
-            if self._reporter is not None:
-                self._reporter.report_failure(state, text[:_LONGEST_REASON])
+        report_failure(self._reporter, ProcessFailedError.__name__, cause)
 
     @contextmanager
     def _evaluating(self) -> Iterator[Prepared]:
@@ -515,208 +506,3 @@ class Trainer:
         loader = MicroBatchLoader(data_loader, layout, self.config.seed, pin_memory, on_recut, may_be_pairs)
         loader.check_same_everywhere(name)
         return loader
-
-
-def _by_name(test_loader: Any) -> dict[str, DataLoader[Any]]:
-    """Return the test loaders by name; a single one has an empty name."""
-    if not isinstance(test_loader, Mapping):
-        return {} if test_loader is None else {"": test_loader}
-    for name in test_loader:
-        if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(f"The name of a test loader must be a text without a slash, got {name!r}.")
-    if not test_loader:
-        raise ValueError("test_loader is an empty dictionary: give one loader at least, or None.")
-    return dict(test_loader)
-
-
-def _argument(name: str) -> str:
-    """Return how messages call a test loader."""
-    return f"test_loader[{name!r}]" if name else "test_loader"
-
-
-def _parts_of(monitor: str, tests: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the name of the test set of a monitored value, empty for a single one, and that of the value itself."""
-    name, slash, score = monitor.partition("/")
-    return (name, score) if slash and name in tests else ("", monitor)
-
-
-@contextmanager
-def _hinted() -> Iterator[None]:
-    """Say what to do about an error of torch that does not."""
-    try:
-        yield
-    except (RuntimeError, AttributeError, TypeError) as error:
-        hint = next((hint for text, hint in _HINTS.items() if text in str(error)), None)
-        if hint is None:
-            raise
-        raise RuntimeError(hint) from error
-
-
-_HINTS = {
-    "'DistributedDataParallel' object": (
-        "On several processes compute_loss is given the model in a wrapper, which adds up the gradients of what it is "
-        "called with: call it as model(...), not a part or a method of it (its forward may choose by an argument)."
-    ),
-    "Expected to have finished reduction": (
-        "A step left some parameters without a gradient in its last micro-batch, though the first step gave every "
-        "parameter one. Set find_unused_parameters=True in TrainConfig."
-    ),
-    "does not have a deterministic implementation": (
-        "bitwise=True allows deterministic operations only, and the model, the loss or a metric uses one that is not "
-        "(torch names it above). Replace that operation, or use bitwise=False."
-    ),
-    "CUBLAS_WORKSPACE_CONFIG": (
-        "bitwise=True needs cuBLAS to be deterministic, which it decides at the first matrix product of a process, and "
-        "one came before this trainer. Start the program with CUBLAS_WORKSPACE_CONFIG=:4096:8 in its environment."
-    ),
-}
-
-
-def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layout, config: TrainConfig) -> str:
-    text = hardware.describe()
-    if hardware.compiler != "no":
-        text += f", compiled by {hardware.compiler} (launcher)"
-    elif config.compile:
-        text += f", compiled{' by regions' if config.compile == 'regional' else ''} (argument)"
-    if train_loader.batch_size is None:
-        return text
-    default = "bitwise" if config.bitwise else "one per process"
-    source = "argument" if config.num_micro_batches else default
-    return f"{text}; {describe_batch(train_loader.batch_size, layout)} (micro-batches: {source})"
-
-
-_ON_BATCH_NORM = (
-    "The model has BatchNorm, which sees the micro-batch of its process: another number of processes trains another "
-    "model. A fixed num_micro_batches (the largest number of processes that you may use) makes it the same on all."
-)
-_LEAVING = ("SIGTERM", "SIGUSR1")  # what ends the program too
-# Class of an error -> the state in which it leaves a run; all others: failed. `TrialPruned` is Optuna's.
-_ENDS = {"TrialPruned": "pruned", "KeyboardInterrupt": "interrupted"}
-_LONGEST_REASON = 300  # characters
-
-
-@contextmanager
-def _closed_at_the_end(run: Run) -> Iterator[None]:
-    """See the last write through, and leave the folder to others; one that holds nothing is removed."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        run.saver.close(at_once=True)
-        raise
-    except BaseException:
-        _close(run)
-        raise
-    _close(run)
-
-
-def _close(run: Run) -> None:
-    run.saver.close()
-    if run.folder is None:
-        return
-    if run.saver.lost is not None:
-        warn(f"No checkpoint of this run could be written: {run.saver.lost}", stacklevel=2)
-    if not run.history.num_epochs:
-        run.folder.discard()  # if it has no checkpoint either: the next try may have the name
-
-
-def _save_the_end(run: Run) -> bool:
-    """Save the last checkpoint, mark an interruption, and return whether the program leaves too."""
-    state, kind = run.training.state, run.training.stopping.kind
-    if kind == "callback":
-        state.finished = run.history.stop_reason
-    if kind != "callback" or run.history.num_epochs:
-        run.saver.save(run.training)
-        run.saver.finish()
-    if kind in (None, "callback"):
-        return False
-    if run.folder is not None:
-        is_saved = run.saver.is_saved(state)
-        mark = {"step": state.step, "epoch": state.epoch, "is_saved": is_saved, "reason": run.history.stop_reason}
-        run.folder.write_json("preempted.json", mark | {"time": time.time()})
-        if is_saved:
-            run.announce(f'Step {state.step} is saved in {run.folder.path}: resume="auto" goes on from it.')
-    return kind in _LEAVING
-
-
-def _resolved(run: Run) -> dict[str, Any]:
-    """Return what the user's choices were resolved to."""
-    training, data_loader = run.training, run.training.loader.data_loader
-    return {
-        "device": str(training.hardware.device),
-        "num_processes": training.hardware.num_processes,
-        "num_micro_batches": training.loader.layout.num_micro_batches,
-        "num_micro_batches_of_test": next((one.layout.num_micro_batches for one in run.test_loaders.values()), None),
-        "num_threads": torch.get_num_threads(),
-        "mixed_precision": training.hardware.precision,
-        "batch_size": data_loader.batch_size,
-        "num_batches": num_batches(data_loader),
-        "num_parameters": sum(parameter.numel() for parameter in training.prepared.user_model.parameters()),
-        "num_steps": _num_steps(training.config, data_loader),
-        "monitor": run.monitor,
-    }
-
-
-def _report_end(run: Run, holds_best: bool = False, is_failed: bool = False) -> None:
-    run.saver.finish()
-    is_whole = run.training.stopping.kind in (None, "callback")
-    how = "failed" if is_failed else "finished" if is_whole else "interrupted"
-    run.reporter.report_end(holds_best, how, _advice(run))
-
-
-_MANY_GRAPHS = 8  # one each for training and evaluation, and some for a model in parts, are as it should be
-
-
-def _advice(run: Run) -> str | None:
-    """Return one line when something takes time out of proportion."""
-    training = run.training
-    num_graphs = num_compilations() - training.num_graphs_before
-    if num_graphs > _MANY_GRAPHS:
-        return (
-            f"The model was compiled {num_graphs} times: each new shape costs one. Pad samples to few lengths, or set "
-            "TORCH_LOGS=recompiles to see why."
-        )
-    data_loader, source = training.loader.data_loader, training.loader.source
-    is_read_here = is_stream(data_loader) or (source is not None and source.in_memory)
-    remedies = {
-        "data_seconds": None if is_read_here else f"raise num_workers of train_loader (now {data_loader.num_workers})",
-        "evaluation_seconds": "evaluate less often with steps_per_epoch, or on fewer samples",
-        "saving_seconds": "raise checkpoint_every" if run.folder is not None else None,
-    }
-    return advice(vars(run.history), remedies)
-
-
-def _record_fault(run: Run, error: NonFiniteError) -> None:
-    """Show the epoch whose loss was not finite in the history, as such, and leave a note of the batch."""
-    training = run.training
-    if run.folder is not None:
-        note: dict[str, Any] = {"error": str(error)}
-        for name, (data_pass, number) in zip(("batch", "batch before"), error.places, strict=False):
-            samples = training.loader.indices_of(data_pass, number)
-            note[name] = {"data_pass": data_pass, "number": number, "samples": samples}
-        run.folder.write_json("nonfinite.json", note)
-    sets = [f"{name}/" if name else "" for name in run.test_loaders]
-    named = [name + score for name in sets for score in ("loss", *run.metrics.names)]
-    names = ["loss", *(run.history.metrics or named)]  # parts of metrics are known after an epoch
-    names += [run.monitor] if run.monitor not in ("test_loss", "train_loss", *names) else []
-    scores = dict.fromkeys(names, math.nan) if sets else {}
-    record(run, Totals(math.nan, {}, 0, None), scores)
-    run.reporter.report_epoch(training.clock)
-    _report_end(run, is_failed=True)
-
-
-def _num_steps(config: TrainConfig, train_loader: DataLoader[Any]) -> int | None:
-    """Return the optimizer steps of the whole run; `None` where the loader cannot say."""
-    per_epoch = config.steps_per_epoch or num_batches(train_loader)
-    totals = [None if per_epoch is None else per_epoch * config.num_epochs, config.max_steps]
-    return min((total for total in totals if total is not None), default=None)
-
-
-def _in_dataset_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a loader like this one that yields each of its samples once, in dataset order."""
-    if is_stream(loader):
-        return loader
-    size = getattr(sampler_of(loader), "batch_size", None) or 1
-    batches = BatchSampler(dataset_order(loader), size, drop_last=False)
-    if loader.batch_sampler is None:  # batch_size=None: the dataset answers lists of indices
-        return like_loader(loader, batch_size=None, sampler=batches)
-    return like_loader(loader, batch_sampler=batches)

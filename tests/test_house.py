@@ -27,9 +27,10 @@ MAY_USE = {
     "evaluation": (*GROUND, "data", "numbers", "devices", "run"),
     "loop": (*GROUND, "data", "numbers", "devices", "run", "evaluation"),
     "storage": (*GROUND, "data", "numbers", "devices", "run"),
-    "view": (*GROUND, "storage"),
+    "view": (*GROUND, "data", "numbers", "devices", "run", "storage"),
     "functions": (*GROUND, "data", "numbers", "devices", "run", "evaluation", "loop", "view"),
-    "trainer": (*GROUND, "data", "numbers", "devices", "run", "evaluation", "loop", "storage", "view"),
+    "ending": (*GROUND, "data", "numbers", "devices", "run", "loop", "storage", "view"),
+    "trainer": (*GROUND, "data", "numbers", "devices", "run", "evaluation", "loop", "storage", "view", "ending"),
     "tools": (*GROUND, "data", "numbers", "devices", "run", "storage", "view", "trainer"),
     "__main__": ("tools",),
 }
@@ -110,7 +111,7 @@ def classes_of(path):
 # Attributes of this package's objects that another module may assign, with the reason.
 MAY_ASSIGN = {
     "loop.py": {"TrainState"},  # the loop counts here where the run stands: plain data, saved and compared
-    "trainer.py": {"TrainState"},  # why a callback has ended the run, known when the loop has returned
+    "ending.py": {"TrainState"},  # why a callback has ended the run, known when the loop has returned
 }
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from ..config import TrainConfig
 from .randomness import ORDER, SeededIterator, derive_seed
 
 
@@ -48,6 +49,20 @@ def index_batches(
         end = len(order) - len(order) % size if sampler.drop_last else len(order)
         for start in range(first_batch * size, end, size):
             yield order[start : start + size]
+
+
+def samples_at(loader: DataLoader[Any], seed: int, positions: Sequence[int]) -> tuple[dict[int, Any], int]:
+    """Return the samples at some positions (0-based) of the first pass over a map-style dataset, and their number.
+
+    They are given as what the sampler yields for them, their indices as a rule.
+    """
+    found, start = {}, 0
+    for indices in index_batches(loader, seed, 1):
+        for position in positions:
+            if start <= position < start + len(indices):
+                found[position] = indices[position - start]
+        start += len(indices)
+    return found, start
 
 
 def dataset_order(loader: DataLoader[Any]) -> Any:
@@ -115,3 +130,10 @@ def check_loader(loader: object, name: str, may_be_empty: bool = False) -> None:
         length = f"{len(loader.dataset)} samples" if hasattr(loader.dataset, "__len__") else "no samples"
         rest = f" and drop_last=True with batch_size {loader.batch_size}" if loader.drop_last else ""
         raise ValueError(f"{name} yields no batch: its dataset has {length}{rest}.")
+
+
+def num_steps(config: TrainConfig, train_loader: DataLoader[Any]) -> int | None:
+    """Return the optimizer steps of the whole run; `None` where the loader cannot say."""
+    per_epoch = config.steps_per_epoch or num_batches(train_loader)
+    totals = [None if per_epoch is None else per_epoch * config.num_epochs, config.max_steps]
+    return min((total for total in totals if total is not None), default=None)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from .collated import pinned
+from .order import dataset_order, is_stream, sampler_of
 from .randomness import seed_all
 from .sources import TensorSource
 
@@ -112,6 +113,17 @@ def like_loader(data_loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]
     names = "dataset collate_fn num_workers pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor"
     kept = {name: getattr(data_loader, name) for name in (*names.split(), "persistent_workers")}
     return DataLoader(**(kept | changes))
+
+
+def in_dataset_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader like this one that yields each of its samples once, in dataset order."""
+    if is_stream(loader):
+        return loader
+    size = getattr(sampler_of(loader), "batch_size", None) or 1
+    batches = BatchSampler(dataset_order(loader), size, drop_last=False)
+    if loader.batch_sampler is None:  # batch_size=None: the dataset answers lists of indices
+        return like_loader(loader, batch_size=None, sampler=batches)
+    return like_loader(loader, batch_sampler=batches)
 
 
 def _end_workers() -> None:

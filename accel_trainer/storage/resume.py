@@ -28,7 +28,7 @@ from .identity import check_identity
 from .optimizer_state import names_by_group, optimizer_state
 from .run_folder import RunFolder
 from .saver import finish_writes
-from .weights import FrozenWeights, check_fit, check_left_out, plain_name, plain_state
+from .weights import FrozenWeights, check_fit, check_left_out, checked_digests, plain_name, plain_state
 
 
 class Found(NamedTuple):
@@ -107,7 +107,10 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     """Make the folder ready, and put the run where it goes on from."""
     training, folder, snapshot = run.training, found.folder, found.snapshot
     source = str(found.source)
-    left_out = {} if snapshot is None else unpack(snapshot.state.get("left_out", {}))
+    left_out: dict[str, str] = {}
+    if snapshot is not None:
+        with understood(source):
+            left_out = checked_digests(unpack(snapshot.state.get("left_out", {})))
     # As the user's program has made them; only the main process writes.
     frozen = FrozenWeights(training.prepared.user_model if training.hardware.is_main else None, left_out)
     if snapshot is not None:

@@ -39,16 +39,9 @@ if os.name == "posix":
     import fcntl
 
 _NOTES = ("preempted.json", "nonfinite.json", "failed.json")  # how a run has ended
-_RECORDS = (
-    "config.json",
-    "environment.json",
-    "history.jsonl",
-    "steps.jsonl",
-    "evaluations.json",
-    "trackers.json",
-    "report.html",
-)
-_FILES = (*_RECORDS, "losses.png", *_NOTES, BEST)  # all that a run writes, beside its checkpoints
+_RECORDS = ("config.json", "environment.json", "history.jsonl", "steps.jsonl", "trackers.json", "report.html")
+_OF_EVALUATIONS = ("evaluations.json", "classification.png", "regression.png", "wrong_samples.png")
+_FILES = (*_RECORDS, *_OF_EVALUATIONS, "losses.png", *_NOTES, BEST)  # all that a run writes, beside its checkpoints
 _LOCK_SECONDS = 10.0  # to wait for the end of another run, which a signal may have ended just now
 
 
@@ -229,7 +222,7 @@ class RunFolder:
         if steps_in(self._checkpoints):
             return
         with suppress(OSError):
-            for name in (*_RECORDS, "preempted.json", ".lock"):
+            for name in (*_RECORDS, *_OF_EVALUATIONS, "preempted.json", ".lock"):
                 if self.path / name not in self._was_there:
                     (self.path / name).unlink(missing_ok=True)
             for folder in (self.best_path.parent, self._checkpoints, self.path):
@@ -268,7 +261,7 @@ class RunFolder:
         elif best != self.best_path:
             self.best_path.parent.mkdir(exist_ok=True)
             put_in_place(self.best_path, lambda beside: copy_once(best, beside, ()))
-        for name in (*_NOTES, "evaluations.json"):  # they are about weights that are not the last any more
+        for name in (*_NOTES, *_OF_EVALUATIONS):  # they are about weights that are not the last any more
             remove(self.path / name)
         return None if best is None else metadata_of(self.best_path)
 

@@ -247,7 +247,14 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str], epoch: int | No
 
 def left_out_of(path: Path) -> dict[str, str]:
     """Return names and digests of the frozen weights that a file of weights leaves out."""
-    return dict(metadata_of(path).get("left_out", {}))
+    return checked_digests(metadata_of(path).get("left_out", {}))
+
+
+def checked_digests(left_out: Any) -> dict[str, str]:
+    """Return names and digests that were read, or raise a `ValueError`."""
+    if not isinstance(left_out, dict) or not all(isinstance(text, str) for item in left_out.items() for text in item):
+        raise ValueError(f"left_out is {left_out!r}")
+    return left_out
 
 
 def save_for_library(model: Any, path: Path) -> None:

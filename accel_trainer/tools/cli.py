@@ -1,6 +1,6 @@
 """The command line: `accel_trainer COMMAND`, `python -m accel_trainer`, `accelerate launch -m accel_trainer`.
 
-train, evaluate, check and parity work on a run function, named as `my_module:make_run` or `path/to/script.py:make_run`:
+train, evaluate, predict, check and parity work on a run function, named as `my_module:make_run` or `path/to/script.py:make_run`:
 it takes a `TrainConfig` and returns a dictionary of what `Trainer` takes, with its loaders.
 """
 
@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,16 @@ from ..errors import HardwareError, ProcessFailedError
 from .options import OptionParser, config_of, fail
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from ..trainer import Trainer
     from ..view.report import RunFiles
     from .parity import Row
 
 
+_LOADER = "final_loader, test_loader (of several test_loader/NAME) or train_loader (default: the first)"
 _OUTPUT = "the page to write (default: report.html, of one run in its folder)"
+_REPORT = "also put into the run's report what the model gets wrong: confusion matrix, or residuals"
 _RUN = "your run function, as my_module:make_run or path/to/script.py:make_run"
 
 
@@ -68,14 +73,21 @@ def _parser() -> OptionParser:
         parsers[name] = OptionParser(description=f"{text[0].upper()}{text[1:]}.")
         commands.add_subcommand(name, parsers[name], help=text)
 
-    for name in ("train", "evaluate", "check"):
+    for name in ("train", "evaluate", "predict", "check"):
         parsers[name].add_argument("run", type=str, help=_RUN)
     for name in ("train", "check"):
         parsers[name].add_config()
 
+    for name in ("evaluate", "predict"):
+        parsers[name].add_argument("run_dir", type=str, help="folder of a run, whose best weights are taken")
+        parsers[name].add_argument("--loader", type=str, help=_LOADER)
+    predict = parsers["predict"]
+    predict.add_argument(
+        "--output", type=str, default="predictions.parquet", help="the table: .parquet, .csv or .jsonl"
+    )
+    predict.add_argument("--ragged", type=_list_or_number, help="of several lengths: list, or a number to fill up with")
     evaluate = parsers["evaluate"]
-    evaluate.add_argument("run_dir", type=str, help="folder of a run, whose best weights are evaluated")
-    evaluate.add_argument("--loader", type=str, help="final_loader, test_loader or train_loader (default: the first)")
+    evaluate.add_argument("--report", choices=("classification", "regression"), help=_REPORT)
     evaluate.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
 
     parity = parsers["parity"]
@@ -101,6 +113,10 @@ def _parser() -> OptionParser:
     parsers["report"].add_argument("--output", type=str, help=_OUTPUT)
     parsers["runs"].add_argument("folder", type=str, nargs="?", default="runs", help="looked through for runs")
     return parser
+
+
+def _list_or_number(text: str) -> str | float:
+    return text if text == "list" else float(text)
 
 
 def _check_run_function(name: str) -> None:
@@ -147,29 +163,50 @@ def _call_as_in(record: RunFiles, run: str) -> tuple[dict[str, Any], dict[str, A
     return call_run_function(run, config)
 
 
-def _evaluate(options: Namespace) -> int:
-    from ..storage.tensor_files import metadata_of
+def _trained(options: Namespace) -> tuple[Trainer, DataLoader[Any], str, RunFiles]:
+    """Return a trainer whose model has the best weights of a run, a loader of the run function, its name, the run."""
     from ..storage.weights import load_best
     from ..trainer import Trainer
-    from ..view.report import LivePage, RunFiles, keep_evaluation
+    from ..view.report import RunFiles
 
     record = RunFiles.load(options.run_dir)
-    arguments, loaders = _call_as_in(record, options.run)
-    name = options.loader or next(key for key in ("final_loader", "test_loader", "train_loader") if key in loaders)
+    arguments, given = _call_as_in(record, options.run)
+    tests = given.pop("test_loader", None)
+    several = isinstance(tests, Mapping)
+    named = {f"test_loader/{name}": one for name, one in tests.items()} if several else {"test_loader": tests}
+    loaders = {name: given[name] for name in ("final_loader",) if name in given}
+    loaders |= {name: one for name, one in named.items() if one is not None} | given
+    name = options.loader or next(iter(loaders))
     if name not in loaders:
         raise ValueError(f"{options.run} returns no {name!r}, but {', '.join(loaders)}.")
     trainer = Trainer(**arguments)
     load_best(trainer.model, record.path)
-    epoch = metadata_of(record.path / "best" / "model.safetensors")["epoch"]  # a disk that was full has an older one
-    scores = trainer.evaluate(loaders[name])
+    return trainer, loaders[name], name, record
+
+
+def _evaluate(options: Namespace) -> int:
+    from ..storage.tensor_files import metadata_of
+
+    trainer, loader, name, record = _trained(options)
+    scores = trainer.evaluate(loader, options.report, name=name.replace("_loader", ""), run_dir=record.path)
     if not trainer.is_main_process:
         return 0
-    num_samples = len(loaders[name].dataset) if hasattr(loaders[name].dataset, "__len__") else None
-    keep_evaluation(LivePage(record.path, record.history, record.state), num_samples, epoch, scores)
     if options.format == "json":
         show(json.dumps(scores))
     else:
+        epoch = metadata_of(record.path / "best" / "model.safetensors")["epoch"]  # older, if the disk was full
         _print_scores(f"{name} with the weights of epoch {epoch}", scores)
+    return 0
+
+
+def _predict(options: Namespace) -> int:
+    from .predictions import check_output, write_predictions
+
+    path = check_output(options.output)
+    trainer, loader, name, _ = _trained(options)
+    outputs = trainer.predict(loader, options.ragged)
+    if trainer.is_main_process:
+        show(f"{write_predictions(path, outputs, loader, options.ragged)} rows of {name} are predicted in {path}")
     return 0
 
 
@@ -309,6 +346,7 @@ _ON_ONE_PROCESS = ("report", "runs", "parity", "export")  # whatever the launch
 _COMMANDS = {
     "train": (_train, "train a run function under this launch, and evaluate its final_loader"),
     "evaluate": (_evaluate, "evaluate the best weights of a run"),
+    "predict": (_predict, "predict with the best weights of a run, into a table with the index of each sample"),
     "check": (_check, "try two steps on the full layout: does it fit, agree, save, load, and how long will it take"),
     "parity": (_parity, "train under every layout of this machine and compare with what is promised"),
     "export": (_export, "write the best weights of a run with a model card, for the Hugging Face Hub"),

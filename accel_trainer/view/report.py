@@ -12,14 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from ..base.codec import checked, encode, flattened, unpack, with_checksum
 from ..base.console import warn
 from ..base.extras import is_installed, require
 from ..history import PARTS_OF_EPOCH, SERIES, History
-from ..storage.files import write_whole
+from ..storage.files import put_in_place, write_whole
 from ..storage.run_folder import is_in_use
+from .assessment import Details, is_details
+from .assessment_pictures import draw_assessment, draw_wrong_samples
+from .described import LAYERS, OPTIMIZER
+from .forms import Form, fits
+from .sections import Table, assessment, compared, described_evaluations, described_model, number
+from .steps import Steps, steps_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,9 @@ class RunFiles:
         asked: The user's choices by name.
         resolved: What these choices were resolved to.
         identity: What a resumed run must share: model, data, loss, optimizer, scheduler.
+        layers: The layers of the model, as `layers_of` describes them.
+        optimizer: The optimizer's settings, as `optimizer_of` describes them.
+        steps: What was measured by step.
         changed: When the history was last written, in seconds since 1970.
     """
 
@@ -42,6 +52,9 @@ class RunFiles:
     asked: dict[str, Any] = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
+    layers: list[list[Any]] = field(default_factory=list)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
     environment: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     changed: float = 0.0
@@ -66,7 +79,9 @@ class RunFiles:
             path=path,
             history=history,
             state=state or _state_of(path, history, failure.get("state")),
-            **{name: config.get(name, {}) for name in ("asked", "resolved", "identity")},
+            **{name: config.get(name, {}) for name in ("asked", "resolved", "identity", "optimizer")},
+            layers=config.get("layers", []),
+            steps=steps_of(history),
             environment=_read(path / "environment.json", {}),
             evaluations=_read(path / "evaluations.json", []),
             changed=(path / "history.jsonl").stat().st_mtime if (path / "history.jsonl").exists() else time.time(),
@@ -87,12 +102,18 @@ class RunFiles:
         return f"{done}; it ended without a word, killed perhaps" if self.state == "broken" else done
 
 
-# File -> the types that its entries must have.
-_TYPES: dict[str, dict[str, Any]] = {
-    "config.json": {"asked": dict, "resolved": dict, "identity": dict},
+# File -> the forms that its entries must have. A config of an older version has no layers and no optimizer.
+_FORMS: dict[str, dict[str, Form]] = {
+    "config.json": {
+        **{"asked": dict, "resolved": dict, "identity": dict},
+        **{"layers": (LAYERS, EllipsisType), "optimizer": (OPTIMIZER, EllipsisType)},
+    },
     "environment.json": {"versions": dict},
     "failed.json": {"state": str, "reason": str},
-    "evaluations.json": {"num_samples": int | None, "epoch": int | None, "scores": dict},
+    "evaluations.json": {
+        **{"data": str, "dataset": str, "num_samples": (int, None), "epoch": (int, None), "scores": dict},
+        "details": (dict, None),
+    },
 }
 
 
@@ -104,9 +125,11 @@ def _read(path: Path, default: Any) -> Any:
             raise ValueError(f"it holds a {type(content).__name__}, not a {type(default).__name__}")
         records = [unpack(checked(record)) for record in (content if isinstance(content, list) else [content])]
         for record in records:
-            for name, kind in _TYPES[path.name].items():
-                if not isinstance(record.get(name, ...), kind):
+            for name, form in _FORMS[path.name].items():
+                if not fits(record.get(name, ...), form):
                     raise ValueError(f"its {name} is {record.get(name)!r}")
+            if record.get("details") is not None and not is_details(record["details"]):
+                raise ValueError("its details are not those of an evaluation")
         return records if isinstance(content, list) else records[0]
     except FileNotFoundError:
         return default
@@ -182,20 +205,40 @@ class LivePage:
         self._not_before = ended + (0.0 if is_first else (ended - started) / self._SHARE)
 
 
-def keep_evaluation(page: LivePage, num_samples: int | None, epoch: int | None, scores: Mapping[str, float]) -> None:
-    """Put an evaluation of the trained model last in `evaluations.json`, in place of an equal entry.
+_NUM_DETAILED = 3  # evaluations, the last ones, of which the details are kept
 
-    The number of samples is `None` for a stream; the epoch is the one whose weights the model has.
+
+def keep_evaluation(page: LivePage, entry: Mapping[str, Any], details: Details | None = None) -> None:
+    """Put an evaluation of the trained model last in `evaluations.json`, in place of an equal one, and on the page.
+
+    Args:
+        page: Of the run.
+        entry: `data` and `dataset`, what was evaluated in words; `num_samples`, `None` for a stream; `epoch`, whose
+            weights the model has; `scores`.
+        details: What a report shows of it; the folder then gets its pictures too.
     """
     path = page.path.with_name("evaluations.json")
-    entry = {"num_samples": num_samples, "epoch": epoch, "scores": scores}
     try:
-        entries = [other for other in _read(path, []) if other != entry] + [entry]
-        kept = [with_checksum(encode(one)) for one in entries]
-        write_whole(path, (json.dumps(kept, indent=2) + "\n").encode())
+        others = [other for other in _read(path, []) if other != {**entry, "details": other["details"]}]
+        entries = [*others, {**entry, "details": details}]
+        detailed = [one for one in entries if one["details"] is not None][-_NUM_DETAILED:]
+        entries = [one if one in detailed else {**one, "details": None} for one in entries]
+        lines = [json.dumps(with_checksum(encode(one))) for one in entries]
+        write_whole(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+        if details is not None:
+            _draw(path.parent, details)
         page.write(page.state)
     except Exception as error:  # a page that a library cannot make is no error of the evaluation
         warn(f"Could not write {path}: {error}.", stacklevel=3)
+
+
+def _draw(folder: Path, details: Details) -> None:
+    """Write the pictures of an evaluation; that of wrong samples goes where the last evaluation has none."""
+    put_in_place(folder / f"{details['kind']}.png", lambda path: draw_assessment(path, details))
+    if any(one["picture"] is not None for one in details["wrong"]):
+        put_in_place(folder / "wrong_samples.png", lambda path: draw_wrong_samples(path, details))
+    else:
+        (folder / "wrong_samples.png").unlink(missing_ok=True)
 
 
 _MARK = '<meta name="generator" content="accel_trainer">'
@@ -230,15 +273,24 @@ def render(records: Sequence[RunFiles]) -> str:
         records = [replace(record, name=seen_from(record.path)) for record in records]
     is_running = any(record.state == "running" for record in records)
     first, is_one = records[0], len(records) == 1
+    evaluations, note = described_evaluations(first.evaluations, first.monitor != "train_loss")
+    detailed = [one for one in reversed(first.evaluations) if one["details"] is not None] if is_one else []
+    assessments = [assessment(one, f"assessment-{number}") for number, one in enumerate(detailed)]
     page: str = _template().render(
         mark=_MARK,
         runs=records,
         is_running=is_running,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
         cards=_cards(first) if is_one else [],
+        evaluations=evaluations if is_one and first.evaluations else None,
+        note=note,
+        assessments=[shown for shown, _ in assessments],
         tables=_tables(first) if is_one else _differences(records),
         data={
-            "charts": _charts(first) if is_one else _overlays(records),
+            "charts": [
+                *(_charts(first) if is_one else _overlays(records)),
+                *(one for _, of in assessments for one in of),
+            ],
             "table": _epochs(first.history) if is_one else None,
             "is_running": is_running,
         },
@@ -252,14 +304,17 @@ _TITLES = {
     "samples_per_second": ("Throughput", "samples per second"),
 }
 _MANY_EPOCHS = 5_000  # in one chart; of more epochs, every second, third, ... is shown
+_SHORT = 60.0  # seconds of a run whose time nobody asks about
+_MOST_CURVES = 8  # of learning rates
 
 
-def _chart(num_epochs: int, title: str, unit: str, curves: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    every = max(1, math.ceil(num_epochs / _MANY_EPOCHS))
+def _chart(x: Sequence[int], title: str, unit: str, curves: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    every = 1 if "spanned" in more else max(1, math.ceil(len(x) / _MANY_EPOCHS))
     for curve in curves:
-        values = [value if math.isfinite(value) else None for value in curve["values"]]
-        curve["values"] = (values + [None] * (num_epochs - len(values)))[::every]
-    return {"title": title, "unit": unit, "epochs": list(range(1, num_epochs + 1, every)), "series": curves} | more
+        values = [value if value is not None and math.isfinite(value) else None for value in curve["values"]]
+        curve["values"] = (values + [None] * (len(x) - len(values)))[::every]
+    basics = {"kind": "curves", "title": title, "unit": unit, "axis": "epoch", "place": "charts"}
+    return basics | {"x": list(x)[::every], "series": curves} | more
 
 
 def _named_series(history: History) -> dict[str, list[float]]:
@@ -269,7 +324,7 @@ def _named_series(history: History) -> dict[str, list[float]]:
 
 
 def _charts(record: RunFiles) -> list[dict[str, Any]]:
-    """Return the charts of one run: loss, metrics, learning rate, gradient norm, throughput, time."""
+    """Return the charts of one run: loss, metrics, learning rate, gradient norm, and the time of a long run."""
     history, series = record.history, _named_series(record.history)
     charts = []
 
@@ -280,25 +335,66 @@ def _charts(record: RunFiles) -> list[dict[str, Any]]:
         if history.best_epoch is not None and curves and not more.get("stacked"):
             curves[-1] |= {"best": history.best_epoch, "mark": f"best: epoch {history.best_epoch}"}
         if curves:
-            charts.append(_chart(history.num_epochs, title, unit, curves, **more))
+            charts.append(_chart(range(1, history.num_epochs + 1), title, unit, curves, **more))
 
     add("Loss", "", {"train_loss": "train loss", "test_loss": "test loss"}, gap="test_loss" in series)
     for name in history.metrics:
         add(name, "", {name: name})
-    for name, (title, unit) in _TITLES.items():
-        add(title, unit, {name: title.lower()})
-    parts = {name: name.removesuffix("_seconds") for name in PARTS_OF_EPOCH}
-    add("Where the time went", "seconds per epoch", parts, stacked=True)
+    charts += _charts_by_step(record.steps)
+    shown = ["grad_norm"] if record.steps.learning_rates or _is_constant(history.learning_rates) else list(_TITLES)[:2]
+    shown += ["samples_per_second"] if _is_long(history) else []
+    for name in shown:
+        title, unit = _TITLES[name]
+        add(title, unit, {name: title.lower()}, place="more")
+    if _is_long(history):
+        parts = {name: name.removesuffix("_seconds") for name in PARTS_OF_EPOCH}
+        add("Where the time went", "seconds per epoch", parts, stacked=True, place="more")
     return charts
+
+
+def _charts_by_step(steps: Steps) -> list[dict[str, Any]]:
+    """Return the charts of loss and learning rates by step; groups of one learning rate share a curve."""
+    charts = []
+    if any(loss is not None for loss in steps.train_losses):
+        curves: list[dict[str, Any]] = [{"label": "train loss", "values": steps.train_losses}]
+        charts.append(_chart(steps.steps, "Train loss by step", "", curves, axis="step"))
+    groups: dict[tuple[float | None, ...], list[int]] = {}
+    for group, rates in enumerate(steps.learning_rates, start=1):
+        groups.setdefault(tuple(rates), []).append(group)
+    shown = [(list(rates), numbers) for rates, numbers in groups.items() if not _is_constant(rates)]
+    if shown:
+        shown += [(list(rates), numbers) for rates, numbers in groups.items() if _is_constant(rates)]
+        curves = [{"label": _group_label(numbers, len(groups)), "values": rates} for rates, numbers in shown]
+        charts.append(_chart(steps.steps, "Learning rate by step", "", curves[:_MOST_CURVES], axis="step"))
+    return charts
+
+
+def _group_label(numbers: Sequence[int], num_curves: int) -> str:
+    if num_curves == 1:
+        return "learning rate"
+    if len(numbers) == 1:
+        return f"group {numbers[0]}"
+    return f"groups {', '.join(map(str, numbers[:3]))}{', ...' * (len(numbers) > 3)}"
+
+
+def _is_constant(values: Sequence[float | None]) -> bool:
+    return len(set(values)) <= 1
+
+
+def _is_long(history: History) -> bool:
+    return sum(history.epoch_seconds) >= _SHORT
 
 
 def _overlays(records: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """Return one chart per quantity, with a curve of each run."""
     per_run = [_named_series(record.history) for record in records]
+    are_long, have_rates = any(_is_long(record.history) for record in records), any(map(_rate_of, records))
+    left_out = [] if are_long else ["samples_per_second"]
+    left_out += ["learning_rate"] if have_rates else []
     names = dict.fromkeys(name for series in per_run for name in series if not name.endswith("_seconds"))
     longest = max(record.history.num_epochs for record in records)
     charts = []
-    for name in [*names, "epoch_seconds"]:
+    for name in [*(name for name in names if name not in left_out), *(["epoch_seconds"] if are_long else [])]:
         curves = []
         for colour, (record, series) in enumerate(zip(records, per_run, strict=True)):
             best = record.history.best_epoch if name == record.monitor else None
@@ -306,8 +402,31 @@ def _overlays(records: Sequence[RunFiles]) -> list[dict[str, Any]]:
                 curves.append({"label": record.name, "values": series[name], "colour": colour, "best": best})
         if curves:
             title, unit = _TITLES.get(name, (name.replace("_", " ").capitalize(), ""))
-            charts.append(_chart(longest, title, unit, curves))
-    return charts
+            charts.append(_chart(range(1, longest + 1), title, unit, curves))
+    charts += _overlay_by_step("Train loss by step", records, [record.steps.train_losses for record in records])
+    return charts + _overlay_by_step("Learning rate by step", records, [_rate_of(record) for record in records])
+
+
+def _rate_of(record: RunFiles) -> list[float | None]:
+    """Return the learning rates by step of the last group whose rate changes, as a head's does; empty without one."""
+    changing = [rates for rates in record.steps.learning_rates if not _is_constant(rates)]
+    return changing[-1] if changing else []
+
+
+def _overlay_by_step(
+    title: str, records: Sequence[RunFiles], values: Sequence[list[float | None]]
+) -> list[dict[str, Any]]:
+    """Return a chart with a curve of each run that has one, over the steps of all; none if no run has."""
+    steps = sorted(
+        {step for record, curve in zip(records, values, strict=True) if curve for step in record.steps.steps}
+    )
+    curves = []
+    for colour, (record, curve) in enumerate(zip(records, values, strict=True)):
+        by_step = dict(zip(record.steps.steps, curve, strict=False))
+        if curve:
+            shown = [by_step.get(step) for step in steps]
+            curves.append({"label": record.name, "values": shown, "colour": colour})
+    return [_chart(steps, title, "", curves, axis="step", spanned=True)] if curves else []
 
 
 def _epochs(history: History) -> dict[str, Any]:
@@ -322,18 +441,17 @@ def _cards(record: RunFiles) -> list[tuple[str, str]]:
     cards = [("epochs", f"{history.num_epochs} of {num_epochs}" if num_epochs else str(history.num_epochs))]
     if history.best_epoch is not None:
         cards.append(("best epoch", str(history.best_epoch)))
-        cards.append((f"its {record.monitor.replace('_', ' ')}", _number(history.best_value)))
+        cards.append((f"its {record.monitor.replace('_', ' ')}", number(history.best_value)))
     if record.evaluations:
-        cards += [(f"final {name}", _number(value)) for name, value in record.evaluations[-1]["scores"].items()]
+        last = record.evaluations[-1]
+        cards += [(f"{last['data']} {name}", number(value)) for name, value in last["scores"].items()]
     if history.epoch_seconds:
         cards.append(("time", duration(sum(history.epoch_seconds))))
-    if history.samples_per_second:
+    if history.learning_rates and _is_constant(history.learning_rates) and not record.steps.learning_rates:
+        cards.append(("learning rate", f"{history.learning_rates[0]:.4g}"))
+    if history.samples_per_second and _is_long(history):
         cards.append(("samples per second", f"{history.samples_per_second[-1]:,.0f}"))
     return cards
-
-
-def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float) -> str:
@@ -346,24 +464,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-_Table = tuple[str, bool, list[str], list[list[str]]]  # heading, whether it is open, header, rows
-
-
-def _tables(record: RunFiles) -> list[_Table]:
-    tables: list[_Table] = []
-    if record.evaluations:
-        names = list(dict.fromkeys(name for evaluation in record.evaluations for name in evaluation["scores"]))
-        rows = []
-        for evaluation in record.evaluations:
-            num_samples, scores = evaluation["num_samples"], evaluation["scores"]
-            data = "a stream" if num_samples is None else f"{num_samples:,} samples"
-            rows.append([data, f"epoch {evaluation['epoch']}", *(repr(scores.get(name, "")) for name in names)])
-        tables.append(("Final evaluation", True, ["of", "weights of", *names], rows))
+def _tables(record: RunFiles) -> list[Table]:
+    tables = described_model(record.layers, record.optimizer)
     environment = {name: value for name, value in record.environment.items() if value is not None}
     machine = {name: environment.pop(name) for name in ("hardware", "platform", "python") if name in environment}
     identity = {name: value for name, value in record.identity.items() if name not in record.asked}
     for heading, is_open, values in (
-        ("Hardware and versions", True, machine | environment.pop("versions", {}) | environment),
+        ("Hardware and versions", False, machine | environment.pop("versions", {}) | environment),
         ("Config", False, record.asked),
         ("What it was resolved to", False, record.resolved | identity),
     ):
@@ -377,28 +484,45 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _differences(records: Sequence[RunFiles]) -> list[_Table]:
-    """Return what the results of several runs are, and what differs in their configs and machines."""
-    results: dict[str, list[Any]] = {
-        "state": [record.state for record in records],
-        "how it ended": [record.outcome for record in records],
-        "epochs": [record.history.num_epochs for record in records],
-        "monitored": [record.monitor for record in records],
-        "best epoch": [record.history.best_epoch for record in records],
-        "best value": [record.history.best_value for record in records],
-        "time": [duration(sum(record.history.epoch_seconds)) for record in records],
-    }
-    finals = [record.evaluations[-1]["scores"] if record.evaluations else {} for record in records]
-    for name in dict.fromkeys(name for scores in finals for name in scores):
-        results[f"final {name}"] = [scores.get(name, "-") for scores in finals]
+def _differences(records: Sequence[RunFiles]) -> list[Table]:
+    """Return what the results of several runs are, beside those of the first, and what differs in their configs."""
+    histories = [record.history for record in records]
+    rows = [
+        ["state", *(record.state for record in records)],
+        ["how it ended", *(record.outcome for record in records)],
+        ["monitored", *(record.monitor for record in records)],
+        ["epochs", *compared([history.num_epochs for history in histories])],
+        ["best epoch", *compared([history.best_epoch for history in histories])],
+        ["best value", *compared([history.best_value for history in histories])],
+        ["time", *compared([sum(history.epoch_seconds) for history in histories], duration)],
+    ]
+    scores = [_scores(record) for record in records]
+    for name in dict.fromkeys(name for run in scores for name in run):
+        rows.append([name, *compared([run.get(name) for run in scores])])
     facts = [_facts(record) for record in records]
     names = dict.fromkeys(name for run in facts for name in run if name != "run_dir")  # which always differs
     differing = [
         [name, *(run.get(name, "-") for run in facts)] for name in names if len({run.get(name) for run in facts}) > 1
     ]
     header = ["", *(record.name for record in records)]
-    rows = [[name, *map(_number, values)] for name, values in results.items()]
-    return [("Results", True, header, rows), ("What differs", True, header, differing)]
+    baseline = f"Results, and their differences to {records[0].name}, the baseline"
+    return [(baseline, True, header, rows), ("What differs", True, header, differing)]
+
+
+def _scores(record: RunFiles) -> dict[str, float]:
+    """Return the last scores on each of a run's evaluated data, by the names of both."""
+    scores: dict[str, float] = {}
+    for evaluation in record.evaluations:
+        scores |= {f"{evaluation['data']} {name}": value for name, value in evaluation["scores"].items()}
+        details = evaluation["details"] or {}
+        if details.get("kind") == "classification":
+            summary = dict(details["summary"])
+            main = {name: summary[name] for name in ("accuracy", "macro F1") if name in summary}
+            scores |= {f"{evaluation['data']} {name}": value for name, value in main.items()}
+        elif details:
+            errors = zip(("R2", "MAE", "RMSE"), details["table"][-1][1:], strict=True)
+            scores |= {f"{evaluation['data']} {name}": value for name, value in errors}
+    return scores
 
 
 def _facts(record: RunFiles) -> dict[str, str]:

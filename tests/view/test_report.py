@@ -19,6 +19,7 @@ from accel_trainer.devices import agreement
 from accel_trainer.tools.cli import main
 from accel_trainer.view.report import LivePage, RunFiles, render, runs_in
 from accel_trainer.view.reporter import Reporter
+from accel_trainer.view.sections import number
 from support import correct, loader_of, make_data, make_model, on_processes, quiet, run_forked
 
 
@@ -41,18 +42,55 @@ def test_the_page_has_the_numbers_of_the_history_and_the_evaluation(tmp_path):
     scores = trainer.evaluate(loader_of(make_data(11), 4))
     page = (tmp_path / "run/report.html").read_text()
     history, data = History.load(tmp_path / "run"), data_of(page)
-    curves = {one["label"]: one["values"] for chart in data["charts"] for one in chart["series"]}
+    curves = curves_of(data)
     assert curves["train loss"] == history.train_losses and curves["test loss"] == history.test_losses
     assert curves["accuracy"] == history.metrics["accuracy"]
     assert curves["gradient norm before clipping"] == history.grad_norms
-    assert curves["throughput"] == history.samples_per_second and curves["compute"] == history.compute_seconds
+    assert not {"throughput", "compute"} & set(curves)  # nobody asks where the time of a second went
     assert data["charts"][0]["series"][1]["best"] == history.best_epoch
     rows = {name: [row[place] for row in data["table"]["rows"]] for place, name in enumerate(data["table"]["header"])}
     assert [float(text) for text in rows["test_loss"]] == history.test_losses
-    assert repr(scores["loss"]) in page and "11 samples" in page and "all 3 epochs done" in page
+    assert number(scores["loss"]) in page and "11 samples" in page and "all 3 epochs done" in page
     assert "finished" in page and not data["is_running"]
     assert torch.__version__ in page and "max_grad_norm" in page
+    assert "Layers of the model (3, 75 parameters)" in page and "<th>weight_decay</th><td>0.01</td>" in page
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+
+
+def curves_of(data):
+    return {one["label"]: one["values"] for chart in data["charts"] for one in chart["series"]}
+
+
+def test_a_long_run_tells_where_its_time_went(tmp_path):
+    fit(tmp_path / "run")
+    record = RunFiles.load(tmp_path / "run")
+    record.history.epoch_seconds[:] = [30.0, 20.0, 15.0]
+    curves = curves_of(data_of(render([record])))
+    assert curves["throughput"] == record.history.samples_per_second
+    assert curves["compute"] == record.history.compute_seconds
+
+
+def test_the_data_of_an_evaluation_have_a_name_and_the_page_says_which_chose_the_epoch(tmp_path):
+    model, data = make_model(), make_data(64)
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters()), nn.CrossEntropyLoss(), config=quiet(run_dir=tmp_path / "run")
+    )
+    test = make_data(20)
+    trainer.fit(loader_of(data), loader_of(test))
+    for loader, name in ((loader_of(data), None), (loader_of(test, 5), None), (loader_of(make_data(11)), None)):
+        trainer.evaluate(loader, name=name)
+    trainer.evaluate(loader_of(make_data(12)), name="next year")
+    kept = json.loads((tmp_path / "run/evaluations.json").read_text())
+    assert [one["data"] for one in kept] == ["train", "test", "final", "next year"]
+    page = (tmp_path / "run/report.html").read_text()
+    assert "The test data chose the best epoch" in page and "<th>next year</th>" in page
+    alone = Trainer(
+        model, torch.optim.SGD(model.parameters()), nn.CrossEntropyLoss(), config=quiet(run_dir=tmp_path / "alone")
+    )
+    alone.fit(loader_of(data))
+    alone.evaluate(loader_of(test))
+    page = (tmp_path / "alone/report.html").read_text()
+    assert "The test data chose" not in page and "<th>final</th>" in page
 
 
 def test_evaluations_are_kept_once_each_and_only_after_a_fit_with_a_run_dir(tmp_path):
@@ -82,10 +120,10 @@ def test_the_page_can_be_watched(tmp_path, monkeypatch):
     monkeypatch.setattr(LivePage, "_SHARE", float("inf"))
     peek = Peek(tmp_path / "run")
     fit(tmp_path / "run", [peek])
-    for number, page in enumerate(peek.pages):
+    for done, page in enumerate(peek.pages):
         data = data_of(page)
-        assert data["is_running"] and len(data["table"]["rows"]) == number
-        assert f"{number} of 3 epochs done" in page
+        assert data["is_running"] and len(data["table"]["rows"]) == done
+        assert f"{done} of 3 epochs done" in page
 
 
 def test_short_epochs_go_by_unwritten_so_that_the_page_costs_nothing(tmp_path, monkeypatch):
@@ -263,6 +301,13 @@ def test_report_compares_runs_and_says_what_differs(tmp_path, monkeypatch, capsy
     assert two["values"] == [*History.load("two").test_losses, None]
     assert [cell for cell in re.findall(r"<th>seed</th><td>(.*?)</td><td>(.*?)</td>", page)] == [("1", "2")]
     assert re.search(r"<th>learning rates</th><td>0.02</td><td>0.01</td>", page)
+    first, second = History.load("one"), History.load("two")
+    assert "Results, and their differences to one, the baseline" in page
+    assert "<th>epochs</th><td>3</td><td>2 (-1, -33.3\u00a0%)</td>" in page
+    difference = second.best_value - first.best_value
+    told = f"{number(second.best_value)} ({'-' if difference < 0 else '+'}{number(abs(difference))}, "
+    told += f"{100 * difference / first.best_value:+.1f}\u00a0%)"
+    assert f"<td>{number(first.best_value)}</td><td>{told}</td>" in page
     for equal in ("patience", "hardware", "run_dir"):  # the folder is the name of the run
         assert f"<th>{equal}</th>" not in page
     shutil.copytree("two", "other/two")
@@ -327,7 +372,7 @@ def test_a_browser_draws_it_without_errors_or_cuts(tmp_path, width, scheme):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in done.stderr, done.stderr
     canvases, cut, too_wide, rows = map(int, re.search(r"<title>(.*?)</title>", done.stdout)[1].split())
-    assert (canvases, cut, rows) == (6, 0, 3) and too_wide <= 0
+    assert (canvases, cut, rows) == (3, 0, 3) and too_wide <= 0
 
 
 def test_the_picture_is_large_enough_for_paper(tmp_path):
