@@ -1,7 +1,8 @@
 """The command line: `accel_trainer COMMAND`, `python -m accel_trainer`, `accelerate launch -m accel_trainer`.
 
-train, evaluate, predict, check and parity work on a run function, named as `my_module:make_run` or `path/to/script.py:make_run`:
-it takes a `TrainConfig` and returns a dictionary of what `Trainer` takes, with its loaders.
+train, evaluate, predict, check and parity work on a run function, named as `my_module:make_run` or
+`path/to/script.py:make_run`: it takes a `TrainConfig` and returns a dictionary of what `Trainer` takes, with its
+loaders.
 """
 
 from __future__ import annotations

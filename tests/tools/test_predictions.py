@@ -1,6 +1,7 @@
 """The predict command: a table with the index of each sample."""
 
 import math
+import re
 
 import datasets
 import pytest
@@ -28,7 +29,10 @@ def make_run(config):
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "loss_fn": nn.CrossEntropyLoss(),
         "train_loader": DataLoader(data, 8, shuffle=True),
-        "test_loader": {"low": DataLoader(Subset(data, range(9)), 4), "odd": DataLoader(Subset(data, range(9, 30, 2)), 4)},
+        "test_loader": {
+            "low": DataLoader(Subset(data, range(9)), 4),
+            "odd": DataLoader(Subset(data, range(9, 30, 2)), 4),
+        },
     }
 
 if __name__ == "__main__":
@@ -99,7 +103,7 @@ def test_wrong_options(run, options, message, capsys):
         code = main(["predict", f"{run}/mine.py:make_run", str(run / "run"), *options])
     except SystemExit as exit:
         code = exit.code
-    assert code == 2 and __import__("re").search(message, capsys.readouterr().err)
+    assert code == 2 and re.search(message, capsys.readouterr().err)
 
 
 class Parts(nn.Module):
