@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -320,7 +320,33 @@ def _chart(x: Sequence[int], title: str, unit: str, curves: list[dict[str, Any]]
 def _named_series(history: History) -> dict[str, list[float]]:
     """Return what was measured per epoch, metrics too, by name; names without a value are left out."""
     known = {name: getattr(history, series) for name, series in SERIES.items()} | history.metrics
+    known |= {f"train {name}": values for name, values in history.train_metrics.items()}
     return {name: values for name, values in known.items() if values}
+
+
+def _vectors(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the metrics with a value for each index, such as one for each class: name -> names of its values."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        metric, _, index = name.rpartition("/")
+        if metric and index.isdigit():
+            found.setdefault(metric, []).append(name)
+    return {metric: values for metric, values in found.items() if len(values) > 1}
+
+
+def _vector_tables(history: History) -> list[Table]:
+    """Return a table for each metric with a value for each index, which would be as many charts."""
+    tables: list[Table] = []
+    for metric, names in _vectors(history.metrics).items():
+        epochs = {"last epoch": history.num_epochs}
+        if history.best_epoch is not None:
+            epochs = {f"best epoch ({history.best_epoch})": history.best_epoch} | epochs
+        rows = [
+            [name.rpartition("/")[2], *(number(history.metrics[name][epoch - 1]) for epoch in epochs.values())]
+            for name in names
+        ]
+        tables.append((metric, True, ["index", *epochs], rows))
+    return tables
 
 
 def _charts(record: RunFiles) -> list[dict[str, Any]]:
@@ -338,8 +364,10 @@ def _charts(record: RunFiles) -> list[dict[str, Any]]:
             charts.append(_chart(range(1, history.num_epochs + 1), title, unit, curves, **more))
 
     add("Loss", "", {"train_loss": "train loss", "test_loss": "test loss"}, gap="test_loss" in series)
-    for name in history.metrics:
-        add(name, "", {name: name})
+    in_tables = {name for names in _vectors(history.metrics).values() for name in names}
+    for name in dict.fromkeys([*history.metrics, *history.train_metrics]):
+        if name not in in_tables:
+            add(name, "", {f"train {name}": f"train {name}", name: name})
     charts += _charts_by_step(record.steps)
     shown = ["grad_norm"] if record.steps.learning_rates or _is_constant(history.learning_rates) else list(_TITLES)[:2]
     shown += ["samples_per_second"] if _is_long(history) else []
@@ -444,7 +472,9 @@ def _cards(record: RunFiles) -> list[tuple[str, str]]:
         cards.append((f"its {record.monitor.replace('_', ' ')}", number(history.best_value)))
     if record.evaluations:
         last = record.evaluations[-1]
-        cards += [(f"{last['data']} {name}", number(value)) for name, value in last["scores"].items()]
+        in_tables = {name for names in _vectors(last["scores"]).values() for name in names}
+        scores = {name: value for name, value in last["scores"].items() if name not in in_tables}
+        cards += [(f"{last['data']} {name}", number(value)) for name, value in scores.items()]
     if history.epoch_seconds:
         cards.append(("time", duration(sum(history.epoch_seconds))))
     if history.learning_rates and _is_constant(history.learning_rates) and not record.steps.learning_rates:
@@ -465,7 +495,7 @@ def duration(seconds: float) -> str:
 
 
 def _tables(record: RunFiles) -> list[Table]:
-    tables = described_model(record.layers, record.optimizer)
+    tables = _vector_tables(record.history) + described_model(record.layers, record.optimizer)
     environment = {name: value for name, value in record.environment.items() if value is not None}
     machine = {name: environment.pop(name) for name in ("hardware", "platform", "python") if name in environment}
     identity = {name: value for name, value in record.identity.items() if name not in record.asked}

@@ -189,6 +189,15 @@ def test_warm_up_and_cosine_reach_the_peak_and_nearly_zero():
     )
 
 
+def test_averaged_weights_are_smoother_than_the_last(capsys):
+    found = recipe("Averaged weights (EMA)", ("num_epochs=10", "num_epochs=4"))
+    plain = recipe("Averaged weights (EMA)", ("num_epochs=10", "num_epochs=4"), ("[average]", "[]"))
+    averaged, last = (one["history"].test_losses for one in (found, plain))
+    assert found["history"].train_losses == plain["history"].train_losses and averaged != last
+    assert all(before > after for before, after in zip(averaged, averaged[1:], strict=False))
+    assert f"averaged weights: {min(averaged):.4f}" in capsys.readouterr().out
+
+
 def test_overfit_one_batch_tells_a_sound_model_from_one_that_does_not_learn(capsys):
     recipe("Overfit one batch")
     assert "learned by heart {'loss': 0.0" in capsys.readouterr().out

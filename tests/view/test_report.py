@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from accel_trainer import Callback, History, ProcessFailedError, Trainer
+from accel_trainer import Callback, History, Loss, ProcessFailedError, Trainer
 from accel_trainer.devices import agreement
 from accel_trainer.tools.cli import main
 from accel_trainer.view.report import LivePage, RunFiles, render, runs_in
@@ -59,6 +59,35 @@ def test_the_page_has_the_numbers_of_the_history_and_the_evaluation(tmp_path):
 
 def curves_of(data):
     return {one["label"]: one["values"] for chart in data["charts"] for one in chart["series"]}
+
+
+def test_metrics_of_the_training_and_values_by_index_are_shown(tmp_path):
+    def compute_loss(model, batch):
+        outputs = model(batch[0])
+        loss = nn.functional.cross_entropy(outputs, batch[1])
+        return Loss(loss, None, outputs, batch[1], {"size": outputs.square().mean()})
+
+    model = make_model()
+    recalls = {"recall": lambda outputs, targets: [0.25, 0.5, float(len(targets))]}
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        compute_loss=compute_loss,
+        whole_metrics=recalls,
+        config=quiet(run_dir=tmp_path / "run", num_epochs=2),
+    )
+    history = trainer.fit(loader_of(make_data(16), 8), loader_of(make_data(12), 8))
+    trainer.evaluate(loader_of(make_data(9), 8))
+    page = (tmp_path / "run/report.html").read_text()
+    charts = {chart["title"]: chart for chart in data_of(page)["charts"]}
+    shown = {one["label"]: one["values"] for one in charts["size"]["series"]}
+    assert shown == {"train size": history.train_metrics["size"], "size": history.metrics["size"]}
+    assert not any("recall" in title for title in charts)
+    table = re.search(r"<summary>recall</summary>(.*?)</table>", page, re.DOTALL)[1]
+    cells = re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", table)
+    best = f"best epoch ({history.best_epoch})"
+    rows = [("0", "0.2500", "0.2500"), ("1", "0.5000", "0.5000"), ("2", "12.00", "12.00")]
+    assert cells == ["index", best, "last epoch", *(cell for row in rows for cell in row)]
 
 
 def test_a_long_run_tells_where_its_time_went(tmp_path):
