@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +25,16 @@ from .assessment import Details, is_details
 from .assessment_pictures import draw_assessment, draw_wrong_samples
 from .described import LAYERS, OPTIMIZER
 from .forms import Form, fits
-from .sections import Table, assessment, compared, described_evaluations, described_model, number
+from .sections import (
+    Table,
+    assessment,
+    by_index,
+    compared,
+    described_evaluations,
+    described_model,
+    number,
+    without_index,
+)
 from .steps import Steps, steps_of
 
 
@@ -324,28 +333,33 @@ def _named_series(history: History) -> dict[str, list[float]]:
     return {name: values for name, values in known.items() if values}
 
 
-def _vectors(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the metrics with a value for each index, such as one for each class: name -> names of its values."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        metric, _, index = name.rpartition("/")
-        if metric and index.isdigit():
-            found.setdefault(metric, []).append(name)
-    return {metric: values for metric, values in found.items() if len(values) > 1}
+def _by_set(history: History) -> dict[str, dict[str, str]]:
+    """Return score -> test set -> name of its series; a single test set has an empty name."""
+    sets = [name.removesuffix("/loss") for name in history.metrics if name.endswith("/loss")] or [""]
+    found: dict[str, dict[str, str]] = {}
+    for name in history.metrics:
+        of = next((one for one in sets if name.startswith(f"{one}/")), "")
+        found.setdefault(name.removeprefix(f"{of}/"), {})[of] = name
+    return found
 
 
-def _vector_tables(history: History) -> list[Table]:
+def _tables_by_index(record: RunFiles) -> list[Table]:
     """Return a table for each metric with a value for each index, which would be as many charts."""
+    history, by_set = record.history, _by_set(record.history)
+    last: dict[str, Any] = record.evaluations[-1] if record.evaluations else {"scores": {}}
+    epochs = {f"best epoch ({history.best_epoch})": history.best_epoch} if history.best_epoch is not None else {}
+    epochs["last epoch"] = history.num_epochs
     tables: list[Table] = []
-    for metric, names in _vectors(history.metrics).items():
-        epochs = {"last epoch": history.num_epochs}
-        if history.best_epoch is not None:
-            epochs = {f"best epoch ({history.best_epoch})": history.best_epoch} | epochs
-        rows = [
-            [name.rpartition("/")[2], *(number(history.metrics[name][epoch - 1]) for epoch in epochs.values())]
-            for name in names
-        ]
-        tables.append((metric, True, ["index", *epochs], rows))
+    for metric, scores in by_index(by_set).items():
+        sets = by_set[scores[0]]
+        header = [f"{of}, {epoch}" if of else epoch for of in sets for epoch in epochs]
+        header += [f"evaluation: {last['data']}"] if scores[0] in last["scores"] else []
+        rows = []
+        for score in scores:
+            values = [history.metrics[name][epoch - 1] for name in by_set[score].values() for epoch in epochs.values()]
+            values += [last["scores"][score]] if score in last["scores"] else []
+            rows.append([score.rpartition("/")[2], *map(number, values)])
+        tables.append((metric, True, ["index", *header], rows))
     return tables
 
 
@@ -364,10 +378,10 @@ def _charts(record: RunFiles) -> list[dict[str, Any]]:
             charts.append(_chart(range(1, history.num_epochs + 1), title, unit, curves, **more))
 
     add("Loss", "", {"train_loss": "train loss", "test_loss": "test loss"}, gap="test_loss" in series)
-    in_tables = {name for names in _vectors(history.metrics).values() for name in names}
-    for name in dict.fromkeys([*history.metrics, *history.train_metrics]):
-        if name not in in_tables:
-            add(name, "", {f"train {name}": f"train {name}", name: name})
+    by_set = _by_set(history)
+    for name in without_index(dict.fromkeys([*by_set, *history.train_metrics])):
+        curves = {f"train {name}": f"train {name}"} | {key: key for key in by_set.get(name, {}).values()}
+        add("Loss of each test set" if name == "loss" else name, "", curves)
     charts += _charts_by_step(record.steps)
     shown = ["grad_norm"] if record.steps.learning_rates or _is_constant(history.learning_rates) else list(_TITLES)[:2]
     shown += ["samples_per_second"] if _is_long(history) else []
@@ -472,9 +486,7 @@ def _cards(record: RunFiles) -> list[tuple[str, str]]:
         cards.append((f"its {record.monitor.replace('_', ' ')}", number(history.best_value)))
     if record.evaluations:
         last = record.evaluations[-1]
-        in_tables = {name for names in _vectors(last["scores"]).values() for name in names}
-        scores = {name: value for name, value in last["scores"].items() if name not in in_tables}
-        cards += [(f"{last['data']} {name}", number(value)) for name, value in scores.items()]
+        cards += [(f"{last['data']} {name}", number(value)) for name, value in without_index(last["scores"]).items()]
     if history.epoch_seconds:
         cards.append(("time", duration(sum(history.epoch_seconds))))
     if history.learning_rates and _is_constant(history.learning_rates) and not record.steps.learning_rates:
@@ -495,7 +507,7 @@ def duration(seconds: float) -> str:
 
 
 def _tables(record: RunFiles) -> list[Table]:
-    tables = _vector_tables(record.history) + described_model(record.layers, record.optimizer)
+    tables = _tables_by_index(record) + described_model(record.layers, record.optimizer)
     environment = {name: value for name, value in record.environment.items() if value is not None}
     machine = {name: environment.pop(name) for name in ("hardware", "platform", "python") if name in environment}
     identity = {name: value for name, value in record.identity.items() if name not in record.asked}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .assessment import FEW_CLASSES, Details, num_cells
@@ -34,9 +34,25 @@ def share(value: float) -> str:
     return f"{100 * value:.1f}\u00a0%"
 
 
+def by_index(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the metrics with a value for each index, such as one for each class: name -> names of its values."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        metric, _, index = name.rpartition("/")
+        if metric and index.isdigit():
+            found.setdefault(metric, []).append(name)
+    return {metric: values for metric, values in found.items() if len(values) > 1}
+
+
+def without_index(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return scores without those that are one of many values of a metric."""
+    left_out = {name for names in by_index(scores).values() for name in names}
+    return {name: value for name, value in scores.items() if name not in left_out}
+
+
 def described_evaluations(evaluations: Sequence[dict[str, Any]], is_chosen_by_test: bool) -> tuple[Table, str]:
     """Return the table of all evaluations, and what is to be said of them."""
-    names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation["scores"]))
+    names = list(dict.fromkeys(name for evaluation in evaluations for name in without_index(evaluation["scores"])))
     rows = []
     for evaluation in evaluations:
         num_samples = evaluation["num_samples"]

@@ -86,8 +86,32 @@ def test_metrics_of_the_training_and_values_by_index_are_shown(tmp_path):
     table = re.search(r"<summary>recall</summary>(.*?)</table>", page, re.DOTALL)[1]
     cells = re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", table)
     best = f"best epoch ({history.best_epoch})"
-    rows = [("0", "0.2500", "0.2500"), ("1", "0.5000", "0.5000"), ("2", "12.00", "12.00")]
-    assert cells == ["index", best, "last epoch", *(cell for row in rows for cell in row)]
+    rows = [("0", *["0.2500"] * 3), ("1", *["0.5000"] * 3), ("2", "12.00", "12.00", "9.000")]
+    assert cells == ["index", best, "last epoch", "evaluation: final", *(cell for row in rows for cell in row)]
+    assert "recall/0" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL).partition("Config")[0]
+
+
+def test_scores_of_several_test_sets_share_a_chart(tmp_path):
+    model = make_model()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        metrics={"accuracy": correct},
+        whole_metrics={"recall": lambda outputs, targets: [0.25, float(len(targets))]},
+        config=quiet(run_dir=tmp_path / "run", num_epochs=2),
+    )
+    tests = {"val": loader_of(make_data(12), 8), "ood": loader_of(make_data(9), 8)}
+    history = trainer.fit(loader_of(make_data(16), 8), tests)
+    page = (tmp_path / "run/report.html").read_text()
+    charts = {chart["title"]: chart for chart in data_of(page)["charts"]}
+    for title, score in (("Loss of each test set", "loss"), ("accuracy", "accuracy")):
+        shown = {one["label"]: one["values"] for one in charts[title]["series"]}
+        assert shown == {f"{name}/{score}": history.metrics[f"{name}/{score}"] for name in ("val", "ood")}
+    cells = re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", re.search(r">recall</summary>(.*?)</table>", page, re.DOTALL)[1])
+    best = f"best epoch ({history.best_epoch})"
+    assert cells[:5] == ["index", f"val, {best}", "val, last epoch", f"ood, {best}", "ood, last epoch"]
+    assert cells[-5:] == ["1", "12.00", "12.00", "9.000", "9.000"]
 
 
 def test_a_long_run_tells_where_its_time_went(tmp_path):
