@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .base.console import warn
 from .data.collated import count_samples
@@ -184,6 +185,20 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         if not model.training:
             model.train()
         yield
+
+
+def trained_while_evaluating(model: nn.Module) -> list[str]:
+    """Return the names of modules in evaluation mode, the outermost only, whose weights a training model trains.
+
+    That is meant for layers that normalise, and an oversight where `from_pretrained` has left a part so.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if module.training or isinstance(module, _NormBase) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            found.append(name)
+    return found
 
 
 @contextmanager

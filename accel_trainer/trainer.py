@@ -36,7 +36,7 @@ from .devices.hardware import Hardware
 from .devices.memory import keep_data
 from .devices.prepared import Prepared
 from .errors import NonFiniteError
-from .evaluation import evaluate, predict, training_mode
+from .evaluation import evaluate, predict, trained_while_evaluating, training_mode
 from .history import History
 from .loop import fit, record
 from .numbers.loss_table import Totals
@@ -285,6 +285,10 @@ class Trainer:
         has_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
         if hardware.num_processes > 1 and is_free and has_norm:
             yield _ON_BATCH_NORM
+        evaluating = trained_while_evaluating(self.model)
+        if evaluating:
+            names = ", ".join(evaluating[:3]) + (f" and {len(evaluating) - 3} more" if len(evaluating) > 3 else "")
+            yield f"In evaluation mode, so without dropout, though trained: {names}. {_ON_EVALUATING}"
 
     def _all_callbacks(
         self, hardware: Hardware, train_loader: DataLoader[Any], folder: RunFolder | None
@@ -520,6 +524,10 @@ def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layou
 _ON_BATCH_NORM = (
     "The model has BatchNorm, which sees the micro-batch of its process: another number of processes trains another "
     "model. A fixed num_micro_batches (the largest number of processes that you may use) makes it the same on all."
+)
+_ON_EVALUATING = (
+    "The model was given so, as from_pretrained returns it, and stays so: call model.train() before fit if that is not "
+    "meant."
 )
 _LEAVING = ("SIGTERM", "SIGUSR1")  # what ends the program too
 
