@@ -238,5 +238,6 @@ def evaluation_pass(
             yield micro_batch
             buffers.restore()
 
-    with evaluation_mode(prepared.user_model), torch.no_grad(), closing(loader.micro_batches(1)) as micro_batches:
+    model = prepared.model  # with its wrapper on several processes, which compute_loss may ask for its mode
+    with evaluation_mode(model), torch.no_grad(), closing(loader.micro_batches(1)) as micro_batches:
         yield each()

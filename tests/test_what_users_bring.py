@@ -709,6 +709,35 @@ def test_modes_that_a_callback_has_set_go_on(max_steps, tmp_path):
     assert run(tmp_path / "parts") == run(tmp_path / "whole") and run(tmp_path / "other")[1]
 
 
+def test_parts_that_are_trained_in_evaluation_mode_are_named(capsys):
+    """As those of `from_pretrained` within a module of one's own are."""
+
+    def said_of(change):
+        encoder = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(8, 3)})
+        change(model)
+        trainer = Trainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            compute_loss=lambda model, batch: nn.functional.cross_entropy(
+                model["head"](model["encoder"](batch[0])), batch[1]
+            ),
+            config=quiet(num_epochs=1, verbose=True),
+        )
+        trainer.fit(loader_of(make_data(8), 4))
+        return capsys.readouterr().out
+
+    expected = "so without dropout, though trained: encoder. The model was given so, as from_pretrained returns it"
+    assert expected in said_of(lambda model: model["encoder"].eval())
+    meant = (
+        lambda model: model.eval(),  # as a whole: the training puts it into training mode
+        lambda model: model["encoder"][1].eval(),
+        lambda model: model["encoder"][2].eval(),
+        lambda model: model["encoder"].eval().requires_grad_(False),
+    )
+    assert not any("without dropout" in said_of(change) for change in meant)
+
+
 def test_a_callback_that_is_not_called_again_is_named(tmp_path, capsys):
     def run(max_steps):
         model = make_model()

@@ -238,35 +238,28 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     try:
         return model(*arguments, **named)
     except TypeError as error:
-        _explain(error, model, named)
-        raise
+        if not isinstance(inputs, Mapping):
+            raise
+        how = "as one dictionary" if arguments else "by name"
+        raise TypeError(
+            f"{error} (The model was called with the entries of a batch {how}: {', '.join(inputs)}. What it does not "
+            "take, leave out of the samples, or give compute_loss(model, batch).)"
+        ) from error
 
 
 def arguments_of(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Return what the model is called with: one argument, or several, by name or in order.
 
-    The entries of a dictionary are arguments by name, and those of a tuple or list in order, if the forward has two or
-    more without a default. Anything else is one argument.
+    The entries of a dictionary are arguments by name, unless the forward has one without a default that is none of
+    them: it takes the dictionary. Those of a tuple or list are arguments in order, if it has two or more of these.
+    Anything else is one argument.
     """
+    needed = _needed(type(unwrapped(model)).forward) if isinstance(inputs, (Mapping, tuple, list)) else ()
     if isinstance(inputs, Mapping):
-        return (), inputs
-    is_several = isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields")
-    if is_several and _num_needed(type(unwrapped(model)).forward) > 1:
+        return ((inputs,), {}) if len(needed) == 1 and needed[0] not in inputs else ((), inputs)
+    if len(needed) > 1 and not hasattr(inputs, "_fields"):
         return inputs, {}
     return (inputs,), {}
-
-
-def _explain(error: TypeError, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Raise a clearer error if a model was given arguments that it does not take."""
-    parameters = inspect.signature(unwrapped(model).forward).parameters
-    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    unknown = [name for name in inputs if name not in parameters]
-    if unknown and not takes_any:
-        raise TypeError(
-            f"The model is called with the entries of a batch by name: {', '.join(inputs)}. Its forward takes "
-            f"{', '.join(parameters) or 'nothing'}, but not {', '.join(unknown)}. Leave them out of the samples, or "
-            "give compute_loss(model, batch)."
-        ) from error
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -281,14 +274,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @functools.lru_cache
-def _num_needed(forward: Callable[..., Any]) -> int:
-    """Return the number of arguments without a default of the forward of a class."""
+def _needed(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the arguments without a default of the forward of a class; none where it does not tell."""
     try:
         _, *parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):
-        return 1
+        return ()
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(one.kind in by_position and one.default is one.empty for one in parameters)
+    return tuple(one.name for one in parameters if one.kind in by_position and one.default is one.empty)
 
 
 def usable(weight: Weight) -> Weight:

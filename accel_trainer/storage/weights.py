@@ -80,9 +80,17 @@ def split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
 
 def without(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return a state without these names, and what belongs to them, such as the scales of a weight of four bits."""
+    """Return a state without these names, and what belongs to them: the scales of weights of four bits and of eight."""
     parts = tuple(f"{name}." for name in names)
-    return {name: value for name, value in state.items() if name not in names and not name.startswith(parts)}
+    beside = {name.removesuffix("weight") + scale for name in names for scale in _SCALES}
+    return {
+        name: value
+        for name, value in state.items()
+        if name not in names and name not in beside and not name.startswith(parts)
+    }
+
+
+_SCALES = ("SCB", "weight_format")  # what bitsandbytes writes beside a weight of eight bits
 
 
 class FrozenWeights:

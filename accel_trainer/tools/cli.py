@@ -91,18 +91,7 @@ def _parser() -> OptionParser:
     evaluate.add_argument("--report", choices=("classification", "regression"), help=_REPORT)
     evaluate.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
 
-    parity = parsers["parity"]
-    parity.add_argument("run", type=str, nargs="?", help=f"{_RUN} (default: small pictures of digits)")
-    parity.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of CPU processes")
-    parity.add_argument("--num_micro_batches", type=int, default=8, help="the fixed number of most rows")
-    parity.add_argument("--num_epochs", type=int, default=2, help="epochs of each run")
-    parity.add_argument("--max_steps", type=int | None, help="steps of each run at most")
-    parity.add_argument("--seed", type=int, default=0, help="seed of each run")
-    parity.add_argument("--timeout", type=int, default=1800, help="seconds that one run may take")
-    printed = parity.add_mutually_exclusive_group()
-    printed.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="what is printed")
-    printed.add_argument("--markdown", action="store_true", help="a table for a README or an issue")
-
+    _add_parity_options(parsers["parity"])
     export = parsers["export"]
     export.add_argument("run", type=str, nargs="?", help=f"{_RUN}, whose model writes its own files")
     export.add_argument("run_dir", type=str, help="folder of the run")
@@ -114,6 +103,19 @@ def _parser() -> OptionParser:
     parsers["report"].add_argument("--output", type=str, help=_OUTPUT)
     parsers["runs"].add_argument("folder", type=str, nargs="?", default="runs", help="looked through for runs")
     return parser
+
+
+def _add_parity_options(parity: OptionParser) -> None:
+    parity.add_argument("run", type=str, nargs="?", help=f"{_RUN} (default: small pictures of digits)")
+    parity.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of CPU processes")
+    parity.add_argument("--num_micro_batches", type=int, default=8, help="the fixed number of most rows")
+    parity.add_argument("--num_epochs", type=int, default=2, help="epochs of each run")
+    parity.add_argument("--max_steps", type=int | None, help="steps of each run at most")
+    parity.add_argument("--seed", type=int, default=0, help="seed of each run")
+    parity.add_argument("--timeout", type=int, default=1800, help="seconds that one run may take")
+    printed = parity.add_mutually_exclusive_group()
+    printed.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="what is printed")
+    printed.add_argument("--markdown", action="store_true", help="a table for a README or an issue")
 
 
 def _list_or_number(text: str) -> str | float:

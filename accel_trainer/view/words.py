@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.data import DataLoader
 
 from ..base.console import warn
@@ -34,6 +34,10 @@ def start_lines(
     has_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     if hardware.num_processes > 1 and is_free and has_norm:
         yield _ON_BATCH_NORM
+    evaluating = _trained_while_evaluating(model)
+    if evaluating:
+        names = ", ".join(evaluating[:3]) + (f" and {len(evaluating) - 3} more" if len(evaluating) > 3 else "")
+        yield f"In evaluation mode, so without dropout, though trained: {names}. {_ON_EVALUATING}"
 
 
 def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layout, config: TrainConfig) -> str:
@@ -53,6 +57,24 @@ _ON_BATCH_NORM = (
     "The model has BatchNorm, which sees the micro-batch of its process: another number of processes trains another "
     "model. A fixed num_micro_batches (the largest number of processes that you may use) makes it the same on all."
 )
+_ON_EVALUATING = (
+    "The model was given so, as from_pretrained returns it, and stays so: call model.train() before fit if that is not "
+    "meant."
+)
+
+
+def _trained_while_evaluating(model: nn.Module) -> list[str]:
+    """Return the names of modules in evaluation mode, the outermost only, whose weights a training model trains.
+
+    That is meant for layers that normalise, and an oversight where `from_pretrained` has left a part so.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if module.training or isinstance(module, _NormBase) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            found.append(name)
+    return found
 
 
 def resolved(run: Run) -> dict[str, Any]:

@@ -179,6 +179,23 @@ def test_a_scalar_is_monitored():
     assert history.best_epoch == 2
 
 
+def modes_seen():
+    model = nn.Linear(5, 3)
+
+    def compute_loss(model, batch):
+        return Loss(plain(model, batch), scalars={"training": float(model.training)})
+
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), compute_loss=compute_loss, config=quiet())
+    history = trainer.fit(loader_of(make_data(12), 4), loader_of(make_data(8), 4))
+    return history.train_metrics, history.metrics
+
+
+@pytest.mark.distributed
+def test_compute_loss_sees_the_mode_on_any_number_of_processes():
+    expected = {"training": [1.0, 1.0]}, {"training": [0.0, 0.0]}
+    assert modes_seen() == expected and on_processes(2, modes_seen) == [expected] * 2
+
+
 # --- the model's own loss ---------------------------------------------------------------------------------------------
 
 

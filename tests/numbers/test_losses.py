@@ -322,12 +322,38 @@ class Dictionaries(Dataset):
         return {"x": torch.full((5,), float(index)), "label": index % 3, "note": "kept"}
 
 
+class ByName(nn.Linear):
+    def forward(self, features, shift=0.0):
+        return super().forward(features + shift)
+
+
+class Two(nn.Linear):
+    def forward(self, x, y):
+        return super().forward(x + y)
+
+
+class Whole(nn.Linear):
+    def forward(self, batch):
+        return super().forward(batch["x"])
+
+
 def test_batches_that_a_model_cannot_take_are_named_by_their_keys():
-    trainer = Trainer(nn.Linear(5, 3), None, nn.CrossEntropyLoss(), config=quiet())
-    with pytest.raises(
-        TypeError, match=r"by name: x, note. Its forward takes input, but not x, note. .* give compute_loss"
-    ):
-        trainer.evaluate(DataLoader(Dictionaries(), batch_size=4))
+    by_name = r"unexpected keyword argument 'note' \(The model was called with the entries of a batch by name: x, note"
+    for kind, message in ((nn.Linear, "as one dictionary: x, note"), (ByName, "as one dictionary"), (Two, by_name)):
+        trainer = Trainer(kind(5, 3), None, nn.CrossEntropyLoss(), config=quiet())
+        with pytest.raises(TypeError, match=f"{message}.* leave out of the samples, or give compute_loss"):
+            trainer.evaluate(DataLoader(Dictionaries(), batch_size=4))
+
+
+def test_a_model_of_one_argument_is_given_the_dictionary():
+    torch.manual_seed(0)
+    model = Whole(5, 3)
+    trainer = Trainer(model, None, nn.CrossEntropyLoss(), config=quiet())
+    inputs = torch.arange(10.0)[:, None].expand(-1, 5)
+    expected = model({"x": inputs})
+    found = trainer.evaluate(DataLoader(Dictionaries(), batch_size=4))["loss"]
+    assert found == pytest.approx(nn.functional.cross_entropy(expected, torch.arange(10) % 3).item())
+    assert torch.allclose(trainer.predict(DataLoader(Dictionaries(), batch_size=4)), expected)
 
 
 def test_compute_loss_sees_every_key_and_dictionaries_of_two_need_none():
