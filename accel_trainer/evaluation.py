@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,8 +15,7 @@ from .data.collated import count_samples
 from .data.micro_batches import MicroBatch, MicroBatchLoader
 from .data.randomness import EVALUATION, derive_seed, draws_nothing, seed_all
 from .devices.agreement import Stopping
-from .devices.gathering import Gathered, join, join_ragged, of_samples
-from .devices.hardware import Hardware
+from .devices.gathering import Gathered, GatheredForwards, join, join_ragged, of_samples
 from .devices.memory import until_it_fits
 from .devices.prepared import Prepared
 from .numbers.buffers import FixedBuffers
@@ -27,19 +26,6 @@ from .numbers.metrics import Metrics
 from .numbers.objective import Objective, call_model, check_loss, inputs_of
 
 
-class Collecting(Protocol):
-    """Takes in what each micro-batch of an evaluation gives."""
-
-    def start(self) -> None:
-        """Begin, from the first sample; more than once where memory runs out."""
-
-    def add(self, micro_batch: MicroBatch, forward: Forward, /) -> None:
-        """Take in what a micro-batch of this process gave."""
-
-    def after(self, micro_batch: MicroBatch) -> None:
-        """Collect what is waiting now and then; all processes call it for the same batches."""
-
-
 def evaluate(
     prepared: Prepared,
     objective: Objective,
@@ -47,7 +33,7 @@ def evaluate(
     metrics: Metrics,
     stopping: Stopping | None = None,
     probe: MeanProbe | None = None,
-    answers: Collecting | None = None,
+    answers: GatheredForwards | None = None,
 ) -> dict[str, float] | None:
     """Return the loss and metrics over all samples of a loader, the same numbers on every process.
 
@@ -105,25 +91,16 @@ def evaluate(
     return {"loss": totals.loss, **metrics.in_order(values), **totals.scalars}
 
 
-class _WholeOutputs(Collecting):
+class _WholeOutputs(GatheredForwards):
     """The outputs and targets of all samples, for metrics that are computed of all at once."""
 
-    def __init__(self, hardware: Hardware) -> None:
-        self._hardware = hardware
-
-    def start(self) -> None:
-        self._gathered = Gathered(self._hardware, is_bounded=True)
-
-    def add(self, micro_batch: MicroBatch, forward: Forward, /) -> None:
-        self._gathered.add(micro_batch, pair_of_samples(forward, micro_batch.num_samples))
-
-    def after(self, micro_batch: MicroBatch) -> None:
-        self._gathered.after(micro_batch)
+    def part_of(self, forward: Forward, num_samples: int) -> Any:
+        return pair_of_samples(forward, num_samples)
 
     def values(self, metrics: Metrics) -> dict[str, float]:
         """Return the values of the metrics, on all processes; all call it."""
-        outputs, targets = join(self._gathered.parts()) or (None, None)
-        return self._hardware.from_main(lambda: metrics.of_all(outputs, targets))  # type: ignore[no-any-return]
+        outputs, targets = join(self.parts()) or (None, None)
+        return self.hardware.from_main(lambda: metrics.of_all(outputs, targets))  # type: ignore[no-any-return]
 
 
 def evaluated(prepared: Prepared, objective: Objective, micro_batch: MicroBatch, is_even: bool) -> Forward:

@@ -61,25 +61,19 @@ def load_texts(data: str, text_column: str, label_column: str) -> Dataset:
 
 
 class Collator:
-    """Make a batch of (dictionary of padded tokens, labels) out of rows; it is as long as its longest text."""
+    """Make a batch, as long as its longest text, out of rows: tokens and labels by name."""
 
     def __init__(self, tokenizer: AutoTokenizer) -> None:
-        self.pad = DataCollatorWithPadding(tokenizer)
+        self.pad, self.names = DataCollatorWithPadding(tokenizer), ("input_ids", "attention_mask", "label")
 
-    def __call__(self, rows: list[dict]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return tokens of shape (rows, longest) by name, and labels of shape (rows,)."""
-        tokens = self.pad([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows])
-        return dict(tokens), torch.tensor([row["label"] for row in rows])
-
-
-def loss_fn(outputs: dict[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy of logits of shape (rows, labels)."""
-    return nn.functional.cross_entropy(outputs["logits"], targets)
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Return tokens, shape (rows, longest), and labels, shape (rows,): the model computes its loss by itself."""
+        return dict(self.pad([{name: row[name] for name in self.names} for row in rows]))
 
 
-def accuracy(outputs: dict[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+def accuracy(outputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """Return for each text whether the most likely label is the right one."""
-    return outputs["logits"].argmax(dim=1) == targets
+    return outputs["logits"].argmax(dim=1) == labels
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -128,7 +122,6 @@ def main() -> None:
     trainer = Trainer(
         model,
         make_optimizer(model, options.learning_rate, options.weight_decay),
-        loss_fn,
         scheduler=lambda optimizer, num_steps: get_linear_schedule_with_warmup(
             optimizer, round(options.warmup * num_steps), num_steps
         ),
@@ -136,7 +129,8 @@ def main() -> None:
         config=config,
     )
     trainer.fit(train_loader, test_loader)
-    scores = trainer.evaluate(final_loader)  # with the weights of the best epoch
+    report = None if config.run_dir is None else "classification"  # confusion matrix, most wrong texts
+    scores = trainer.evaluate(final_loader, report)  # with the weights of the best epoch
     if trainer.is_main_process:
         print(f"Final evaluation: loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.4f}")
         if config.run_dir is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..base.exchange import gather_on_main
 from ..data.collated import tensors_in
 from ..data.micro_batches import MicroBatch
+from ..numbers.forward import Forward
 from .environment import free_memory
 from .hardware import Hardware
 
@@ -67,6 +68,34 @@ class Gathered:
         """Return the outputs of each micro-batch, in the order of the samples, on the main process; none on others."""
         self._collect()
         return self._parts
+
+
+class GatheredForwards:
+    """Gathers a part of what each micro-batch of an evaluation gives."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.hardware = hardware
+        self.start()
+
+    def start(self) -> None:
+        """Begin, from the first sample; again where memory has run out."""
+        self._gathered = Gathered(self.hardware, is_bounded=True)
+
+    def part_of(self, forward: Forward, num_samples: int) -> Any:
+        """Return what is kept of a forward, one entry per sample."""
+        raise NotImplementedError
+
+    def add(self, micro_batch: MicroBatch, forward: Forward) -> None:
+        """Take in what a micro-batch of this process gave."""
+        self._gathered.add(micro_batch, self.part_of(forward, micro_batch.num_samples))
+
+    def after(self, micro_batch: MicroBatch) -> None:
+        """Collect what is waiting now and then; all processes call it for the same batches."""
+        self._gathered.after(micro_batch)
+
+    def parts(self) -> list[Any]:
+        """Return what was kept of each micro-batch, in order, on the main process; none on others."""
+        return self._gathered.parts()
 
 
 def of_samples(outputs: Any, num_samples: int, left_out: set[str], name: str = "") -> Any:

@@ -112,7 +112,8 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
         with understood(source):
             left_out = checked_digests(unpack(snapshot.state.get("left_out", {})))
     # As the user's program has made them; only the main process writes.
-    frozen = FrozenWeights(training.prepared.user_model if training.hardware.is_main else None, left_out)
+    keeps = training.hardware.is_main and (training.config.run_dir is not None or training.config.restore_best)
+    frozen = FrozenWeights(training.prepared.user_model if keeps else None, left_out)
     if snapshot is not None:
         with understood(source):
             _check_parts(run, snapshot, left_out)

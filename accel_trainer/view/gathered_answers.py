@@ -7,15 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from ..base.exchange import gather_on_main
-from ..data.micro_batches import MicroBatch
-from ..devices.gathering import Gathered, join
+from ..devices.gathering import GatheredForwards, join
 from ..devices.hardware import Hardware
 from ..numbers.forward import Forward
 from ..numbers.objective import Objective
 from .answers import Answers, Kind, answers_of, ignore_index_of, reading_of
 
 
-class GatheredAnswers:
+class GatheredAnswers(GatheredForwards):
     """Reduce the answers of each micro-batch to a few numbers per sample, and gather these in order.
 
     A sample of a classification takes 30 bytes on the main process. What has many targets per sample, such as the
@@ -23,41 +22,38 @@ class GatheredAnswers:
     """
 
     def __init__(self, kind: Kind, objective: Objective, hardware: Hardware) -> None:
-        self.kind, self.reading = kind, reading_of(objective.loss_fn)
-        self._ignore_index, self._hardware = ignore_index_of(objective.loss_fn), hardware
-        self.start()
+        self.kind, self._reading = kind, reading_of(objective.loss_fn)
+        self._ignore_index = ignore_index_of(objective.loss_fn)
+        super().__init__(hardware)
 
     def start(self) -> None:
-        """Begin an evaluation, from its first sample."""
-        self._gathered = Gathered(self._hardware, is_bounded=True)
+        """Begin, from the first sample."""
+        super().start()
         self._counts: Tensor | None = None
         self._num_classes = 0
 
-    def add(self, micro_batch: MicroBatch, forward: Forward) -> None:
-        """Take in what a micro-batch of this process gave."""
-        answers: Answers = answers_of(self.kind, forward, micro_batch.num_samples, self._ignore_index)
+    def part_of(self, forward: Forward, num_samples: int) -> dict[str, Tensor]:
+        """Return the columns of numbers, and count."""
+        answers: Answers = answers_of(self.kind, forward, num_samples, self._ignore_index)
         self._num_classes = answers.num_classes
-        self._gathered.add(micro_batch, answers.columns)
         if answers.counts is not None:
             self._counts = answers.counts if self._counts is None else self._counts + answers.counts
-
-    def after(self, micro_batch: MicroBatch) -> None:
-        """Collect what is waiting now and then; all processes call it for the same batches."""
-        self._gathered.after(micro_batch)
+        return answers.columns
 
     def joined(self) -> dict[str, Any] | None:
         """Return columns, counts and the number of classes, on the main process; `None` on the others.
 
         Whole numbers are added, so the counts are the same on any number of processes.
         """
-        columns = join(self._gathered.parts())
+        columns = join(self.parts())
         mine = None if self._counts is None else self._counts.cpu()
         everyone = gather_on_main((mine, self._num_classes))
-        if not self._hardware.is_main:
+        if not self.hardware.is_main:
             return None
         counts = [counts for counts, _ in everyone if counts is not None]
-        num_classes = max(number for _, number in everyone)
-        return {"columns": columns or {}, "counts": sum(counts[1:], counts[0]) if counts else None} | {
-            "num_classes": num_classes,
-            "reading": self.reading,
+        return {
+            "columns": columns or {},
+            "counts": sum(counts[1:], counts[0]) if counts else None,
+            "num_classes": max(number for _, number in everyone),
+            "reading": self._reading,
         }
