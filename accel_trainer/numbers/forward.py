@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ class Forward:
     weight: Weight  # a number, or a scalar on the device
     outputs: Any = None
     targets: Any = None
-    scalars: Mapping[str, Weight] = field(default_factory=dict)
+    scalars: Mapping[str, Weight] | None = None  # with `compute_loss` only
 
     def check_weight(self) -> None:
         """Refuse a weight that is no number of at least 0; what is wrong in a tensor is refused when it is read."""
@@ -88,7 +88,7 @@ def forward_of(result: Any, weight: Weight) -> Forward:
             f"{type(result).__name__}{held}. Other numbers than the loss go into the scalars of Loss."
         )
     if not isinstance(result, tuple):
-        return Forward(result, weight)
+        return Forward(result, weight, scalars={})
     given = Loss(*result)
     scalars = {name: _checked_scalar(name, value) for name, value in given.scalars.items()}
     return Forward(given.loss, weight if given.weight is None else given.weight, given.outputs, given.targets, scalars)

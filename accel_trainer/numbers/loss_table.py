@@ -106,13 +106,16 @@ class LossTable:
 
     def add(self, micro_batch: MicroBatch, forward: Forward, totals: Sequence[float | Tensor] = ()) -> None:
         """Add a micro-batch of the present batch, and the sum of each metric over its samples; ignore padding."""
-        values = self._values_of(forward.scalars) if forward.scalars or self._scalars != () else ()
         if not micro_batch.piece.is_padding:
             row = self._batches[-1].first_row + micro_batch.piece.index
             loss, weight = forward.loss.detach(), forward.weight
             if self._copies:
                 loss, weight = loss.clone(), weight.clone() if isinstance(weight, Tensor) else weight
-            self._open.append((row, loss, weight, micro_batch.num_samples, *totals, *values))
+            self._open.append((row, loss, weight, micro_batch.num_samples, *totals))
+        if forward.scalars is not None:
+            values = self._values_of(forward.scalars)
+            if not micro_batch.piece.is_padding:
+                self._open[-1] += tuple(values)
 
     def _values_of(self, scalars: Mapping[str, float | Tensor]) -> list[float | Tensor]:
         """Return scalars in the order of their columns, which the first ones decide."""

@@ -207,8 +207,9 @@ class Objective:
                     "Metrics need the model's outputs, which compute_loss keeps to itself: let it return "
                     "accel_trainer.Loss(loss, weight, outputs, targets)."
                 )
-            if self._expected is not None and self._expected not in forward.scalars:
-                names = ", ".join(("test_loss", "train_loss", *forward.scalars))
+            scalars = forward.scalars or {}
+            if self._expected is not None and self._expected not in scalars:
+                names = ", ".join(("test_loss", "train_loss", *scalars))
                 raise ValueError(f"monitor must be a metric or one of {names} here, got {self._expected!r}.")
             return forward
         inputs, targets = split_batch(batch)
@@ -234,6 +235,8 @@ def _is_small(value: Any) -> bool:
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call the model with `arguments_of` the inputs."""
+    if isinstance(inputs, Tensor):  # known at once: the other questions cost a microsecond
+        return model(inputs)
     arguments, named = arguments_of(model, inputs)
     try:
         return model(*arguments, **named)

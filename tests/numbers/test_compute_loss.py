@@ -141,9 +141,9 @@ def with_scalars(scalars):
     return lambda model, batch: Loss(plain(model, batch), scalars=scalars)
 
 
-def changing():
-    names = iter("abcdefgh")
-    return lambda model, batch: Loss(plain(model, batch), scalars={next(names): 1.0})
+def changing(scalars=({"a": 1.0}, {"b": 1.0})):
+    given = iter([*scalars, {}, {}, {}])
+    return lambda model, batch: Loss(plain(model, batch), scalars=next(given))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,8 @@ def changing():
         (with_scalars({"kl": "much"}), {}, TypeError, "'kl' .* must be one real number, got a str"),
         (with_scalars({"test_loss": 1.0}), {}, ValueError, "'test_loss' of a scalar is taken"),
         (changing(), {}, ValueError, "same scalars for each micro-batch: first a, now b"),
+        (changing([{}, {"a": 1.0}]), {}, ValueError, "same scalars for each micro-batch: first none, now a"),
+        (changing([{"a": 1.0}, {}]), {}, ValueError, "same scalars for each micro-batch: first a, now none"),
         (lambda model, batch: {"loss": plain(model, batch)}, {}, TypeError, "got a dict of loss. Other numbers"),
         (lambda model, batch: (plain(model, batch),) * 6, {}, TypeError, "got a tuple of 6"),
         (with_scalars({"kl": 1.0}), {"monitor": "fid", "mode": "min"}, ValueError, "one of test_loss, train_loss, kl"),
