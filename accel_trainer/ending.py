@@ -5,24 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
-from .base.clock import advice
 from .base.console import warn
-from .data.order import is_stream
-from .devices.compiled import num_compilations
-from .devices.environment import masked
-from .errors import NonFiniteError, ProcessFailedError
+from .errors import NonFiniteError
 from .loop import record
 from .numbers.loss_table import Totals
 from .run import Run
-from .view.reporter import Reporter
+from .view.words import advice_of
 
 LEAVING = ("SIGTERM", "SIGUSR1")  # what ends the program too
-# Class of an error -> the state in which it leaves a run; all others: failed. `TrialPruned` is Optuna's.
-_ENDS = {"TrialPruned": "pruned", "KeyboardInterrupt": "interrupted"}
-_LONGEST_REASON = 300  # characters
 
 
 @contextmanager
@@ -73,29 +66,7 @@ def report_end(run: Run, holds_best: bool = False, is_failed: bool = False) -> N
     run.saver.finish()
     is_whole = run.training.stopping.kind in (None, "callback")
     how = "failed" if is_failed else "finished" if is_whole else "interrupted"
-    run.reporter.report_end(holds_best, how, _advice(run))
-
-
-_MANY_GRAPHS = 8  # one each for training and evaluation, and some for a model in parts, are as it should be
-
-
-def _advice(run: Run) -> str | None:
-    """Return one line when something takes time out of proportion."""
-    training = run.training
-    num_graphs = num_compilations() - training.num_graphs_before
-    if num_graphs > _MANY_GRAPHS:
-        return (
-            f"The model was compiled {num_graphs} times: each new shape costs one. Pad samples to few lengths, or set "
-            "TORCH_LOGS=recompiles to see why."
-        )
-    data_loader, source = training.loader.data_loader, training.loader.source
-    is_read_here = is_stream(data_loader) or (source is not None and source.in_memory)
-    remedies = {
-        "data_seconds": None if is_read_here else f"raise num_workers of train_loader (now {data_loader.num_workers})",
-        "evaluation_seconds": "evaluate less often with steps_per_epoch, or on fewer samples",
-        "saving_seconds": "raise checkpoint_every" if run.folder is not None else None,
-    }
-    return advice(vars(run.history), remedies)
+    run.reporter.report_end(holds_best, how, advice_of(run))
 
 
 def record_fault(run: Run, error: NonFiniteError) -> None:
@@ -115,13 +86,3 @@ def record_fault(run: Run, error: NonFiniteError) -> None:
     record(run, Totals(math.nan, {}, 0, None), scores)
     run.reporter.report_epoch(training.clock)
     report_end(run, is_failed=True)
-
-
-def report_failure(reporter: Reporter | None, kind: str, message: object) -> None:
-    """Leave word in the run folder of the error that ends a run, by the name of its class."""
-    state = _ENDS.get(kind, "failed")
-    with suppress(Exception):  # whatever happens here, the error itself is what the user is told
-        name = f"{kind}: " if state == "failed" and kind != ProcessFailedError.__name__ else ""
-        text, *_ = masked([f"{state}: {name}{message}".strip(": ")])[0].splitlines()
-        if reporter is not None:
-            reporter.report_failure(state, text[:_LONGEST_REASON])

@@ -29,7 +29,7 @@ from .devices.environment import describe_environment
 from .devices.hardware import Hardware
 from .devices.memory import keep_data
 from .devices.prepared import Prepared
-from .ending import LEAVING, closed_at_the_end, record_fault, report_end, report_failure, save_the_end
+from .ending import LEAVING, closed_at_the_end, record_fault, report_end, save_the_end
 from .errors import NonFiniteError, ProcessFailedError
 from .evaluation import evaluate, predict, training_mode
 from .history import History
@@ -49,11 +49,11 @@ from .storage.weights import checked_state, save_for_library
 from .view.described import described
 from .view.gathered_answers import GatheredAnswers
 from .view.notebook import LiveCurve, in_notebook
-from .view.reporter import Reporter
+from .view.reporter import Reporter, report_failure
 from .view.results import Results, details_of
 from .view.screen import ProgressBar, recut_message, say, wants_bar
 from .view.trackers import Trackers
-from .view.words import hinted, resolved, start_lines, warn_of_state
+from .view.words import hinted, resolved, start_lines, warn_of_ignored, warn_of_state
 
 
 class Trainer:
@@ -263,6 +263,7 @@ class Trainer:
             for name, loader in test_loaders.items()
         }
         checked_state(self.model)
+        warn_of_ignored(hardware.accelerator)
         prepared = Prepared(hardware, self.model, optimizer, config.compile)
         in_vain = () if tests else self._metrics.names
         for line in start_lines(hardware, self.model, train_loader, config, in_vain):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DistributedType
+from accelerate.utils import DistributedType
 
-from ..base.console import warn
 from ..errors import HardwareError
 
 _PLUGINS = {
@@ -129,39 +126,6 @@ def check_accelerator(accelerator: Accelerator, mixed_precision: str | None) -> 
             "Accelerator that was given: set it in one place."
         )
     _check_precision(accelerator.mixed_precision, accelerator.device.type)
-    if accelerator.is_main_process:
-        _warn_of_ignored(accelerator)
-
-
-def _warn_of_ignored(accelerator: Accelerator) -> None:
-    """Say which settings have no effect here, or none in Accelerate itself."""
-    settings, default = vars(accelerator.dataloader_config), vars(DataLoaderConfiguration())
-    changed = [f"{name}={value!r}" for name, value in settings.items() if value != default[name]]
-    if changed:
-        warn(
-            f"DataLoaderConfiguration({', '.join(changed)}) has no effect: the trainer itself divides each batch, and "
-            "Accelerate does not prepare the loaders.",
-            stacklevel=4,
-        )
-    if accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and _asks_for_several_cpus():
-        warn(
-            "Accelerate's config says distributed_type: MULTI_CPU, of which its launcher takes no notice: this is one "
-            "process. accelerate launch --multi_gpu --num_processes N starts several, without a GPU too, and torchrun.",
-            stacklevel=4,
-        )
-
-
-def _asks_for_several_cpus() -> bool:
-    """Return whether `accelerate launch`, which has started this process, was given such a config file."""
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    with suppress(Exception):  # another launcher, or a file that nobody can read
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--config_file")
-        given, _ = parser.parse_known_args(psutil.Process(os.getppid()).cmdline())
-        config = load_config_from_file(given.config_file)
-        return bool(config.distributed_type == DistributedType.MULTI_CPU and config.num_processes > 1)
-    return False
 
 
 def possible_precisions(device_type: str) -> list[str]:

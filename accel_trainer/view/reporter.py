@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.clock import Clock
 from ..base.extras import is_installed, without
 from ..callbacks import Callback
+from ..devices.environment import masked
+from ..errors import ProcessFailedError
 from ..history import History
 from ..state import TrainState
 from ..storage.files import put_in_place
@@ -146,3 +149,16 @@ def _step_row(step: int, train_loss: float, learning_rates: list[float]) -> dict
 
 _LIBRARIES = {"report.html": "jinja2", "losses.png": "matplotlib"}
 _FILES = ("report.html", "losses.png", "history.jsonl", "best/model.safetensors", "checkpoints")
+# Class of an error -> the state in which it leaves a run; all others: failed. `TrialPruned` is Optuna's.
+_ENDS = {"TrialPruned": "pruned", "KeyboardInterrupt": "interrupted"}
+_LONGEST_REASON = 300  # characters
+
+
+def report_failure(reporter: Reporter | None, kind: str, message: object) -> None:
+    """Leave word in the run folder of the error that ends a run, by the name of its class."""
+    state = _ENDS.get(kind, "failed")
+    with suppress(Exception):  # whatever happens here, the error itself is what the user is told
+        name = f"{kind}: " if state == "failed" and kind != ProcessFailedError.__name__ else ""
+        text, *_ = masked([f"{state}: {name}{message}".strip(": ")])[0].splitlines()
+        if reporter is not None:
+            reporter.report_failure(state, text[:_LONGEST_REASON])

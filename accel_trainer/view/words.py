@@ -1,20 +1,27 @@
-"""What a run says of itself at its start, in words; what a hard error of torch means."""
+"""What a run says of itself, in words: at its start, of settings without effect, of time; what errors of torch mean."""
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedType
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.data import DataLoader
 
+from ..base.clock import advice
 from ..base.console import warn
 from ..config import TrainConfig
 from ..data.cut import Layout, describe_batch
-from ..data.order import num_batches, num_steps
+from ..data.order import is_stream, num_batches, num_steps
+from ..devices.compiled import num_compilations
 from ..devices.hardware import Hardware
 from ..run import Run
 
@@ -137,3 +144,58 @@ _HINTS = {
         "one came before this trainer. Start the program with CUBLAS_WORKSPACE_CONFIG=:4096:8 in its environment."
     ),
 }
+
+
+def warn_of_ignored(accelerator: Accelerator) -> None:
+    """Say which settings have no effect here, or none in Accelerate itself."""
+    if not accelerator.is_main_process:
+        return
+    settings, default = vars(accelerator.dataloader_config), vars(DataLoaderConfiguration())
+    changed = [f"{name}={value!r}" for name, value in settings.items() if value != default[name]]
+    if changed:
+        warn(
+            f"DataLoaderConfiguration({', '.join(changed)}) has no effect: the trainer itself divides each batch, and "
+            "Accelerate does not prepare the loaders.",
+            stacklevel=4,
+        )
+    if accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and _asks_for_several_cpus():
+        warn(
+            "Accelerate's config says distributed_type: MULTI_CPU, of which its launcher takes no notice: this is one "
+            "process. accelerate launch --multi_gpu --num_processes N starts several, without a GPU too, and torchrun.",
+            stacklevel=4,
+        )
+
+
+def _asks_for_several_cpus() -> bool:
+    """Return whether `accelerate launch`, which has started this process, was given such a config file."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    with suppress(Exception):  # another launcher, or a file that nobody can read
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--config_file")
+        given, _ = parser.parse_known_args(psutil.Process(os.getppid()).cmdline())
+        config = load_config_from_file(given.config_file)
+        return bool(config.distributed_type == DistributedType.MULTI_CPU and config.num_processes > 1)
+    return False
+
+
+_MANY_GRAPHS = 8  # one each for training and evaluation, and some for a model in parts, are as it should be
+
+
+def advice_of(run: Run) -> str | None:
+    """Return one line when something takes time out of proportion."""
+    training = run.training
+    num_graphs = num_compilations() - training.num_graphs_before
+    if num_graphs > _MANY_GRAPHS:
+        return (
+            f"The model was compiled {num_graphs} times: each new shape costs one. Pad samples to few lengths, or set "
+            "TORCH_LOGS=recompiles to see why."
+        )
+    data_loader, source = training.loader.data_loader, training.loader.source
+    is_read_here = is_stream(data_loader) or (source is not None and source.in_memory)
+    remedies = {
+        "data_seconds": None if is_read_here else f"raise num_workers of train_loader (now {data_loader.num_workers})",
+        "evaluation_seconds": "evaluate less often with steps_per_epoch, or on fewer samples",
+        "saving_seconds": "raise checkpoint_every" if run.folder is not None else None,
+    }
+    return advice(vars(run.history), remedies)

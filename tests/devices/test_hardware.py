@@ -229,22 +229,25 @@ def test_dropout_on_a_gpu_repeats_and_does_not_depend_on_what_ran_before():
 
 
 def test_a_configuration_of_loaders_is_said_to_have_no_effect():
+    model = make_model()
     trainer = Trainer(
-        make_model(),
-        None,
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
         nn.CrossEntropyLoss(),
         accelerator=lambda: Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True)),
         config=quiet(),
     )
     with pytest.warns(UserWarning, match=r"DataLoaderConfiguration\(split_batches=True\) has no effect"):
-        trainer.evaluate(loader_of(make_data(4)))
+        trainer.fit(loader_of(make_data(4)))
 
 
 def test_a_launch_file_that_the_launcher_takes_no_notice_of_is_said(tmp_path):
     (tmp_path / "script.py").write_text(
-        "from torch import nn, ones\nfrom torch.utils.data import DataLoader, TensorDataset\n"
-        "from accel_trainer import evaluate_model\n"
-        "evaluate_model(DataLoader(TensorDataset(ones(4, 1), ones(4, 1)), 2), nn.Identity(), nn.MSELoss())\n"
+        "from torch import nn, ones, optim\nfrom torch.utils.data import DataLoader, TensorDataset\n"
+        "from accel_trainer import TrainConfig, Trainer\n"
+        "model, config = nn.Linear(1, 1), TrainConfig(num_epochs=1, verbose=False)\n"
+        "trainer = Trainer(model, optim.SGD(model.parameters(), lr=0.1), nn.MSELoss(), config=config)\n"
+        "trainer.fit(DataLoader(TensorDataset(ones(4, 1), ones(4, 1)), 2))\n"
     )
     (tmp_path / "launch.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\n"
