@@ -151,3 +151,34 @@ def test_the_main_process_hears_of_each_checkpoint_when_it_is_whole(tmp_path):
     expected = [(f"step_{step:08d}", None) for step in (4, 8, 12, 15)]
     assert checkpoints_heard(tmp_path / "one") == expected
     assert on_processes(2, checkpoints_heard, tmp_path / "two") == [expected, []]
+
+
+class Late(Callback):
+    """A callback that has a state only once the run has begun."""
+
+    def on_fit_start(self, trainer):
+        self.seen = getattr(self, "seen", 0)
+
+    def on_step_end(self, trainer):
+        self.seen += 1
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_the_state_of_a_callback_is_asked_after_the_start(tmp_path):
+    train_reported(tmp_path / "run", Late(), num_epochs=1)
+    again = Late()
+    train_reported(tmp_path / "run", again, num_epochs=2, resume=True)
+    assert again.seen == 10
+
+    class Wrong(Late):
+        def state_dict(self):
+            return {"seen": object()}
+
+    with pytest.raises(TypeError, match=r"callback .*Wrong 1/seen is a object; only tensors"):
+        train_reported(tmp_path / "other", Wrong())
+    assert not (tmp_path / "other/checkpoints").exists()
