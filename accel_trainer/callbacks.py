@@ -54,7 +54,10 @@ class Callback:
         """
 
     def on_evaluation_end(self, trainer: Trainer) -> None:
-        """After the evaluation, also one that was cut short, and after the weights of a best epoch were kept."""
+        """After the evaluation, also one that was cut short or failed, and after the weights of a best epoch were kept.
+
+        The callbacks are called in reverse order.
+        """
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """After an epoch was evaluated and recorded in `trainer.history`; the model is in evaluation mode."""
@@ -62,7 +65,8 @@ class Callback:
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """On the main process, when a checkpoint is whole on the disk: before the next is made, or at the end.
 
-        `path` is its folder, which stays there until `keep_checkpoints` newer ones have been made.
+        `path` is its folder, which stays there until `keep_checkpoints` newer ones have been made. It is called again
+        for a checkpoint that is written anew, as where a callback has ended the run.
         """
 
     def on_fit_end(self, trainer: Trainer) -> None:
@@ -94,7 +98,8 @@ class Callbacks:
     def call(self, hook: str, *more: Any) -> None:
         """Call a hook of all callbacks that listen to it; the first `StopTraining` ends the run after the others."""
         reasons: list[str] = []
-        for listener in self._listeners[hook]:
+        # What several have put in place before an evaluation, the last one takes away first.
+        for listener in self._listeners[hook][:: -1 if hook == "on_evaluation_end" else 1]:
             try:
                 listener(self._trainer, *more)
             except StopTraining as stop:

@@ -148,11 +148,13 @@ def mask_of(batch: Any) -> torch.Tensor | None:
 def predicted(prepared: Prepared, micro_batch: MicroBatch, left_out: set[str]) -> Any:
     """Return the outputs for the samples of a micro-batch; `left_out` takes the names of those without samples."""
     micro_batch.move(prepared.to_device)
-    inputs = inputs_of(micro_batch.data)
+    config = getattr(prepared.user_model, "config", None)
+    is_decoder_fed = isinstance(micro_batch.data, Mapping) and getattr(config, "is_encoder_decoder", False)
+    inputs = micro_batch.data if is_decoder_fed else inputs_of(micro_batch.data)  # which it makes of the labels
     with prepared.forward_mode(micro_batch.batch.is_full):
         outputs = call_model(prepared.model, inputs)
-    if isinstance(outputs, Mapping) and (config := getattr(prepared.user_model, "config", None)) is not None:
-        ignored = getattr(config, "keys_to_ignore_at_inference", _FOR_THE_NEXT_TOKEN)
+    if isinstance(outputs, Mapping) and config is not None:
+        ignored = ("loss", *getattr(config, "keys_to_ignore_at_inference", _FOR_THE_NEXT_TOKEN))
         outputs = {name: part for name, part in outputs.items() if name not in ignored}
     num_samples = micro_batch.num_samples
     if micro_batch.num_held is not None:  # which goes by the targets

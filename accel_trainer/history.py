@@ -102,8 +102,9 @@ class History:
             if value is not None:
                 getattr(self, SERIES[name]).append(value)
         for named, series in ((metrics, self.metrics), (train_metrics, self.train_metrics)):
-            for name, value in (named or {}).items():
-                series.setdefault(name, []).append(value)
+            for name in dict.fromkeys([*series, *(named or ())]):  # nan in an epoch that has no value of this name
+                known = series.setdefault(name, [math.nan] * (self.num_epochs - 1))
+                known.append((named or {}).get(name, math.nan))
 
     def report(self, step: int, train_loss: float, learning_rates: Iterable[float]) -> None:
         """Append what was read back after a step."""

@@ -257,9 +257,11 @@ def evaluate_epoch(run: Run, train: Totals) -> float | None:
     training, config, state = run.training, run.training.config, run.training.state
     training.prepared.put_optimizer("eval")  # schedule-free ones have other weights then
     training.callbacks.call("on_evaluation_start")
-    test = evaluate_test_set(run)
-    value = None if test is None else record(run, train, test)
-    if value is not None:
+    try:
+        test = evaluate_test_set(run)
+        if test is None:
+            return None
+        value = record(run, train, test)
         # With on_nonfinite="raise" weights that are not finite have been an error by now.
         is_sound = config.on_nonfinite == "raise" or training.finite.is_sound()
         if is_sound and state.update_best(value, run.mode, config.min_delta):
@@ -267,8 +269,9 @@ def evaluate_epoch(run: Run, train: Totals) -> float | None:
         if config.keep_best > 1 and is_sound:
             best_epochs = run.history.best_epochs(run.monitor, run.mode, config.keep_best)
             run.saver.keep_epochs(training, best_epochs, {"epoch": state.epoch, run.monitor: value})
-    training.callbacks.call("on_evaluation_end")
-    return value
+        return value
+    finally:
+        training.callbacks.call("on_evaluation_end")
 
 
 def evaluate_test_set(run: Run) -> dict[str, float] | None:

@@ -129,7 +129,7 @@ class Trainer:
             compute_loss = own_loss
         self.model, self.optimizer = model, optimizer
         self._metrics = Metrics(metrics, whole_metrics)
-        self._objective = Objective(loss_fn, compute_loss, weight_fn, needs_outputs=bool(self._metrics.names))
+        self._objective = Objective(loss_fn, compute_loss, weight_fn, self._metrics.names)
         self._probe = MeanProbe()
         if self.config.bitwise:
             self._metrics.check_bitwise()

@@ -74,6 +74,29 @@ def test_without_a_mask_each_sample_keeps_the_padding_of_its_batch():
     assert [len(one) for one in found] == [5, 5, 5, 6, 6, 6, 2]
 
 
+class Classes(Doubles):
+    def forward(self, values, attention_mask):
+        return super().forward(values, attention_mask)["first"][:, None] + torch.arange(5.0)  # as many as five tokens
+
+
+@pytest.mark.parametrize("ragged", [0.0, "list"])
+def test_scores_of_classes_are_no_tokens(ragged):
+    samples, collate = sequences()
+    loader = DataLoader(samples, batch_size=3, collate_fn=collate)  # the first batch is five tokens long
+    found = Trainer(Classes(), None, nn.MSELoss(), config=quiet()).predict(loader, ragged=ragged)
+    assert [len(one) for one in found] == [5] * 7 and found[1][4] == 2 * 11.0 + 1 + 4
+
+
+def test_a_number_that_fills_up_must_be_one_of_the_outputs():
+    samples, collate = sequences()
+    loader = DataLoader(samples, batch_size=3, collate_fn=lambda batch: collate(batch)["attention_mask"])
+    trainer = Trainer(nn.Identity(), None, nn.MSELoss(), config=quiet())
+    for wrong in (1.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"ragged=.* cannot fill up outputs of torch.int64: give a whole number"):
+            trainer.predict(loader, ragged=wrong)
+    assert trainer.predict(loader, ragged=-1.0).tolist()[-1] == [1, 1, -1, -1, -1, -1]
+
+
 def test_several_lengths_need_a_choice():
     with pytest.raises(
         ValueError, match=r"cannot be joined .* predict\(loader, ragged='list'\), or filled up by ragged"

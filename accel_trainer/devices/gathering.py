@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -154,8 +155,8 @@ def join(parts: list[Any]) -> Any:
 def join_ragged(parts: list[Any], masks: list[Tensor | None], fill: float | Literal["list"]) -> Any:
     """Join outputs of several lengths: to a list with a tensor for each sample, or filled up with a number.
 
-    The masks, one for each part, have the shape `(samples, length)`: of outputs with this shape, or more dimensions,
-    what is masked (0) is left out.
+    The masks, one for each part, have the shape `(samples, length)`: where all parts have this shape, or more
+    dimensions, what is masked (0) is left out.
     """
     if not parts or parts[0] is None:
         return None
@@ -165,18 +166,25 @@ def join_ragged(parts: list[Any], masks: list[Tensor | None], fill: float | Lite
     if isinstance(first, (list, tuple)):
         joined = [join_ragged(list(column), masks, fill) for column in zip(*parts, strict=True)]
         return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-    samples = [sample for part, mask in zip(parts, masks, strict=True) for sample in _samples_of(part, mask)]
+    # Scores of five classes are no outputs per token, though some batch may be five tokens long.
+    are_tokens = all(mask is not None and mask.shape == part.shape[:2] for part, mask in zip(parts, masks, strict=True))
+    samples = [
+        sample
+        for part, mask in zip(parts, masks, strict=True)
+        for sample in (part if not are_tokens else _without_padding(part, mask))  # type: ignore[arg-type]
+    ]
     return samples if fill == "list" else _filled_up(samples, fill)
 
 
-def _samples_of(outputs: Tensor, mask: Tensor | None) -> list[Tensor]:
-    if mask is None or mask.ndim != 2 or mask.shape != outputs.shape[:2]:
-        return list(outputs)
+def _without_padding(outputs: Tensor, mask: Tensor) -> list[Tensor]:
     return [one[kept] for one, kept in zip(outputs, mask.bool(), strict=True)]
 
 
 def _filled_up(samples: list[Tensor], fill: float) -> Tensor:
     """Return samples of several shapes as one tensor, each filled up at the end of each dimension."""
+    dtype = samples[0].dtype
+    if not dtype.is_floating_point and not (math.isfinite(fill) and int(fill) == fill):
+        raise ValueError(f"ragged={fill!r} cannot fill up outputs of {dtype}: give a whole number, or 'list'.")
     shape = [max(sizes) for sizes in zip(*(sample.shape for sample in samples), strict=True)]
     filled = samples[0].new_full((len(samples), *shape), fill)
     for place, sample in zip(filled, samples, strict=True):

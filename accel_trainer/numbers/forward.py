@@ -90,11 +90,13 @@ def forward_of(result: Any, weight: Weight) -> Forward:
     if not isinstance(result, tuple):
         return Forward(result, weight, scalars={})
     given = Loss(*result)
-    scalars = {name: _checked_scalar(name, value) for name, value in given.scalars.items()}
+    scalars = {name: _checked_scalar(name, value) for name, value in (given.scalars or {}).items()}
     return Forward(given.loss, weight if given.weight is None else given.weight, given.outputs, given.targets, scalars)
 
 
-def _checked_scalar(name: str, value: Any) -> Weight:
+def _checked_scalar(name: Any, value: Any) -> Weight:
+    if not isinstance(name, str):
+        raise TypeError(f"The name of a scalar of compute_loss must be a text, got {name!r}.")
     if name in ("loss", "train_loss", "test_loss"):
         raise ValueError(f"The name {name!r} of a scalar is taken by the trainer's own numbers.")
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import add
 from typing import Any, NamedTuple
@@ -60,6 +60,37 @@ _COLUMNS = ("samples", "loss", "weight")  # then the metrics, then the scalars
 _METRIC, _SCALAR = "metric ", "scalar "  # before their names
 
 
+class _Scalars:
+    """The names of the scalars that come with the losses: the same for each micro-batch, on all processes."""
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] | None = None  # `None` until the first micro-batch
+        self.are_agreed = False
+
+    def values_of(self, scalars: Mapping[str, float | Tensor], copies: bool) -> list[float | Tensor]:
+        """Return scalars in the order of their names, which the first ones decide."""
+        if self.names is None:
+            self.names = tuple(sorted(scalars))
+        _check_same(self.names, scalars)
+        values = [scalars[name] for name in self.names]
+        return [value.clone() if copies and isinstance(value, Tensor) else value for value in values]
+
+    def agree(self) -> None:
+        """Let processes that have computed nothing learn the names from the others; all call it at the same point."""
+        first, *others = [names for names in gather_objects(self.names) if names is not None] or [None]
+        for names in others:
+            _check_same(first or (), names or ())
+        self.names, self.are_agreed = first, True
+
+
+def _check_same(first: Iterable[str], now: Iterable[str]) -> None:
+    if set(first) != set(now):
+        before, after = (", ".join(names) or "none" for names in (first, now))
+        raise ValueError(
+            f"compute_loss must return the same scalars for each micro-batch: first {before}, now {after}."
+        )
+
+
 class LossTable:
     """Collect loss and weight of every micro-batch on the device; add them up over processes and batches.
 
@@ -74,7 +105,7 @@ class LossTable:
 
     def __init__(self, device: torch.device, metrics: Sequence[str] = (), copies: bool = False) -> None:
         self._device, self._copies = device, copies
-        self._scalars: tuple[str, ...] | None = None  # names; `None` until the first micro-batch
+        self._scalars = _Scalars()
         self._sums = dict.fromkeys((*_COLUMNS, *(_METRIC + name for name in metrics)), 0.0)
         self._batches: list[_Rows] = []  # since the last read, and the last one read: its rows are negative
         self.restart()
@@ -91,7 +122,7 @@ class LossTable:
     def restore(self, sums: Mapping[str, float], recent: Sequence[float]) -> None:
         """Go on from what `sums` and `recent` returned, before anything is added."""
         self._sums |= {name: float(number) for name, number in sums.items()}
-        self._scalars = tuple(self._sums_of(_SCALAR)) or self._scalars
+        self._scalars.names = tuple(self._sums_of(_SCALAR)) or self._scalars.names
         self._recent = float(recent[0]), float(recent[1])
 
     def _sums_of(self, prefix: str) -> dict[str, float]:
@@ -113,32 +144,13 @@ class LossTable:
                 loss, weight = loss.clone(), weight.clone() if isinstance(weight, Tensor) else weight
             self._open.append((row, loss, weight, micro_batch.num_samples, *totals))
         if forward.scalars is not None:
-            values = self._values_of(forward.scalars)
+            values = self._scalars.values_of(forward.scalars, self._copies)
             if not micro_batch.piece.is_padding:
                 self._open[-1] += tuple(values)
 
-    def _values_of(self, scalars: Mapping[str, float | Tensor]) -> list[float | Tensor]:
-        """Return scalars in the order of their columns, which the first ones decide."""
-        if self._scalars is None:
-            self._use_scalars(tuple(scalars))
-        names = self._scalars or ()
-        if set(scalars) != set(names):
-            first, now = (", ".join(some) or "none" for some in (names, scalars))
-            raise ValueError(
-                f"compute_loss must return the same scalars for each micro-batch: first {first}, now {now}."
-            )
-        values = [scalars[name] for name in names]
-        return [value.clone() if self._copies and isinstance(value, Tensor) else value for value in values]
-
-    def _use_scalars(self, names: tuple[str, ...] | None) -> None:
-        self._scalars = names
-        self._sums |= {_SCALAR + name: 0.0 for name in names or ()}
-
     def agree_on_scalars(self) -> None:
-        """Let processes that have computed nothing learn from the others which scalars there are; all call it."""
-        names = next((names for names in gather_objects(self._scalars) if names is not None), None)
-        if self._scalars is None:
-            self._use_scalars(names)
+        """Let all processes have the same columns; all call it, where the loss may come with scalars."""
+        self._scalars.agree()
 
     def drop_batch(self) -> None:
         """Forget the present batch, which will be computed again."""
@@ -171,6 +183,9 @@ class LossTable:
         self._close()
         blocks, self._blocks = self._blocks, []
         several = self._batches[-1].batch.layout.num_processes > 1
+        if several and self._scalars.names is not None and not self._scalars.are_agreed:  # on all processes alike
+            self._scalars.agree()
+        self._sums |= {_SCALAR + name: 0.0 for name in self._scalars.names or () if _SCALAR + name not in self._sums}
         if blocks and not several:
             return torch.cat([block for _, block in blocks], dim=1)
         shape = len(self._sums), self._batches[-1].end
@@ -190,7 +205,7 @@ class LossTable:
             batch, process = self._origin_of(next(row for row, weight in enumerate(weights) if weight < 0))
             where = f"in batch {batch}, on process {process}"
             raise ValueError(f"The weight of a micro-batch must be at least 0 and below 1e30; {where}, it was not.")
-        num_scalars = len(self._scalars or ())
+        num_scalars = len(self._scalars.names or ())
         totals, scalars = others[: len(others) - num_scalars], others[len(others) - num_scalars :]
         products, *of_scalars = (_products(values, weights) for values in (losses, *scalars))
         columns = sizes, products, weights, *totals, *of_scalars

@@ -42,7 +42,8 @@ class Metrics:
                 raise TypeError(
                     f"The whole metric {name!r} must be a function of (outputs, targets), got {function!r}."
                 )
-        for name, metric in (metrics or {}).items():
+        # By name, since their sums are exchanged in this order: a dictionary made of a set has another on each process.
+        for name, metric in sorted((metrics or {}).items()):
             if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
                 self._objects[name] = metric
             elif callable(metric):

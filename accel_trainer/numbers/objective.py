@@ -31,14 +31,13 @@ def target_name_of(batch: Any) -> str | None:
 def split_batch(batch: Any) -> tuple[Any, Any]:
     """Return inputs and targets of a batch: a pair, or a dictionary with an entry named label(s) or target(s).
 
-    The inputs of a dictionary are its other entries, or the one that is left.
+    The inputs of a dictionary are its other entries.
     """
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     name = target_name_of(batch)
     if name is not None and len(batch) > 1:
-        others = {key: value for key, value in batch.items() if key != name}
-        return others if len(others) > 1 else next(iter(others.values())), batch[name]
+        return {key: value for key, value in batch.items() if key != name}, batch[name]
     held = f"the keys {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
     hint = "."
     if isinstance(batch, (tuple, list)):
@@ -67,7 +66,7 @@ class Objective:
         loss_fn: `(outputs, targets) -> scalar` mean over the samples.
         compute_loss: `(model, batch) -> loss`, `(loss, weight)` or `Loss`, instead of `loss_fn`.
         weight_fn: `(batch) -> weight` of a micro-batch, called before the forward.
-        needs_outputs: Whether there are metrics, which need outputs and targets.
+        metrics: The names of the metrics: if there are any, `compute_loss` has to return outputs and targets.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Objective:
         loss_fn: Callable[[Any, Any], Tensor] | None,
         compute_loss: Callable[[nn.Module, Any], Any] | None = None,
         weight_fn: Callable[[Any], Weight] | None = None,
-        needs_outputs: bool = False,
+        metrics: Sequence[str] = (),
     ) -> None:
         if (loss_fn is None) == (compute_loss is None):
             raise ValueError("Give either loss_fn or compute_loss (then loss_fn=None), not both and not none.")
@@ -86,7 +85,7 @@ class Objective:
             raise TypeError(f"loss_fn is the class {loss_fn.__name__}; give an instance: {loss_fn.__name__}().")
         check_reduction(loss_fn)
         self.loss_fn, self.compute_loss, self.weight_fn = loss_fn, compute_loss, weight_fn
-        self._needs_outputs = needs_outputs
+        self._metrics = tuple(metrics)
         self._expected: str | None = None
         self._divisor = divisor_of(loss_fn) if weight_fn is None else None
         self._known: WeakKeyDictionary[TensorSource, tuple[Any, bool]] = (
@@ -97,7 +96,7 @@ class Objective:
         self._has_weightless_class = weight is not None and bool((weight == 0).any())
 
     def __reduce__(self) -> Any:
-        given = self.loss_fn, self.compute_loss, self.weight_fn, self._needs_outputs
+        given = self.loss_fn, self.compute_loss, self.weight_fn, self._metrics
         return type(self), given  # without answers about the data
 
     def expect(self, scalar: str | None) -> None:
@@ -202,12 +201,15 @@ class Objective:
         weight: Weight = micro_batch.num_samples if self.weight_fn is None else self.weight_fn(batch)
         if self.compute_loss is not None:
             forward = forward_of(self.compute_loss(model, batch), weight)
-            if self._needs_outputs and forward.outputs is None:
-                raise ValueError(
-                    "Metrics need the model's outputs, which compute_loss keeps to itself: let it return "
-                    "accel_trainer.Loss(loss, weight, outputs, targets)."
-                )
             scalars = forward.scalars or {}
+            if self._metrics and (forward.outputs is None or forward.targets is None):
+                raise ValueError(
+                    "Metrics need the model's outputs and the targets, which compute_loss keeps to itself: let it "
+                    "return accel_trainer.Loss(loss, weight, outputs, targets)."
+                )
+            for name in scalars:
+                if name in self._metrics:
+                    raise ValueError(f"A metric and a scalar of compute_loss are both named {name!r}.")
             if self._expected is not None and self._expected not in scalars:
                 names = ", ".join(("test_loss", "train_loss", *scalars))
                 raise ValueError(f"monitor must be a metric or one of {names} here, got {self._expected!r}.")
@@ -241,28 +243,32 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     try:
         return model(*arguments, **named)
     except TypeError as error:
-        if not isinstance(inputs, Mapping):
+        if not isinstance(inputs, (Mapping, tuple, list)):
             raise
-        how = "as one dictionary" if arguments else "by name"
+        what = f"the entries {', '.join(map(str, inputs))}" if isinstance(inputs, Mapping) else f"{len(inputs)} inputs"
+        how = "by name" if named else f"as {len(arguments)} argument{'s' if len(arguments) > 1 else ''}"
         raise TypeError(
-            f"{error} (The model was called with the entries of a batch {how}: {', '.join(inputs)}. What it does not "
-            "take, leave out of the samples, or give compute_loss(model, batch).)"
+            f"{error} (The model was called with {what} of a batch {how}, as its forward seemed to want. What it does "
+            "not take, leave out of the samples, or give compute_loss(model, batch).)"
         ) from error
 
 
 def arguments_of(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Return what the model is called with: one argument, or several, by name or in order.
 
-    The entries of a dictionary are arguments by name, unless the forward has one without a default that is none of
-    them: it takes the dictionary. Those of a tuple or list are arguments in order, if it has two or more of these.
-    Anything else is one argument.
+    The entries of a dictionary are arguments by name. If the forward has one argument without a default, and knows none
+    of that name, it is given the dictionary, or the one entry that there is. The items of a tuple or list are arguments
+    in order if the forward takes any number, or has two or more without a default. Anything else is one argument.
     """
-    needed = _needed(type(unwrapped(model)).forward) if isinstance(inputs, (Mapping, tuple, list)) else ()
-    if isinstance(inputs, Mapping):
-        return ((inputs,), {}) if len(needed) == 1 and needed[0] not in inputs else ((), inputs)
-    if len(needed) > 1 and not hasattr(inputs, "_fields"):
-        return inputs, {}
-    return (inputs,), {}
+    if not isinstance(inputs, (Mapping, tuple, list)) or hasattr(inputs, "_fields"):
+        return (inputs,), {}
+    needed, known = _signature(type(unwrapped(model)).forward)
+    if not isinstance(inputs, Mapping):
+        return (inputs, {}) if len(needed) > 1 or "*" in known else ((inputs,), {})
+    if len(inputs) == 1:
+        (name, value), *_ = inputs.items()
+        return ((), inputs) if name in known or "**" in known else ((value,), {})
+    return ((inputs,), {}) if len(needed) == 1 and needed[0] not in inputs else ((), inputs)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -277,14 +283,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @functools.lru_cache
-def _needed(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names of the arguments without a default of the forward of a class; none where it does not tell."""
+def _signature(forward: Callable[..., Any]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the arguments without a default of the forward of a class, and all names that it takes, with * and **."""
     try:
         _, *parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):
-        return ()
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(one.name for one in parameters if one.kind in by_position and one.default is one.empty)
+        return (), frozenset(["**"])
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    needed = (one.name for one in parameters if one.kind not in stars and one.default is one.empty)
+    return tuple(needed), frozenset(stars.get(one.kind, one.name) for one in parameters)
 
 
 def usable(weight: Weight) -> Weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -61,18 +62,20 @@ _passing_over_first: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def _passes_over_first(model: nn.Module, batch: Mapping[str, Any], name: str) -> bool:
     """Return whether a model leaves out the first label of each sequence, as those do that predict the next token.
 
-    Asked once, of one sample whose other labels are -100: then no label is left (one read-back).
+    Asked once, of one sample whose other labels are -100, and with -100 alone: then the first one changes nothing.
     """
     model = unwrapped(model)
     if model not in _passing_over_first:
         sample = take(batch, 0, 1, len(batch[name]))
-        only_first = torch.full_like(sample[name], -100)
+        none = torch.full_like(sample[name], -100)
+        only_first = none.clone()
         only_first[:, 0] = sample[name][:, 0].clamp_min(0)
         modes = [(module, module.training) for module in model.modules()]
         try:
-            loss = model.eval()(**{**sample, name: only_first})["loss"]
+            losses = [model.eval()(**{**sample, name: labels})["loss"] for labels in (only_first, none)]
         finally:
             for module, mode in modes:
                 module.training = mode
-        _passing_over_first[model] = not bool(loss.isfinite() & (loss != 0))
+        with_first, without = torch.stack(losses).nan_to_num(0.0).tolist()  # nan is the mean of no labels
+        _passing_over_first[model] = math.isclose(with_first, without, rel_tol=1e-4)
     return _passing_over_first[model]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ..callbacks import Callback
+from .scalars import not_finite
 
 if TYPE_CHECKING:
     from ..trainer import Trainer
@@ -20,8 +21,9 @@ class WeightAverage(Callback):
     """Evaluate an average of the weights; choose the best epoch by it, and save it as the best weights.
 
     The training itself goes on with its own weights. The average is that of `torch.optim.swa_utils`, of all weights
-    that are trained and all floating-point buffers, such as the running statistics of BatchNorm. It is a function of
-    the weights alone: the same on any number of processes, and a run that goes on from a checkpoint goes on with it.
+    that are trained and all floating-point buffers that are finite at first, such as the running statistics of
+    BatchNorm. A weight that is unfrozen later has an average from then on. It is a function of the weights alone: the
+    same on any number of processes, and a run that goes on from a checkpoint goes on with it.
 
     Args:
         decay: How much the average counts in each update of itself, greater than 0 and less than 1 (exponential moving
@@ -48,14 +50,15 @@ class WeightAverage(Callback):
             raise ValueError(f"start_epoch must be a whole number of at least 1, got {start_epoch!r}.")
         self._decay, self._update_every, self._start_epoch = decay, update_every, start_epoch
         self._average: dict[str, Tensor] = {}
-        self._num_averaged = 0
+        self._counts: dict[str, int] = {}  # how many weights each average has taken in
+        self._epoch = 0  # the last that was taken in, with `update_every="epoch"`
         self._is_loaded = False
         self._put_aside: list[tuple[Tensor, Tensor]] = []  # weights of the model, and their values in the training
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Begin anew, or go on from the average of a checkpoint."""
         if not self._is_loaded:
-            self._average, self._num_averaged = {}, 0
+            self._average, self._counts, self._epoch = {}, {}, 0
         self._is_loaded, self._put_aside = False, []
 
     def on_step_end(self, trainer: Trainer) -> None:
@@ -65,8 +68,10 @@ class WeightAverage(Callback):
 
     def on_evaluation_start(self, trainer: Trainer) -> None:
         """Give the model the average."""
-        if self._update_every == "epoch" and trainer.state.epoch >= self._start_epoch:
+        epoch = trainer.state.epoch
+        if self._update_every == "epoch" and epoch >= self._start_epoch and epoch > self._epoch:
             self._take_in(trainer.model)
+            self._epoch = epoch  # an evaluation that was cut short is done again
         self._put_aside = [(tensor, tensor.clone()) for tensor, _ in self._pairs(trainer.model)]
         self._put_in(trainer.model)
 
@@ -83,32 +88,51 @@ class WeightAverage(Callback):
             self._put_in(trainer.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average, and how many weights it has taken in."""
-        return {"average": dict(self._average), "num_averaged": self._num_averaged}
+        """Return the average, how it is made, and how far it has come."""
+        how = [self._decay, self._update_every, self._start_epoch]
+        return {"how": how, "average": dict(self._average), "counts": dict(self._counts), "epoch": self._epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        self._average, self._num_averaged = dict(state["average"]), int(state["num_averaged"])
-        self._is_loaded = True
+        """Go on from what `state_dict` returned; a `ValueError` says that it was another average."""
+        how = [self._decay, self._update_every, self._start_epoch]
+        if list(state["how"]) != how:
+            raise ValueError(
+                "The checkpoint's WeightAverage has decay, update_every and start_epoch "
+                f"{list(state['how'])}, and this one has {how}: set that back, or begin a new run."
+            )
+        self._average, self._counts = dict(state["average"]), dict(state["counts"])
+        self._epoch, self._is_loaded = int(state["epoch"]), True
 
     @torch.no_grad()
     def _take_in(self, model: nn.Module) -> None:
         """Update the average; a weight that is new in it, or has another shape now, begins with its present value."""
-        averages, values = [], []
-        for name, tensor in _trained(model).items():
+        known: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # by count: averages and present values
+        for name, tensor in self._tensors(model).items():
             average = self._average.get(name)
             if average is None or average.shape != tensor.shape:
                 # In single precision at least: small changes would be lost in others.
                 wide = torch.promote_types(tensor.dtype, torch.float32)
-                self._average[name] = tensor.detach().to(wide, copy=True)
+                self._average[name], self._counts[name] = tensor.detach().to(wide, copy=True), 1
                 continue
             self._average[name] = average = average.to(tensor.device)
+            averages, values = known.setdefault(self._counts[name], ([], []))
             averages.append(average)
             values.append(tensor.detach().to(average.dtype))
-        if averages:
-            update: Any = get_swa_multi_avg_fn if self._decay is None else partial(get_ema_multi_avg_fn, self._decay)
-            update()(averages, values, self._num_averaged)
-        self._num_averaged += 1
+            self._counts[name] += 1
+        update: Any = get_swa_multi_avg_fn if self._decay is None else partial(get_ema_multi_avg_fn, self._decay)
+        for count, (averages, values) in known.items():
+            update()(averages, values, count)
+
+    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what has an average, and what is trained now, and buffers that may change, by name.
+
+        Buffers that are not finite, such as masks, are left out: their average would be nan.
+        """
+        trained = {n: one for n, one in model.named_parameters() if one.requires_grad or n in self._average}
+        buffers = {n: one for n, one in model.named_buffers() if one.is_floating_point()}
+        new = {n: one for n, one in buffers.items() if n not in self._average}
+        masks = list(new) if self._average else not_finite(new)
+        return {**trained, **{n: one for n, one in buffers.items() if n not in masks}}
 
     @torch.no_grad()
     def _put_in(self, model: nn.Module) -> None:
@@ -120,10 +144,3 @@ class WeightAverage(Callback):
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         pairs = [(tensors[name].detach(), average) for name, average in self._average.items() if name in tensors]
         return [(tensor, average) for tensor, average in pairs if tensor.shape == average.shape]
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that are trained, and the buffers that can be averaged, by name."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    return {**trained, **buffers}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..base.console import printable
 from ..base.tracebacks import ends_in_users_lines
-from ..numbers.reductions import sum_of_bits
 from .checkpoints import BEST, EPOCHS
 from .tensor_files import check_seal, is_utf8, metadata_of, read_weights
 
@@ -106,12 +105,12 @@ class FrozenWeights:
         """Take the frozen weights of a model, and those that a checkpoint leaves out; none without a model."""
         frozen = {} if model is None else _frozen(model, left_out)
         self.values = {name: one.detach().to("cpu", copy=True) for name, one in frozen.items()}
-        self._sums = {name: sum_of_bits(one) for name, one in frozen.items()}
+        self._sums = {name: _fingerprint(one) for name, one in frozen.items()}
         self._digests: dict[str, str] = {}  # made when they are first asked for
 
     def unchanged(self, model: nn.Module) -> list[str]:
         """Return the names of those that still are frozen, and what they were; one read-back if there are any."""
-        now = {name: sum_of_bits(one) for name, one in _frozen(model).items() if name in self._sums}
+        now = {name: _fingerprint(one) for name, one in _frozen(model).items() if name in self._sums}
         if not now:
             return []
         are_same = torch.stack([total == self._sums[name] for name, total in now.items()]).tolist()
@@ -122,6 +121,20 @@ class FrozenWeights:
         names = self.unchanged(model)
         self._digests |= _digests_of(plain_state(model), [name for name in names if name not in self._digests])
         return {name: self._digests[name] for name in names}
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """Return a whole number on the device that depends on each byte of a tensor, and on the order of the bytes."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    in_bytes = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    for start in range(0, len(in_bytes), _FINGERPRINTED):
+        part = in_bytes[start : start + _FINGERPRINTED].long() + 1
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        total = total * 1_000_003 + (part * places * places).sum()  # modulo 2**64
+    return total
+
+
+_FINGERPRINTED = 2**22  # bytes at a time: they take eight times their memory
 
 
 def _frozen(model: nn.Module, others: Collection[str] = ()) -> dict[str, Tensor]:
@@ -156,7 +169,7 @@ def check_left_out(left_out: Mapping[str, str], state: Mapping[str, Tensor], sou
         raise ValueError(
             printable(
                 f"{source} leaves out weights that were frozen, and the model has others in {names}. Build it from the "
-                "same pretrained weights, or under the same seed."
+                "same pretrained weights, or under the same seed, in the same type and before they are changed."
             )
         )
 
@@ -233,6 +246,8 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str], epoch: int | No
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_best takes a model and then a run_dir, got {type(model).__name__} first.")
+    if epoch is not None and (type(epoch) is not int or epoch < 1):
+        raise ValueError(f"epoch must be a whole number of at least 1, or None, got {epoch!r}.")
     folder = Path(run_dir).expanduser()
     path = folder / (BEST if epoch is None else EPOCHS.replace("*", f"{epoch:08d}"))
     if not path.is_file():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from accel_trainer import History, Loss, Trainer
+from accel_trainer.numbers.objective import call_model
 from support import Items, correct, loader_of, make_data, make_model, on_processes, quiet
 
 DICTIONARIES = ("accuracy", "fit", "size")
@@ -83,7 +84,7 @@ def test_metrics_and_scalars_are_those_of_a_hand_written_loop():
     assert history.metrics["number"] == [58.0]
     parts = [(outputs[at].square().mean() * weights[at].sum()).item() for at in torch.arange(29).split(8)]
     assert history.metrics["size"] == pytest.approx([sum(parts) / float(weights.sum())], rel=1e-12)
-    assert list(history.metrics) == ["accuracy", "number", "fit", "size", "constant"]
+    assert list(history.metrics) == ["accuracy", "number", "constant", "fit", "size"]
 
 
 @pytest.mark.distributed
@@ -102,6 +103,38 @@ def test_scalars_are_the_same_under_every_layout(num_processes, num_test):
 def bitwise_with_parts():
     history, model = train_with_parts(bitwise=True, num_micro_batches=4)
     return history.train_metrics, history.metrics, [weight.tolist() for weight in model.parameters()]
+
+
+def of_processes(kind):
+    """Give other scalars, or the same in another order, on each process."""
+    rank = torch.distributed.get_rank()
+    scalars = {"names": [{"a": 1.0}, {"b": 2.0}], "count": [{"a": 1.0}, {}], "order": [{"a": 1.0, "b": 2.0}] * 2}[kind][
+        rank
+    ]
+    if kind == "order" and rank:
+        scalars = dict(reversed(scalars.items()))
+    metrics = {"one": lambda outputs, targets: 1.0, "two": lambda outputs, targets: 2.0}
+    trainer = Trainer(
+        make_model(),
+        None,
+        compute_loss=lambda model, batch: Loss(plain(model, batch), None, batch[1], batch[1], scalars),
+        metrics=dict(reversed(metrics.items())) if rank else metrics,
+        config=quiet(),
+    )
+    try:
+        return trainer.evaluate(loader_of(make_data(8), 4))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.distributed
+def test_scalars_and_metrics_are_added_up_by_name_on_several_processes():
+    for found in on_processes(2, of_processes, "order"):
+        assert {name: found[name] for name in ("a", "b", "one", "two")} == {"a": 1.0, "b": 2.0, "one": 1.0, "two": 2.0}
+    assert all(
+        "same scalars for each micro-batch: first a, now b" in one for one in on_processes(2, of_processes, "names")
+    )
+    assert all("first a, now none" in found for found in on_processes(2, of_processes, "count"))
 
 
 @pytest.mark.distributed
@@ -153,6 +186,19 @@ def changing(scalars=({"a": 1.0}, {"b": 1.0})):
         (plain, {"whole_metrics": {"number": len}}, ValueError, "Metrics need the model's outputs"),
         (with_scalars({"kl": torch.ones(2)}), {}, TypeError, r"'kl' .* must be one real number, got shape \(2,\)"),
         (with_scalars({"kl": "much"}), {}, TypeError, "'kl' .* must be one real number, got a str"),
+        (
+            lambda model, batch: Loss(plain(model, batch), None, batch[1], batch[1], {"mae": 1.0}),
+            {"metrics": {"mae": lambda outputs, targets: 0.0}},
+            ValueError,
+            "A metric and a scalar of compute_loss are both named 'mae'",
+        ),
+        (
+            lambda model, batch: Loss(plain(model, batch), None, batch[1]),
+            {"metrics": {"mae": lambda outputs, targets: 0.0}},
+            ValueError,
+            "Metrics need the model's outputs and the targets",
+        ),
+        (with_scalars({3: 1.0}), {}, TypeError, "name of a scalar of compute_loss must be a text, got 3"),
         (with_scalars({"test_loss": 1.0}), {}, ValueError, "'test_loss' of a scalar is taken"),
         (changing(), {}, ValueError, "same scalars for each micro-batch: first a, now b"),
         (changing([{}, {"a": 1.0}]), {}, ValueError, "same scalars for each micro-batch: first none, now a"),
@@ -324,6 +370,28 @@ def test_metrics_of_a_model_with_its_own_loss():
     torch.testing.assert_close(logits, outputs.logits.detach())
 
 
+class WithPenalty(nn.Module):
+    """A model for the next token whose loss has a part that is there without any label too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_transformer("next tokens").double()
+
+    def forward(self, input_ids, labels):
+        logits = self.inner(input_ids=input_ids).logits
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return {"loss": losses / (labels[:, 1:] != -100).sum().clamp_min(1) + 0.1, "logits": logits}
+
+
+def test_a_penalty_does_not_hide_which_labels_count():
+    losses = []
+    for num_micro_batches in (1, 2, 4):
+        config = quiet(num_micro_batches=num_micro_batches)
+        loader = DataLoader(Sequences(14, "next tokens"), batch_size=7)
+        losses.append(Trainer(WithPenalty(), None, config=config).evaluate(loader)["loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-9)
+
+
 class NoLoss(nn.Linear):
     def forward(self, features, labels=None):
         return {"logits": super().forward(features)}
@@ -392,6 +460,43 @@ def test_a_tuple_of_inputs_on_two_processes():
 class Named(nn.Linear):
     def forward(self, features, shift):
         return super().forward(features + shift[:, None])
+
+
+class Any(nn.Linear):
+    def forward(self, *parts):
+        return super().forward(parts[0] - 2 * parts[1])
+
+
+class Optional(nn.Linear):
+    def forward(self, left, shift=None):
+        return super().forward(left if shift is None else left + shift)
+
+
+class OnlyNamed(nn.Linear):
+    def forward(self, *, features):
+        return super().forward(features)
+
+
+def test_arguments_go_where_the_forward_wants_them():
+    one, two = torch.ones(4, 5), torch.full((4, 5), 2.0)
+    model = Any(5, 3)
+    assert torch.equal(call_model(model, [one, two]), nn.Linear.forward(model, one - 2 * two))
+    model = Optional(5, 3)
+    assert torch.equal(call_model(model, {"anything": one}), nn.Linear.forward(model, one))
+    assert torch.equal(call_model(model, {"left": one}), nn.Linear.forward(model, one))
+    with pytest.raises(TypeError, match="'left' .*the entries shift of a batch by name"):
+        call_model(model, {"shift": one})
+    model = OnlyNamed(5, 3)
+    assert torch.equal(call_model(model, {"features": one}), nn.Linear.forward(model, one))
+    with pytest.raises(TypeError, match="The model was called with 2 inputs of a batch as 1 argument, .* compute_loss"):
+        call_model(nn.Linear(5, 3), [one, two])
+
+
+def test_an_encoder_and_decoder_predicts_from_its_labels():
+    model, data = make_transformer("sequence to sequence").eval(), Sequences(5, "sequence to sequence")
+    found = Trainer(model, None, config=quiet()).predict(DataLoader(data, batch_size=2))["logits"]
+    (whole,) = DataLoader(data, batch_size=5)
+    torch.testing.assert_close(found, model(**whole).logits.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("key", ["labels", "label", "targets", "target"])

@@ -338,8 +338,9 @@ class Whole(nn.Linear):
 
 
 def test_batches_that_a_model_cannot_take_are_named_by_their_keys():
-    by_name = r"unexpected keyword argument 'note' \(The model was called with the entries of a batch by name: x, note"
-    for kind, message in ((nn.Linear, "as one dictionary: x, note"), (ByName, "as one dictionary"), (Two, by_name)):
+    by_name = r"unexpected keyword argument 'note' \(The model was called with the entries x, note of a batch by name"
+    whole = "the entries x, note of a batch as 1 argument, "
+    for kind, message in ((nn.Linear, whole), (ByName, whole), (Two, by_name)):
         trainer = Trainer(kind(5, 3), None, nn.CrossEntropyLoss(), config=quiet())
         with pytest.raises(TypeError, match=f"{message}.* leave out of the samples, or give compute_loss"):
             trainer.evaluate(DataLoader(Dictionaries(), batch_size=4))

@@ -1,6 +1,7 @@
 """Averages of the weights: evaluated, chosen by, saved and restored in place of the last ones."""
 
 import copy
+import math
 import pickle
 import signal
 
@@ -29,7 +30,7 @@ def train_averaged(name="ema", kind="batchnorm", dtype=torch.float64, callbacks=
         torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
         nn.CrossEntropyLoss(),
         metrics={"accuracy": correct},
-        callbacks=[KINDS[name](), *callbacks],
+        callbacks=[*callbacks, KINDS[name]()],
         config=quiet(run_dir=run_dir, **choices),
     )
     history = trainer.fit(loader_of(make_data(40, dtype), 8), loader_of(make_data(29, dtype), 8))
@@ -178,7 +179,95 @@ def test_a_second_fit_begins_a_new_average():
         test_loader = loader_of(make_data(29, torch.float64), 8)
         losses.append(trainer.fit(loader_of(make_data(40, torch.float64), 8), test_loader).test_losses)
     assert losses[0] == losses[1]
-    assert pickle.loads(pickle.dumps(callback)).state_dict()["num_averaged"] == callback.state_dict()["num_averaged"]
+    assert pickle.loads(pickle.dumps(callback)).state_dict()["counts"] == callback.state_dict()["counts"] != {}
+
+
+def test_two_averages_beside_each_other_do_not_change_the_training():
+    plain, _, _ = train_averaged(kind="plain", restore_best=False)
+    second = KINDS["swa"]()
+    both, _, _ = train_averaged(kind="plain", restore_best=False, callbacks=[second])
+    assert both.train_losses == plain.train_losses and second.state_dict()["counts"]["0.weight"] == 20
+
+
+@pytest.mark.parametrize("name", ["ema by epoch", "swa by epoch"])
+def test_an_epoch_whose_evaluation_was_cut_short_is_taken_in_once(name, tmp_path):
+    whole, _, _ = train_averaged(name, num_epochs=3)
+    how = {"num_epochs": 3, "run_dir": tmp_path / "run", "resume": "auto"}
+    assert train_averaged(name, callbacks=[Interrupts()], **how)[0].num_epochs == 1
+    assert train_averaged(name, **how)[0].test_losses == whole.test_losses
+
+
+class Unfreezes(Callback):
+    def __init__(self, back_again=False):
+        self.back_again, self.weights = back_again, []
+
+    def on_fit_start(self, trainer):
+        trainer.model[0].requires_grad_(self.back_again)
+
+    def on_epoch_start(self, trainer):
+        if trainer.state.epoch == 3:
+            trainer.model[0].requires_grad_(not self.back_again)
+
+    def on_evaluation_start(self, trainer):  # before the average is put in
+        self.weights.append(trainer.model[0].weight.detach().clone())
+
+
+def test_a_weight_that_is_unfrozen_has_an_average_from_then_on():
+    unfreezes = Unfreezes()
+    average = WeightAverage(None, update_every="epoch")
+    model = make_model(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    config = quiet(num_epochs=4, restore_best=False)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[unfreezes, average], config=config)
+    trainer.fit(loader_of(make_data(40, torch.float64), 8), loader_of(make_data(29, torch.float64), 8))
+    expected = (unfreezes.weights[2] + unfreezes.weights[3]) / 2
+    torch.testing.assert_close(model[0].weight.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_average_of_a_weight_that_is_frozen_later_goes_on_to_it():
+    model = make_model(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    config = quiet(num_epochs=12, restore_best=False)
+    callbacks = [Unfreezes(back_again=True), WeightAverage(0.5)]
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=callbacks, config=config)
+    trainer.fit(loader_of(make_data(40, torch.float64), 8), loader_of(make_data(29, torch.float64), 8))
+    last = callbacks[0].weights[-1]
+    torch.testing.assert_close(model[0].weight.detach(), last, rtol=1e-9, atol=1e-9)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = make_model(torch.float64, "batchnorm")
+        self.register_buffer("mask", torch.full((3, 3), -math.inf, dtype=torch.float64).triu(1))
+
+    def forward(self, inputs):
+        return self.inner(inputs) + (self.mask.exp().sum() - 6)
+
+
+def test_buffers_that_are_not_finite_are_left_out():
+    model, average = Masked(), WeightAverage(0.8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[average], config=quiet(num_micro_batches=2))
+    history = trainer.fit(loader_of(make_data(40, torch.float64), 8), loader_of(make_data(29, torch.float64), 8))
+    assert all(map(math.isfinite, history.test_losses)) and "mask" not in average.state_dict()["average"]
+    assert "inner.1.running_mean" in average.state_dict()["average"]
+
+
+def test_another_average_does_not_go_on_with_this_one(tmp_path):
+    train_averaged("ema", run_dir=tmp_path / "run", num_epochs=1)
+    with pytest.raises(ValueError, match=r"start_epoch \[0.8, 'step', 1\], and this one has"):
+        train_averaged("swa", run_dir=tmp_path / "run", resume=True)
+
+
+def test_an_error_in_the_evaluation_puts_the_weights_back():
+    keeps, model = Unfreezes(back_again=True), make_model(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    how = {"metrics": {"odd": lambda outputs, targets: 1 / 0}, "callbacks": [keeps, WeightAverage(0.8)]}
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), **how, config=quiet())
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(loader_of(make_data(40, torch.float64), 8), loader_of(make_data(29, torch.float64), 8))
+    assert torch.equal(model[0].weight, keeps.weights[0])
 
 
 def test_half_precision_is_averaged_in_single():

@@ -358,3 +358,20 @@ def test_damaged_weights_and_wrong_arguments_are_named(tmp_path):
         load_best(make_model(), tmp_path / "run")
     with pytest.raises(TypeError, match="load_best takes a model and then a run_dir, got str first"):
         load_best("run", make_model())
+
+
+def test_a_value_that_an_epoch_does_not_have_is_nan(tmp_path):
+    """As of a metric that returns the classes that were predicted."""
+    given = iter([{"a": 1.0}, {"a": 2.0, "b": 2.5}, {}, {"b": 4.0}])
+    model = make_model()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        whole_metrics={"rep": lambda outputs, targets: next(given)},
+        config=quiet(num_epochs=4, run_dir=tmp_path / "run"),
+    )
+    history = trainer.fit(loader_of(make_data(8)), loader_of(make_data(8)))
+    expected = "{'rep/a': [1.0, 2.0, nan, nan], 'rep/b': [nan, 2.5, nan, 4.0]}"
+    assert str(history.metrics) == str(History.load(tmp_path / "run").metrics) == expected
+    assert (tmp_path / "run/report.html").exists()

@@ -56,13 +56,16 @@ def test_files_hold_what_was_trained_and_the_digests_of_the_rest(tmp_path, train
     assert load_best(make_frozen(), checkpoint).state_dict().keys() == model.state_dict().keys()
 
 
-def test_other_frozen_weights_are_refused(tmp_path):
-    train_frozen(tmp_path / "run", num_epochs=1)
+def test_other_frozen_weights_are_refused(tmp_path, capsys):
+    train_frozen(tmp_path / "run", num_epochs=1, verbose=True)
+    assert "2 frozen weights are left out of the files: to go on and to load, build" in capsys.readouterr().out
     other = make_frozen(seed=2)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"leaves out weights that were frozen, .* others in 0.weight, 0.bias. Build"):
         load_best(other, tmp_path / "run")
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in before.items())
+    with pytest.raises(ValueError, match="same pretrained weights, .* in the same type"):
+        load_best(make_frozen().half(), tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"The checkpoint leaves out weights .* 0.weight, 0.bias"):
         train_frozen(tmp_path / "run", seed=2, resume=True)
 
@@ -89,23 +92,36 @@ class Teaches(Callback):
             trainer.model[0].weight.data.mul_(1.5)
 
 
+class Shuffles(Callback):
+    """Change the order of frozen weights only, as of a queue, from the third epoch on."""
+
+    def on_step_end(self, trainer):
+        if trainer.state.epoch >= 3:
+            weight = trainer.model[0].weight
+            weight.data.copy_(weight.data.roll(1, 0) if trainer.state.step % 2 else weight.data.flip(1))
+
+
 class BestWeights(Callback):
     def on_evaluation_end(self, trainer):
         if trainer.state.best_epoch == trainer.state.epoch:
             self.kept = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", [Unfreezes, Teaches])
+@pytest.mark.parametrize("kind", [Unfreezes, Teaches, Shuffles])
 @pytest.mark.parametrize("has_folder", [True, False])
 def test_what_changes_later_is_saved_and_the_best_weights_are_whole(kind, has_folder, tmp_path):
     keeps, run_dir = BestWeights(), tmp_path / "run" if has_folder else None
     history, model = train_frozen(run_dir, [kind(), keeps])
-    assert history.best_epoch == 2
+    assert history.best_epoch == 2 or kind is Shuffles
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, keeps.kept[name]), name
     if has_folder:
         (last,) = (tmp_path / "run").glob("checkpoints/*20/model.safetensors")
-        assert "0.weight" in names_in(last) and names_in(tmp_path / "run/best/model.safetensors") == TRAINED
+        assert "0.weight" in names_in(last)
+        best = tmp_path / "run/best/model.safetensors"
+        assert names_in(best) == (TRAINED if history.best_epoch == 2 else TRAINED | {"0.weight"})
+        fresh = load_best(make_frozen(), tmp_path / "run")
+        assert all(torch.equal(one, model.state_dict()[name]) for name, one in fresh.state_dict().items())
 
 
 @pytest.mark.distributed
