@@ -161,7 +161,8 @@ def _classification(outputs: Tensor, targets: Tensor, reading: Reading) -> Answe
     fault = torch.zeros(size, dtype=torch.int8, device=outputs.device)
     targets = targets.to(outputs.device)
     targets = targets if targets.is_floating_point() else targets.long()
-    is_single = outputs.numel() == targets.numel() and (outputs.ndim == 1 or outputs.shape[1] == 1)
+    has_one = outputs.ndim == 1 or outputs.shape[1] == 1 or outputs.shape == (*targets.shape, 1)
+    is_single = has_one and outputs.numel() == targets.numel()
     axes: tuple[int, ...] = ()
     if not is_single:
         if outputs.ndim < 2:

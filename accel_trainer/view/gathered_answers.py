@@ -19,7 +19,7 @@ class GatheredAnswers(GatheredForwards):
     """Reduce the answers of each micro-batch to a few numbers per sample, and gather these in order.
 
     A sample of a classification takes 30 bytes on the main process. What has many targets per sample, such as the
-    pixels of an image, is counted: that takes a table of classes x classes on each process.
+    pixels of an image, is counted: that takes two tables of classes x classes on each process.
     """
 
     def __init__(self, kind: Kind, objective: Objective, model: nn.Module, hardware: Hardware) -> None:

@@ -287,6 +287,8 @@ def test_masks_of_one_score_per_pixel_are_counted_and_the_loss_names_what_it_lea
     scores, targets = random_of(6, 1, 4, 4), classes_of(6, 1, 4, 4, num_classes=2).float()
     details = report(run_dir, "classification", scores, targets, nn.BCEWithLogitsLoss())
     check_against_sklearn(details, targets, scores > 0)
+    last = report(run_dir, "classification", scores.movedim(1, -1), targets[:, 0])
+    assert last["reading"].startswith("Scores were read as logits") and last | {"reading": None} == details
     read = report(run_dir, "classification", scores.sigmoid(), targets)
     assert read["reading"].startswith("Scores were read as probabilities") and read | {"reading": None} == details
     labels = classes_of(30)
