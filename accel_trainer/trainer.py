@@ -392,6 +392,11 @@ class Trainer:
             loader: Its batches are divided over the processes; each sample counts once. An empty one gives nan.
             report: `"classification"` for scores (batch, classes, ...), or one per target, with class indices or
                 one-hot targets; `"regression"` for outputs and targets of one shape, (batch,) or (batch, targets).
+                Class indices of -100 are left out; where `loss_fn` is one of torch's own losses, or a partial of one,
+                those of its `ignore_index` instead. What a function of yours leaves out is not seen.
+                A batch with as many tokens as classes is read as the shapes of the others demand. A model that computes
+                its own loss of the next token is judged by the next token. Outputs for torch's Poisson loss are
+                exponentiated if that loss does so.
             name: What the page calls these samples. `None` for `train` and `test`, the data of the last `fit`, and
                 `final`, any other.
             run_dir: Folder of a run whose best weights the model holds, for the results; `None` for the last `fit`.
@@ -413,7 +418,7 @@ class Trainer:
                 results = hardware.from_main(functools.partial(Results.of, run_dir))
             micro_batches = self._loader(loader, hardware, "loader")
             self._objective.to(hardware.device)
-            answers = None if report is None else GatheredAnswers(report, self._objective, hardware)
+            answers = None if report is None else GatheredAnswers(report, self._objective, self.model, hardware)
             scores: dict[str, float] = evaluate(  # type: ignore[assignment]
                 prepared, self._objective, micro_batches, self._metrics, probe=self._probe, answers=answers
             )

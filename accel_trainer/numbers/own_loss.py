@@ -55,6 +55,11 @@ def own_loss(model: nn.Module, batch: Any) -> Loss:
     return Loss(loss, (counted != ignored).sum(), outputs, labels)
 
 
+def predicts_next(model: nn.Module) -> bool:
+    """Return whether a model, of which `own_loss` has been asked, takes the scores of a token for the next label."""
+    return _passing_over_first.get(unwrapped(model), False)
+
+
 _passing_over_first: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 

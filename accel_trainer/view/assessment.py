@@ -14,6 +14,7 @@ import numpy
 from torch import Tensor
 
 from ..base.console import warn
+from .answers import CLASS_AXES
 from .forms import fits
 from .samples import class_names, index_in_whole, shown_sample, whole
 
@@ -61,7 +62,8 @@ def assess(kind: str, answers: dict[str, Any], dataset: Any) -> Details:
     names = class_names(dataset, answers["num_classes"])
     if answers["counts"] is None:
         return {"num_samples": num_samples} | _of_samples(columns, names, answers["reading"])
-    return {"num_samples": num_samples} | _of_parts(columns, _array(answers["counts"]), names, answers["reading"])
+    tables, axes = _array(answers["counts"]), answers["axes"]
+    return {"num_samples": num_samples} | _of_parts(columns, tables, names, answers["reading"], axes)
 
 
 def show_wrong(wrong: list[Details], dataset: Any, indices: dict[int, Any] | None) -> Details:
@@ -99,13 +101,16 @@ def _check_targets(faults: Any, num_classes: int) -> None:
 def _of_samples(columns: dict[str, Any], names: list[str], reading: str | None) -> Details:
     """Return the details where each sample has one target."""
     score, targets = columns["score"], columns["target"]
+    note = None
     if "prediction" in columns:
         is_known = ~numpy.isnan(columns["normaliser"])
         predictions = columns["prediction"]
         losses, certainties = _log_probabilities(columns, reading)
     else:
         is_known = ~numpy.isnan(score)
+        score = numpy.nan_to_num(score, nan=0.5)
         predictions, losses, certainties = _of_single_scores(score, targets, reading)
+        note = _reading_note(score, score, reading)
     is_counted = (targets >= 0) & is_known
     codes, counts = numpy.unique(targets[is_counted] * len(names) + predictions[is_counted], return_counts=True)
     details = _confusion(codes, counts, names, "samples", int((~is_counted).sum()))
@@ -119,7 +124,7 @@ def _of_samples(columns: dict[str, Any], names: list[str], reading: str | None) 
         }
         for position in wrong
     ]
-    return details | {"wrong": _with_positions(wrong, shown)}
+    return details | {"reading": note, "wrong": _with_positions(wrong, shown)}
 
 
 def _log_probabilities(columns: dict[str, Any], reading: str | None) -> tuple[Any, Any]:
@@ -136,24 +141,54 @@ def _is_probability(low: Any, high: Any, reading: str | None) -> bool:
     return reading == "probabilities" or (reading is None and bool(low.min() >= 0 and high.max() <= 1))
 
 
+def _reading_note(low: Any, high: Any, reading: str | None) -> str | None:
+    """Return what the page says of how single scores were read, where no loss of torch tells."""
+    if reading is not None:
+        return None
+    if _is_probability(low, high, reading):
+        return "Scores were read as probabilities (above 0.5 is class 1), since all lie between 0 and 1."
+    return "Scores were read as logits (above 0 is class 1), since not all lie between 0 and 1."
+
+
 def _of_single_scores(score: Any, targets: Any, reading: str | None) -> tuple[Any, Any, Any]:
     """Return predictions, -log p of the targets and log p of the predictions, of one score per sample."""
-    known = numpy.nan_to_num(score, nan=0.5)
     with numpy.errstate(divide="ignore", over="ignore"):
-        if _is_probability(known, known, reading):
-            predictions = (known > 0.5).astype(int)
-            logs = numpy.log(numpy.stack([1 - known, known]))
+        if _is_probability(score, score, reading):
+            predictions = (score > 0.5).astype(int)
+            logs = numpy.log(numpy.stack([1 - score, score]))
         else:
-            predictions = (known > 0).astype(int)
-            logs = -numpy.logaddexp(0, numpy.stack([known, -known]))
-    places = numpy.arange(len(known))
+            predictions = (score > 0).astype(int)
+            logs = -numpy.logaddexp(0, numpy.stack([score, -score]))
+    places = numpy.arange(len(score))
     return predictions, -logs[targets.clip(0, 1), places], logs[predictions, places]
 
 
-def _of_parts(columns: dict[str, Any], tables: Any, names: list[str], reading: str | None) -> Details:
+def _class_axis(axes: set[tuple[int, ...]]) -> tuple[int, str | None]:
+    """Return the axis of the classes: the only one that some micro-batch allows, or the likely one, with a note."""
+    certain = {one[0] for one in axes if len(one) == 1}
+    if len(certain) > 1:
+        raise ValueError(
+            'report="classification" needs the classes on one axis of the outputs; by their shapes it is axis 1 in '
+            "some batches and the last axis in others. Let the model return (batch, classes, ...) for all."
+        )
+    if certain:
+        return certain.pop(), None
+    axis = max(one[0] for one in axes)
+    name, other = ("axis 1", "the last axis") if axis == 1 else ("the last axis", "axis 1")
+    return axis, f"Classes were read along {name} of the outputs; by their shapes it might be {other} too."
+
+
+def _of_parts(
+    columns: dict[str, Any], tables: Any, names: list[str], reading: str | None, axes: set[tuple[int, ...]]
+) -> Details:
     """Return the details where each sample has many targets, such as its pixels."""
-    which = int("low" in columns and _is_probability(columns["low"], columns["high"], reading))
-    table, num_parts, num_wrong = tables[which], columns["num_parts"], columns["num_wrong"][:, which]
+    if "low" in columns:
+        limits = columns["low"], columns["high"]
+        which, note = int(_is_probability(*limits, reading)), _reading_note(*limits, reading)
+    else:
+        axis, note = _class_axis(axes)
+        which = CLASS_AXES.index(axis)
+    table, num_parts, num_wrong = tables[which], columns["num_parts"][:, which], columns["num_wrong"][:, which]
     codes = numpy.flatnonzero(table[:-1])
     details = _confusion(codes, table[codes], names, "parts of samples (pixels, tokens)", int(table[-1]))
     shares = num_wrong / numpy.maximum(num_parts, 1)
@@ -167,7 +202,7 @@ def _of_parts(columns: dict[str, Any], tables: Any, names: list[str], reading: s
         }
         for position in wrong
     ]
-    return details | {"wrong": _with_positions(wrong, shown)}
+    return details | {"reading": note, "wrong": _with_positions(wrong, shown)}
 
 
 def _with_positions(positions: Any, shown: list[dict[str, str]]) -> list[Details]:
@@ -361,7 +396,7 @@ _CHART = {
 }
 _FORMS: dict[Any, Any] = {
     "classification": _SAID
-    | {"unit": str, "num_classes": int, "summary": [[str, float], ...]}
+    | {"unit": str, "num_classes": int, "reading": (str, None), "summary": [[str, float], ...]}
     | {"matrix": ([[int, ...], ...], None), "picture": (_PICTURE, None)}
     | {"per_class": [[str, float, float, float, int], ...], "confusions": [[str, str, int, float], ...]},
     "regression": _SAID | {"table": [[str, float, float, float], ...], "charts": [_CHART, ...]},

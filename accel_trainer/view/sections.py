@@ -87,6 +87,8 @@ def assessment(evaluation: dict[str, Any], place: str) -> tuple[dict[str, Any], 
             shown["notes"].append(f"The charts show the first {len(details['charts'])} targets.")
         return shown | {"cards": []}, [chart | {"place": place} for chart in charts]
     shown["notes"].insert(0, f"{details['num_counted']:,} {details['unit']} in {details['num_classes']:,} classes.")
+    if details["reading"] is not None:
+        shown["notes"].append(details["reading"])
     shown["cards"] = [(name, number(value)) for name, value in details["summary"]]
     shown["picture"] = details["picture"]
     shown["names"] = [row[0] for row in details["per_class"]]

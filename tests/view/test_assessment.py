@@ -1,6 +1,7 @@
 """What an evaluation's report says of the model: scikit-learn's numbers over the whole data, and the wrong samples."""
 
 import base64
+import functools
 import importlib.util
 import io
 import json
@@ -15,9 +16,11 @@ import pytest
 import sklearn.metrics as sk
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from test_report import CHROMIUM, data_of
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from accel_trainer import History, Trainer
@@ -121,14 +124,18 @@ def test_one_score_per_sample_is_read_as_the_loss_reads_it_or_as_it_looks(run_di
     scores, targets = random_of(40), classes_of(40, num_classes=2).float()
     details = report(run_dir, "classification", scores, targets, nn.BCEWithLogitsLoss())
     check_against_sklearn(details, targets, scores > 0)
+    assert details["reading"] is None
     column = report(run_dir, "classification", scores[:, None], targets[:, None].long())  # negative: no probabilities
-    assert column == details
+    said = "Scores were read as logits (above 0 is class 1), since not all lie between 0 and 1."
+    assert column == details | {"reading": said} and said in (run_dir / "report.html").read_text()
     narrow = scores.abs() / 10  # logits that might be probabilities
     for loss_fn in (nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits):
         check_against_sklearn(report(run_dir, "classification", narrow, targets, loss_fn), targets, narrow > 0)
     for loss_fn in (nn.BCELoss(), anything):
         details = report(run_dir, "classification", scores.sigmoid(), targets, loss_fn)
         check_against_sklearn(details, targets, scores > 0)
+    said = "Scores were read as probabilities (above 0.5 is class 1), since all lie between 0 and 1."
+    assert details["reading"] == said and said in (run_dir / "report.html").read_text()
 
 
 def test_scores_of_classes_may_be_logits_or_probabilities_and_targets_indices_or_one_hot(run_dir):
@@ -169,11 +176,121 @@ def test_pixels_and_tokens_are_counted_and_what_the_loss_leaves_out_is_left_out(
     ]
 
 
+class Sentences(Dataset):
+    """Scores of 4 classes and targets for each token; filled up, a batch may have 4 tokens, or a single one."""
+
+    def __init__(self, axis, lengths=(4, 1, 2, 4, 3, 4, 4, 1, 1, 4, 4, 2, 4, 7, 6, 4, 4, 4)):
+        self.axis = axis
+        self.scores = [random_of(length, 4, seed=place) for place, length in enumerate(lengths)]
+        self.targets = [classes_of(length, seed=place) for place, length in enumerate(lengths)]
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.scores[index], self.targets[index]
+
+    def collate(self, samples):
+        scores, targets = zip(*samples, strict=True)
+        targets = pad_sequence(targets, batch_first=True, padding_value=-100)
+        return pad_sequence(scores, batch_first=True).movedim(-1, self.axis), targets
+
+    def loader(self):
+        return DataLoader(self, 3, collate_fn=self.collate)
+
+    def check(self, details):
+        check_against_sklearn(details, torch.cat(self.targets), torch.cat(self.scores).argmax(1))
+        wrong = [(scores.argmax(1) != targets).sum() for scores, targets in zip(self.scores, self.targets, strict=True)]
+        notes = [f"{number} of {len(targets)} parts" for number, targets in zip(wrong, self.targets, strict=True)]
+        assert details["wrong"] and all(one["note"].startswith(notes[one["index"]]) for one in details["wrong"])
+        assert details["reading"] is None
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [lambda outputs: outputs, lambda outputs: {"logits": outputs}])
+def test_a_batch_of_as_many_tokens_as_classes_is_read_as_the_others(run_dir, axis, shape):
+    data = Sentences(axis)
+    for num_micro_batches in (None, 3):
+        trainer = Trainer(Given(shape), None, anything, config=quiet(num_micro_batches=num_micro_batches))
+        trainer.evaluate(data.loader(), report="classification", run_dir=run_dir)
+        data.check(RunFiles.load(run_dir).evaluations[-1]["details"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "loss_fn", "axis"),
+    [
+        ((9, 4, 4), anything, -1),
+        ((9, 4, 4), nn.CrossEntropyLoss(), 1),
+        ((9, 4, 4), functools.partial(F.cross_entropy, label_smoothing=0.1), 1),
+        ((9, 4, 4, 4), anything, 1),
+    ],
+)
+def test_where_all_batches_have_as_many_tokens_as_classes_the_loss_tells_or_the_page_says(
+    run_dir, shape, loss_fn, axis
+):
+    scores, targets = random_of(*shape), classes_of(*shape[:-1])
+    details = report(run_dir, "classification", scores, targets, loss_fn)
+    check_against_sklearn(details, targets, scores.argmax(axis))
+    name, other = ("axis 1", "the last axis") if axis == 1 else ("the last axis", "axis 1")
+    said = f"Classes were read along {name} of the outputs; by their shapes it might be {other} too."
+    assert details["reading"] == (said if loss_fn is anything else None)
+    assert (said in (run_dir / "report.html").read_text()) == (loss_fn is anything)
+
+
+def test_classes_on_another_axis_in_each_batch_are_refused(run_dir):
+    class Turned(Sentences):
+        def collate(self, samples):
+            self.axis = -self.axis
+            return super().collate(samples)
+
+    trainer = Trainer(Given(), None, anything)
+    with pytest.raises(ValueError, match="needs the classes on one axis of the outputs; by their shapes it is axis 1"):
+        trainer.evaluate(Turned(1, lengths=(5, 3) * 6).loader(), "classification", run_dir=run_dir)
+
+
+class Tokens(Dataset):
+    """Sequences of 5 tokens for a model that computes its own loss; some labels are -100."""
+
+    def __init__(self):
+        self.tokens, self.labels = classes_of(24, 5, num_classes=5), classes_of(24, 5, num_classes=5)
+        self.labels[3:7, 1:3] = -100
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.tokens[index], "labels": self.labels[index]}
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_model_that_predicts_the_next_token_is_judged_by_the_next_token(run_dir, is_causal):
+    torch.manual_seed(2)
+    if is_causal:
+        size = {"vocab_size": 5, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0))
+    else:
+        size = {"vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        bert = transformers.BertConfig(**size, intermediate_size=8, num_labels=5)
+        model = transformers.BertForTokenClassification(bert)
+    data = Tokens()
+    Trainer(model, None, config=quiet()).evaluate(DataLoader(data, 7), report="classification", run_dir=run_dir)
+    with torch.no_grad():
+        predictions, labels = model.eval()(data.tokens).logits.argmax(-1), data.labels
+    if is_causal:
+        predictions, labels = predictions[:, :-1], labels[:, 1:]
+    details = RunFiles.load(run_dir).evaluations[-1]["details"]
+    check_against_sklearn(details, labels[labels != -100], predictions[labels != -100])
+    assert details["num_left_out"] == (labels == -100).sum()
+
+
 def test_masks_of_one_score_per_pixel_are_counted_and_the_loss_names_what_it_leaves_out(run_dir):
     scores, targets = random_of(6, 1, 4, 4), classes_of(6, 1, 4, 4, num_classes=2).float()
     details = report(run_dir, "classification", scores, targets, nn.BCEWithLogitsLoss())
     check_against_sklearn(details, targets, scores > 0)
-    assert report(run_dir, "classification", scores.sigmoid(), targets) == details
+    last = report(run_dir, "classification", scores.movedim(1, -1), targets[:, 0])
+    assert last["reading"].startswith("Scores were read as logits") and last | {"reading": None} == details
+    read = report(run_dir, "classification", scores.sigmoid(), targets)
+    assert read["reading"].startswith("Scores were read as probabilities") and read | {"reading": None} == details
     labels = classes_of(30)
     loss_fn = nn.CrossEntropyLoss(ignore_index=3)
     details = report(run_dir, "classification", random_of(30, 4), labels, loss_fn)
@@ -298,6 +415,15 @@ def test_residuals_and_their_errors_are_those_of_sklearn(drawn, run_dir):
     assert (run_dir / "regression.png").exists() and not (run_dir / "wrong_samples.png").exists()
 
 
+def test_outputs_for_the_poisson_loss_are_exponentiated_where_that_loss_does_so(run_dir):
+    rates, targets = random_of(30), classes_of(30).float()
+    cases = [(loss_fn, rates.exp()) for loss_fn in (nn.PoissonNLLLoss(full=True), F.poisson_nll_loss)]
+    plain = nn.PoissonNLLLoss(log_input=False), functools.partial(F.poisson_nll_loss, log_input=False)
+    for loss_fn, predictions in [*cases, *((loss_fn, rates) for loss_fn in plain)]:
+        details = report(run_dir, "regression", rates, targets, loss_fn)
+        assert details["table"] == [["target", *errors(targets, predictions)]]
+
+
 def test_many_samples_of_several_targets_are_counted_in_cells_each_once(drawn, run_dir):
     predictions, targets = random_of(5000, 2), random_of(5000, 2, seed=3)
     predictions[7, 0], targets[9, 1] = math.inf, math.nan
@@ -324,7 +450,7 @@ def test_many_samples_of_several_targets_are_counted_in_cells_each_once(drawn, r
 
 
 def on_this_layout(folders):
-    """Return what is kept of a classification, a regression and a segmentation."""
+    """Return what is kept of a classification, a regression, a segmentation, and tokens with classes on either axis."""
     details = []
     model = make_model(torch.float64)
     loss_fn = nn.CrossEntropyLoss()
@@ -336,6 +462,9 @@ def on_this_layout(folders):
     painter = Trainer(Given(), None, loss_fn, config=quiet(num_micro_batches=6))
     masks = TensorDataset(random_of(31, 3, 4), classes_of(31, 4, num_classes=3))
     painter.evaluate(loader_of(masks, 8), "classification", run_dir=folders[2])
+    for axis, folder in zip((1, -1), folders[3:], strict=True):  # the first of 3 processes has 4 tokens only
+        tagger = Trainer(Given(), None, anything, config=quiet(num_micro_batches=3))
+        tagger.evaluate(Sentences(axis).loader(), "classification", run_dir=folder)
     for folder in folders if scorer.is_main_process else []:
         details.append(json.loads((folder / "evaluations.json").read_text())[0])
     return details
@@ -345,10 +474,10 @@ def on_this_layout(folders):
 def test_the_report_is_the_same_to_the_bit_on_1_2_and_3_processes_and_that_of_sklearn(trained, tmp_path):
     found = {}
     for number in (1, 2, 3):
-        folders = [shutil.copytree(trained, tmp_path / f"{number}_{place}") for place in range(3)]
+        folders = [shutil.copytree(trained, tmp_path / f"{number}_{place}") for place in range(5)]
         found[number] = on_processes(number, on_this_layout, folders)[0]
-    assert len(found[1]) == 3 and found[1] == found[2] == found[3]
-    record = [RunFiles.load(tmp_path / f"2_{place}").evaluations[0]["details"] for place in range(3)]
+    assert len(found[1]) == 5 and found[1] == found[2] == found[3]
+    record = [RunFiles.load(tmp_path / f"2_{place}").evaluations[0]["details"] for place in range(5)]
     model, data = make_model(torch.float64), make_data(101, torch.float64)
     predictions = model(data.tensors[0]).argmax(1)
     check_against_sklearn(record[0], data.tensors[1], predictions)
@@ -359,6 +488,8 @@ def test_the_report_is_the_same_to_the_bit_on_1_2_and_3_processes_and_that_of_sk
     expected = errors(x[:, :3], model(x).detach())
     assert record[1]["table"][-1][1:] == pytest.approx(expected, rel=1e-12)
     check_against_sklearn(record[2], classes_of(31, 4, num_classes=3), random_of(31, 3, 4).argmax(1))
+    for axis, details in zip((1, -1), record[3:], strict=True):
+        Sentences(axis).check(details)
 
 
 class TooLarge(Given):
