@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are f
 
 import torch
 from datasets import ClassLabel, Dataset, load_dataset
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from accel_trainer import Trainer
-from accel_trainer.tools.options import OptionParser
+from accel_trainer.tools.options import OptionParser, refusals_in_one_line
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -91,11 +92,11 @@ def main() -> None:
     parser.add_argument("--text_column", type=str, default="text")
     parser.add_argument("--label_column", type=str, default="label")
     parser.add_argument("--model", type=str, default="distilbert-base-uncased", help="a folder, or a name on the hub")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens of a text that are read")
-    parser.add_argument("--batch_size", type=int, default=32, help="texts of one update, over all processes")
-    parser.add_argument("--learning_rate", type=float, default=5e-5, help="its peak, after the warm-up")
-    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which it rises")
-    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--max_length", type=PositiveInt, default=256, help="tokens of a text that are read")
+    parser.add_argument("--batch_size", type=PositiveInt, default=32, help="texts of one update, over all processes")
+    parser.add_argument("--learning_rate", type=PositiveFloat, default=5e-5, help="its peak, after the warm-up")
+    parser.add_argument("--warmup", type=ClosedUnitInterval, default=0.1, help="share of the steps in which it rises")
+    parser.add_argument("--weight_decay", type=NonNegativeFloat, default=0.01)
     parser.add_config(num_epochs=3, max_grad_norm=1.0, run_dir="runs/text")
     options = parser.parse_args()
     config = parser.config_of(options)
@@ -141,4 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals_in_one_line():
+        main()
