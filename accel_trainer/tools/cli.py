@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
@@ -226,7 +227,10 @@ def _export(options: Namespace) -> int:
             show(push(folder, options.push, options.private))
         except Exception as error:  # a wrong name, not logged in, no network: the client has many kinds
             text, *_ = f"{type(error).__name__}: {error}".splitlines()
-            return fail(f"not uploaded ({text}). Once `hf auth login` is done: hf upload {options.push} {folder}")
+            if isinstance(error, ValueError):  # a name that the Hub takes from nobody
+                return fail(f"not uploaded ({text}). With a name that it takes: hf upload NAME {quote(str(folder))}")
+            command = f"hf upload {quote(options.push)} {quote(str(folder))}"
+            return fail(f"not uploaded ({text}). Once `hf auth login` is done: {command}")
     return 0
 
 
