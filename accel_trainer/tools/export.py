@@ -142,7 +142,8 @@ def _write_card(folder: Path, name: str, record: RunFiles, use: str) -> None:
     known = {key: value for key, value in known.items() if value not in (None, "")}
     epoch = int(metadata_of(record.path / BEST)["epoch"])
     results = _results(record, epoch)
-    known["tags"] = list(dict.fromkeys([*(known.get("tags") or []), "accel_trainer"]))
+    tags = [tag for tag in known.get("tags") or [] if not tag.endswith(":")]  # as of a base model without a name
+    known["tags"] = list(dict.fromkeys([*tags, "accel_trainer"]))
     known["model_name"] = name
     known["eval_results"] = [
         EvalResult(task_type="other", dataset_type=of, dataset_name=of, metric_type=metric, metric_value=value)
