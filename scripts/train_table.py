@@ -280,18 +280,19 @@ def check_encoding(encoding: dict[str, Any], config: TrainConfig) -> None:
 
 
 class KeepEncoding(Callback):
-    """Write how the columns become numbers into the run folder, which is there once the run begins."""
+    """Write how the columns become numbers into the run folder, once there is something to predict with."""
 
     def __init__(self, encoding: dict[str, Any]) -> None:
         self.encoding = encoding
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Write it beside the weights; a run that goes on has it already."""
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Write it beside the weights, where it is not there yet."""
         if trainer.is_main_process and trainer.config.run_dir is not None:
             path = Path(trainer.config.run_dir, ENCODING).expanduser()
-            beside = path.with_suffix(".part")
-            beside.write_text(json.dumps(self.encoding, indent=2, allow_nan=False) + "\n")
-            os.replace(beside, path)  # whole or not at all
+            if not path.exists():
+                beside = path.with_suffix(".part")
+                beside.write_text(json.dumps(self.encoding, indent=2, allow_nan=False) + "\n")
+                os.replace(beside, path)  # whole or not at all
 
 
 def in_units(outputs: torch.Tensor, target: dict[str, Any]) -> pd.DataFrame:

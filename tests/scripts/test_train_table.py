@@ -385,6 +385,18 @@ def test_a_run_goes_on_with_its_own_table_only(tmp_path, monkeypatch, capsys):
     assert code == 2 and "Traceback" not in printed and "can be used" in told
 
 
+def test_a_run_that_fails_at_once_leaves_its_folder_to_the_next(tmp_path, monkeypatch, capsys):
+    class Fails(torch.optim.AdamW):
+        def step(self, closure=None):
+            raise ZeroDivisionError
+
+    numeric_table(30).to_csv(tmp_path / "t.csv", index=False)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(torch.optim, "AdamW", Fails)
+        run(patch, capsys, tmp_path / "t.csv", "--num_epochs", "1")
+    assert run(monkeypatch, capsys, tmp_path / "t.csv", "--num_epochs", "1")[0] == 0
+
+
 def test_the_options_come_from_the_config(tmp_path, monkeypatch, capsys):
     code, printed = run(monkeypatch, capsys, tmp_path / "t.csv", "--print_config", "--patience", "3")
     assert code == 0 and "patience: 3" in printed and "target: y" in printed
