@@ -4,6 +4,7 @@ accelerate launch scripts/finetune_text.py --data reviews.csv --model distilbert
 """
 
 import difflib
+import json
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
@@ -107,6 +108,14 @@ def main() -> None:
         parser.error(str(error).splitlines()[0])
 
     names = rows.features["label"].names
+    ended = os.path.join(config.run_dir or "", "best", "config.json")  # where the run has come to an end before
+    if config.resume and config.run_dir and os.path.isfile(ended):
+        with open(ended) as file:
+            before = list(json.load(file)["id2label"].values())
+        if before != names:
+            parser.error(
+                f"the run in {config.run_dir} has the labels {before}, --data has {names}: give another --run_dir"
+            )
     rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=options.max_length), batched=True)
     parts = rows.train_test_split(test_size=0.2, seed=config.seed)
     selection = parts["train"].train_test_split(test_size=0.2, seed=config.seed)
