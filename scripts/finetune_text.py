@@ -4,12 +4,14 @@ accelerate launch scripts/finetune_text.py --data reviews.csv --model distilbert
 """
 
 import difflib
+import json
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
 
 import torch
 from datasets import ClassLabel, Dataset, load_dataset
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -20,7 +22,7 @@ from transformers import (
 )
 
 from accel_trainer import Trainer
-from accel_trainer.tools.options import OptionParser
+from accel_trainer.tools.options import OptionParser, refusals_in_one_line
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -91,11 +93,11 @@ def main() -> None:
     parser.add_argument("--text_column", type=str, default="text")
     parser.add_argument("--label_column", type=str, default="label")
     parser.add_argument("--model", type=str, default="distilbert-base-uncased", help="a folder, or a name on the hub")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens of a text that are read")
-    parser.add_argument("--batch_size", type=int, default=32, help="texts of one update, over all processes")
-    parser.add_argument("--learning_rate", type=float, default=5e-5, help="its peak, after the warm-up")
-    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which it rises")
-    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--max_length", type=PositiveInt, default=256, help="tokens of a text that are read")
+    parser.add_argument("--batch_size", type=PositiveInt, default=32, help="texts of one update, over all processes")
+    parser.add_argument("--learning_rate", type=PositiveFloat, default=5e-5, help="its peak, after the warm-up")
+    parser.add_argument("--warmup", type=ClosedUnitInterval, default=0.1, help="share of the steps in which it rises")
+    parser.add_argument("--weight_decay", type=NonNegativeFloat, default=0.01)
     parser.add_config(num_epochs=3, max_grad_norm=1.0, run_dir="runs/text")
     options = parser.parse_args()
     config = parser.config_of(options)
@@ -106,6 +108,14 @@ def main() -> None:
         parser.error(str(error).splitlines()[0])
 
     names = rows.features["label"].names
+    ended = os.path.join(config.run_dir or "", "best", "config.json")  # where the run has come to an end before
+    if config.resume and config.run_dir and os.path.isfile(ended):
+        with open(ended) as file:
+            before = list(json.load(file)["id2label"].values())
+        if before != names:
+            parser.error(
+                f"the run in {config.run_dir} has the labels {before}, --data has {names}: give another --run_dir"
+            )
     rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=options.max_length), batched=True)
     parts = rows.train_test_split(test_size=0.2, seed=config.seed)
     selection = parts["train"].train_test_split(test_size=0.2, seed=config.seed)
@@ -141,4 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals_in_one_line():
+        main()

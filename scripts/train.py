@@ -6,12 +6,13 @@ accelerate launch scripts/train.py --config run.yaml
 
 import torch
 from datasets import Dataset
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader
 
 from accel_trainer import Trainer
-from accel_trainer.tools.options import OptionParser
+from accel_trainer.tools.options import OptionParser, refusals_in_one_line
 
 
 def load_data(seed: int) -> tuple[Dataset, Dataset, Dataset]:
@@ -46,8 +47,8 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """Read the options, train, and evaluate the best weights."""
     parser = OptionParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_size", type=int, default=64, help="samples of one update, over all processes")
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="samples of one update, over all processes")
+    parser.add_argument("--learning_rate", type=PositiveFloat, default=3e-3)
     parser.add_config(num_epochs=40, patience=5, num_micro_batches=2, run_dir="runs/digits")
     options = parser.parse_args()
     config = parser.config_of(options)
@@ -70,4 +71,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with refusals_in_one_line():
+        main()

@@ -12,6 +12,7 @@ import logging
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +20,12 @@ import pandas as pd
 import torch
 from datasets import Features, Value, disable_progress_bars, load_dataset
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import Callback, TrainConfig, Trainer, load_best
-from accel_trainer.tools.options import OptionParser
+from accel_trainer.tools.options import OptionParser, refusals_in_one_line
 
 FORMATS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 NO_NUMBER = {"na", "n/a", "nan", "null", "none", "-", "?"}  # missing, in a column of numbers
@@ -141,12 +143,17 @@ def read_columns(frame: pd.DataFrame, options: Namespace) -> tuple[dict[str, str
     """Return the kind of each column to predict from, that of the target, and notes; refuse what cannot be used."""
     for name in (options.target, *options.ignore, *options.categories):
         check_column(frame, name)
+    if options.target in options.ignore:
+        raise ValueError(f"--target and --ignore both name {options.target!r}: what is predicted cannot be left out")
     target, _ = kind_of(frame[options.target], options.target in options.categories)
     if target is None:
         raise ValueError(f"the target {options.target!r} holds neither numbers nor classes that come again")
     known = read_as(frame[options.target], target).dropna()
     if known.nunique() == 1:
         raise ValueError(f"the target {options.target!r} has one class only, {name_of(known.iloc[0])}")
+    if options.task == "classification" and known.dtype == "float64" and known.nunique() > max(2, 0.5 * len(known)):
+        distinct = f"{known.nunique()} distinct numbers in {len(known)} rows"
+        raise ValueError(f"the target {options.target!r} has {distinct}, which are no classes: use --task regression")
     if options.task == "regression" and target == "category":
         raise ValueError(f"the target {options.target!r} is text, and regression needs numbers")
     frame = frame.drop(columns=[options.target, *options.ignore])
@@ -248,17 +255,44 @@ class TableModel(nn.Module):
         return self.layers(torch.cat([numbers, self.embedding(codes).flatten(start_dim=1)], dim=1))
 
 
+def check_encoding(encoding: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse to go on with a table whose columns become other numbers than those that the run was trained on."""
+    path = Path(config.run_dir or "", ENCODING).expanduser()
+    if not (config.resume and config.run_dir and path.is_file()):
+        return
+    before, now = (
+        {"the target": one["target"]} | {f"column {column['name']!r}": column for column in one["columns"]}
+        for one in (json.loads(path.read_text()), encoding)
+    )
+    remedy = f"--data is not as in the run in {config.run_dir}: go on with that table, or give another --run_dir"
+    for name in [*before, *now]:
+        old, new = before.get(name), now.get(name)
+        if old is None or new is None:
+            difference = f"{name} is {'new' if old is None else 'missing'}"
+        else:
+            differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            told = [(key, *(shorten(str(one.get(key)), 60) for one in (old, new))) for key in differing]
+            difference = "; ".join(f"the {key} of {name} was {first}, now {second}" for key, first, second in told)
+        if difference:
+            raise ValueError(f"{difference}. {remedy}")
+    if list(before) != list(now):
+        raise ValueError(f"its columns have another order. {remedy}")
+
+
 class KeepEncoding(Callback):
-    """Write how the columns become numbers into the run folder, which is there once the run begins."""
+    """Write how the columns become numbers into the run folder, once there is something to predict with."""
 
     def __init__(self, encoding: dict[str, Any]) -> None:
         self.encoding = encoding
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Write it beside the weights."""
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Write it beside the weights, where it is not there yet."""
         if trainer.is_main_process and trainer.config.run_dir is not None:
             path = Path(trainer.config.run_dir, ENCODING).expanduser()
-            path.write_text(json.dumps(self.encoding, indent=2, allow_nan=False) + "\n")
+            if not path.exists():
+                beside = path.with_suffix(".part")
+                beside.write_text(json.dumps(self.encoding, indent=2, allow_nan=False) + "\n")
+                os.replace(beside, path)  # whole or not at all
 
 
 def in_units(outputs: torch.Tensor, target: dict[str, Any]) -> pd.DataFrame:
@@ -400,8 +434,8 @@ def main() -> None:
     parser.add_argument("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns to leave out")
     parser.add_argument("--categories", nargs="+", default=[], metavar="COLUMN", help="columns that are no numbers")
     parser.add_argument("--class_weights", action="store_true", help="give all classes the same weight in the loss")
-    parser.add_argument("--batch_size", type=int, default=128, help="rows of one update, over all processes")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--batch_size", type=PositiveInt, default=128, help="rows of one update, over all processes")
+    parser.add_argument("--learning_rate", type=PositiveFloat, default=1e-3)
     parser.add_config(num_epochs=30, patience=5, num_micro_batches=2, run_dir="runs/table")
     options = parser.parse_args()
     disable_progress_bars()  # those of reading
@@ -414,10 +448,12 @@ def main() -> None:
             predict_table(options, config)
             return
         table = prepare(read_table(Path(options.data)), options)
+        check_encoding(table.encoding, config)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     train_table(table, options, config)
 
 
 if __name__ == "__main__":
-    main()
+    with refusals_in_one_line():
+        main()

@@ -247,7 +247,13 @@ def test_the_template_takes_its_options_from_the_config(tmp_path, monkeypatch, c
     assert code == 0 and "all 1 epochs done" in printed
     _, printed = run_template(monkeypatch, capsys, "--help")
     assert "Epochs in a row without improvement" in printed
-    wrong = (["--patiance", "3"], "patiance"), (["--patience", "0"], "patience must be at least 1, got 0")
+    code, printed = run_template(monkeypatch, capsys, "--run_dir", str(tmp_path / "run"))
+    assert code == 2 and "holds a run already" in printed and "Traceback" not in printed
+    wrong = (
+        (["--batch_size", "0"], "--batch_size must be >0, got 0"),
+        (["--patiance", "3"], "patiance"),
+        (["--patience", "0"], "patience must be at least 1, got 0"),
+    )
     for arguments, message in wrong:
         code, printed = run_template(monkeypatch, capsys, *arguments)
         assert code == 2 and message in printed

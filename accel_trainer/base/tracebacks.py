@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -61,18 +62,21 @@ def text_of(error: BaseException, is_for_notebook: bool) -> str:
 @contextmanager
 def _in_users_lines(error: BaseException) -> Iterator[None]:
     """Leave the frames of libraries out of an error, and of those that it comes from, for the length of the block."""
-    whole: dict[BaseException, TracebackType | None] = {}
+    whole: dict[BaseException, tuple[TracebackType | None, tuple[Any, ...]]] = {}
     following: BaseException | None = error
     while following is not None and following not in whole:
-        whole[following] = following.__traceback__
+        whole[following] = following.__traceback__, following.args
         following = following.__cause__ or following.__context__
     try:
-        for one, frames in whole.items():
+        for one, (frames, args) in whole.items():
             one.with_traceback(_of_user(frames))
+            if len(args) == 1 and isinstance(args[0], str) and _OF_WORKER in args[0]:
+                one.args = (type(args[0])(_text_of_user(args[0])),)
         yield
     finally:
-        for one, frames in whole.items():
+        for one, (frames, args) in whole.items():
             one.with_traceback(frames)
+            one.args = args
 
 
 def _of_user(frames: TracebackType | None) -> TracebackType | None:
@@ -86,3 +90,28 @@ def _of_user(frames: TracebackType | None) -> TracebackType | None:
     for one in reversed(kept):
         rest = TracebackType(rest, one.tb_frame, one.tb_lasti, one.tb_lineno)
     return rest
+
+
+_OF_WORKER = "\nOriginal Traceback (most recent call last):\n"  # in the message of what a loader worker has raised
+_FRAME = re.compile(r'  File "(.*)", line \d+')
+
+
+def first_line_of(error: BaseException) -> str:
+    """Return the text of an error without the traceback that torch puts into that of a loader worker."""
+    return str(error).partition(_OF_WORKER)[0]
+
+
+def _text_of_user(text: str) -> str:
+    """Return a traceback in words without the frames of libraries, which are told by their files."""
+    files = [str(getattr(sys.modules.get(name), "__file__", None) or name) for name in _LIBRARIES]
+    roots = tuple(file.removesuffix("__init__.py") for file in files)
+    kept, is_kept = [], True
+    for line in text.splitlines(keepends=True):
+        frame = _FRAME.match(line)
+        if frame is not None:
+            is_kept = not frame[1].startswith(roots)
+        elif not line.startswith("  "):
+            is_kept = True
+        if is_kept:
+            kept.append(line)
+    return "".join(kept)

@@ -136,15 +136,25 @@ atexit.register(_end_workers)  # registered after multiprocessing's function, it
 
 
 def read_from_workers(iterator: Iterator[Any]) -> Generator[Any]:
-    """Yield the items of loader workers, and end all workers if one has been killed.
+    """Yield the items of loader workers, and end all workers at an error, or if one has been killed.
 
     The other workers may wait for a lock that it held, and are sheltered from the signal that would end them.
     """
-    workers = getattr(getattr(iterator, "iterator", iterator), "_workers", ())
+    own: Any = getattr(iterator, "iterator", iterator)
+    workers = getattr(own, "_workers", ())
     try:
         yield from iterator
-    except (RuntimeError, OSError, EOFError):  # the main process may see any of these
-        _kill(workers)
+    except GeneratorExit:  # who reads has enough
+        raise
+    except BaseException as error:
+        is_of_the_data = "in DataLoader worker process" in str(error.args)  # the workers are as sound as before
+        if isinstance(error, (RuntimeError, OSError, EOFError)) and not is_of_the_data:  # any of these if one is killed
+            _kill(workers)
+        elif workers and not any(worker.exitcode for worker in workers):
+            own._shutdown_workers()  # the traceback would hold them alive
+        for loader in list(_loaders):
+            if loader._iterator is own:
+                loader._iterator = None  # persistent workers begin anew
         raise
     finally:
         if any(worker.exitcode for worker in workers):

@@ -13,9 +13,9 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
@@ -23,8 +23,8 @@ from jsonargparse import Namespace
 from .. import __version__
 from ..base.console import complain, is_first_rank, show
 from ..config import TrainConfig
-from ..errors import HardwareError, ProcessFailedError
-from .options import OptionParser, config_of, fail
+from ..errors import ProcessFailedError
+from .options import REFUSALS, OptionParser, config_of, fail, is_raised_here
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -54,16 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_run_function(options.run)
         function, _ = _COMMANDS[parsed.command]
         return function(options)
-    except (ValueError, TypeError, OSError, ImportError, HardwareError) as error:
-        if not _is_raised_here(error):
+    except REFUSALS as error:
+        if not is_raised_here(error):
             raise
         return fail(str(error))
-
-
-def _is_raised_here(error: Exception) -> bool:
-    """Return whether this package raised an error on purpose: its message is enough, others need their traceback."""
-    raised = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(__file__).parent.parent in Path(raised.filename).parents and str(raised.line).startswith("raise ")
 
 
 def _parser() -> OptionParser:
@@ -130,7 +124,7 @@ def _check_run_function(name: str) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             find_run_function(name)
     except Exception as error:
-        if _is_raised_here(error):
+        if is_raised_here(error):
             raise
         path = name.partition(":")[0]
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
@@ -233,7 +227,10 @@ def _export(options: Namespace) -> int:
             show(push(folder, options.push, options.private))
         except Exception as error:  # a wrong name, not logged in, no network: the client has many kinds
             text, *_ = f"{type(error).__name__}: {error}".splitlines()
-            return fail(f"not uploaded ({text}). Once `hf auth login` is done: hf upload {options.push} {folder}")
+            if isinstance(error, ValueError):  # a name that the Hub takes from nobody
+                return fail(f"not uploaded ({text}). With a name that it takes: hf upload NAME {quote(str(folder))}")
+            command = f"hf upload {quote(options.push)} {quote(str(folder))}"
+            return fail(f"not uploaded ({text}). Once `hf auth login` is done: {command}")
     return 0
 
 

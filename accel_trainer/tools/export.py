@@ -16,12 +16,14 @@ from torch import nn
 
 from ..base.codec import encode, flattened
 from ..config import TrainConfig
+from ..data.test_sets import argument_of, parts_of
 from ..storage.checkpoints import BEST
 from ..storage.tensor_files import check_seal, metadata_of
 from ..storage.weights import load_best
 from ..view.report import RunFiles
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # of peft
 _PICTURES = ("losses.png", "classification.png", "regression.png")
 
 
@@ -43,7 +45,7 @@ def export(
     Raises:
         FileExistsError: There is something in `output` already.
         FileNotFoundError: The run has no best weights.
-        ValueError: They are damaged, or do not fit the model.
+        ValueError: They are damaged, do not fit the model, or are not whole without the model.
     """
     record, output = RunFiles.load(run_dir), Path(output).expanduser().absolute()
     best = record.path / BEST
@@ -56,8 +58,7 @@ def export(
         folder = Path(beside, output.name)
         folder.mkdir()
         if model is None:
-            _copy_weights(best, folder)
-            use = f'load_model(model, "{WEIGHTS}")  # from safetensors.torch'
+            use = _copy_weights(best, folder)
         else:
             use = _save_model(load_best(model, record.path), folder)
         for picture in _PICTURES:
@@ -78,15 +79,41 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     return str(address)
 
 
-def _copy_weights(best: Path, folder: Path) -> None:
-    """Write weights without what this package keeps in their header; tied ones once, as they are."""
+def _copy_weights(best: Path, folder: Path) -> str:
+    """Write weights without what this package keeps in their header, tied ones once; return how they are read."""
     from safetensors.torch import load_file, save_file
 
     try:
         check_seal(best)
     except ValueError as error:
         raise ValueError(f"{best} is damaged: {error}.") from error
+    left_out = metadata_of(best).get("left_out")
+    if left_out and _has_adapter(best):
+        for name in (*_ADAPTER, CARD):  # peft's card names the model below
+            if best.with_name(name).exists():
+                shutil.copyfile(best.with_name(name), folder / name)
+        return "model = PeftModel.from_pretrained(base_model, ...)  # from peft"
+    if left_out:
+        raise ValueError(
+            f"{best} leaves out {len(left_out)} weights that were frozen, such as {next(iter(left_out))}: without "
+            "them no model can be loaded. Give the run function, whose model has them: accel_trainer export "
+            f"my_module:make_run {best.parent.parent}"
+        )
     save_file(load_file(best), folder / WEIGHTS, metadata={"format": "pt"})
+    return f'load_model(model, "{WEIGHTS}")  # from safetensors.torch'
+
+
+def _has_adapter(best: Path) -> bool:
+    """Return whether the end of the run has left an adapter of these weights beside them, not one of older weights."""
+    from safetensors.torch import load_file
+
+    config, weights = (best.with_name(name) for name in _ADAPTER)
+    if not (config.is_file() and weights.is_file()):
+        return False
+    known = list(load_file(best).values())
+    return all(
+        any(one.shape == other.shape and one.equal(other) for other in known) for one in load_file(weights).values()
+    )
 
 
 def _save_model(model: nn.Module, folder: Path) -> str:
@@ -112,13 +139,15 @@ def _write_card(folder: Path, name: str, record: RunFiles, use: str) -> None:
     known: dict[str, Any] = {}
     if (folder / CARD).exists():  # `save_pretrained` of peft names the model below, and more
         known = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
+    known = {key: value for key, value in known.items() if value not in (None, "")}
     epoch = int(metadata_of(record.path / BEST)["epoch"])
     results = _results(record, epoch)
-    known["tags"] = list(dict.fromkeys([*(known.get("tags") or []), "accel_trainer"]))
+    tags = [tag for tag in known.get("tags") or [] if not tag.endswith(":")]  # as of a base model without a name
+    known["tags"] = list(dict.fromkeys([*tags, "accel_trainer"]))
     known["model_name"] = name
     known["eval_results"] = [
         EvalResult(task_type="other", dataset_type=of, dataset_name=of, metric_type=metric, metric_value=value)
-        for of, _, scores in results
+        for of, _, scores, _ in results
         for metric, value in scores.items()
         if math.isfinite(value)  # the Hub takes no others
     ]
@@ -132,25 +161,50 @@ def _write_card(folder: Path, name: str, record: RunFiles, use: str) -> None:
         *(f"![{Path(picture).stem}]({picture})" for picture in _PICTURES if (folder / picture).exists()),
         *_sections(record, results),
     ]
-    ModelCard("\n\n".join(parts) + "\n", ignore_metadata_errors=True).save(folder / CARD)
+    text = "\n\n".join(parts).encode("utf-8", "replace").decode()  # an error that ended the run may hold anything
+    ModelCard(text + "\n", ignore_metadata_errors=True).save(folder / CARD)
 
 
-_Results = list[tuple[str, str, dict[str, float]]]  # the data, how much of it, scores
+_Results = list[tuple[str, str, dict[str, float], bool]]  # the data, how much of it, scores, whether it chose the epoch
 
 
 def _results(record: RunFiles, epoch: int) -> _Results:
-    """Return the scores of the best weights: of each evaluation after the training, and of the data that chose them."""
+    """Return the scores of the best weights: of each evaluation after the training, and of each test set."""
     results: _Results = []
+    history, tests = record.history, _test_sets(record)
+    chosen_by = None if record.monitor == "train_loss" else parts_of(record.monitor, tests)[0] or next(iter(tests))
+    names = {alias: of for of in tests for alias in (of or "test", f"test/{of}")}  # how evaluations call test sets
     for evaluation in record.evaluations:
         if evaluation["epoch"] == epoch:
-            size = "a stream" if evaluation["num_samples"] is None else f"{evaluation['num_samples']:,}"
-            results.append((str(evaluation.get("data", "final")), size, _numbers(evaluation["scores"])))
-    history = record.history
-    if epoch <= len(history.test_losses) and "test" not in [of for of, *_ in results]:
-        size = str(record.identity.get("length of test_loader's dataset", "a stream"))
-        scores = {"loss": history.test_losses} | history.metrics
-        results.append(("test", size, _numbers({name: values[epoch - 1] for name, values in scores.items()})))
+            of, size = str(evaluation["data"]), _size(evaluation["num_samples"])
+            is_choice = of in names and names[of] == chosen_by
+            results.append((of, size, _numbers(evaluation["scores"]), is_choice))
+    known = {names.get(of) for of, *_ in results}
+    for of, scores in tests.items():
+        if epoch <= len(history.test_losses) and of not in known:
+            size = _size(record.identity.get(f"length of {argument_of(of)}'s dataset"))
+            numbers = _numbers({name: values[epoch - 1] for name, values in scores.items()})
+            results.append((of or "test", size, numbers, of == chosen_by))
     return results
+
+
+def _test_sets(record: RunFiles) -> dict[str, dict[str, list[float]]]:
+    """Return the series of scores of each test set of the training; a single one has an empty name."""
+    history = record.history
+    names = [name.removesuffix("/loss") for name in history.metrics if name.endswith("/loss")]
+    names = [name for name in names if f"length of {argument_of(name)}'s dataset" in record.identity]
+    if not names:
+        return {"": {"loss": history.test_losses} | history.metrics}
+    return {
+        of: {
+            name.removeprefix(f"{of}/"): values for name, values in history.metrics.items() if name.startswith(f"{of}/")
+        }
+        for of in names
+    }
+
+
+def _size(num_samples: int | None) -> str:
+    return "a stream" if num_samples is None else f"{num_samples:,}"
 
 
 def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
@@ -160,10 +214,10 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
 def _sections(record: RunFiles, results: _Results) -> list[str]:
     """Return results, data, training and machine as Markdown."""
     identity, resolved, environment = record.identity, record.resolved, record.environment
-    metrics = dict.fromkeys(metric for _, _, scores in results for metric in scores)
+    metrics = dict.fromkeys(metric for _, _, scores, _ in results for metric in scores)
     cells = [["data", "samples", *metrics]]
-    for of, size, scores in results:
-        said = f"{of} (chose the epoch)" if of == "test" else of
+    for of, size, scores, is_choice in results:
+        said = f"{of} (chose the epoch)" if is_choice else of
         cells.append([said, size, *(f"{scores[metric]:.4g}" if metric in scores else "" for metric in metrics)])
     data = {key: value for key, value in identity.items() if key.startswith("length of ")}
     data |= {key: resolved[key] for key in ("batch_size", "num_batches") if key in resolved}

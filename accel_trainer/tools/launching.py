@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from ..base.console import is_first_rank, pass_on
-from ..base.tracebacks import ends_in_users_lines, text_of
+from ..base.tracebacks import ends_in_users_lines, first_line_of, text_of
 from ..errors import ProcessFailedError
 from ..view.notebook import Message, in_notebook, open_channel
 
@@ -221,7 +221,7 @@ def _child(
     try:
         outcome = function(*args)
     except BaseException as error:
-        text = f"{type(error).__name__}: {error}\n{text_of(error, in_notebook())}"
+        text = f"{type(error).__name__}: {first_line_of(error)}\n{text_of(error, in_notebook())}"
         outcome = _Failure(text, isinstance(error, ProcessFailedError))
     if channel is not None:
         channel.flush()

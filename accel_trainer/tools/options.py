@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
@@ -14,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from ..base.console import complain, is_first_rank, nearest
 from ..config import TrainConfig
+from ..errors import HardwareError
 
 _LARGEST_CONFIG = 2**16  # characters
 _DEEPEST_CONFIG = 10  # lists and dictionaries in one another
@@ -42,6 +46,18 @@ set_loader(_YAML, _load_yaml, (yaml.YAMLError,))
 
 
 _WRONG = re.compile(r"nrecognized arguments: .*?(?P<option>--[\w-]+)|(invalid choice:|ption) '(?P<name>\w+)'")
+# Words of jsonargparse and argparse -> what they are to the one who has typed the command.
+_KEY = r'Parser key "(?:\w+\.)?(\w+)"(?: element \d+)?: '
+_PLAIN = {
+    rf"{_KEY}Not of type \w+: (.*) does not conform to restriction (.*)": r"--\1 must be \3, got \2",
+    rf"{_KEY}(?:Not of type \w+: )?": r"--\1: ",
+    r"\bv(?=[<>]=?\d)": "",
+    r"Expected an? <class '(\w+)'>": r"Expected \1",
+    r"\b(?:train|evaluate|predict|check|parity|export|report|runs)\.(?=run)": "",
+    r"invalid _list_or_number value": "neither list nor a number",
+    r"Unexpected config: *(#.*)?$": "The --config file is empty.",
+    r"Unexpected config: ": "The --config file holds no options by name, but ",
+}
 _FIELDS = vars(TrainConfig())
 # Fields that are true or false, or one word more: `--resume` alone, `--resume false`, `--resume auto`.
 _YES_OR_NO = {name for name, kind in get_type_hints(TrainConfig).items() if kind is bool or True in get_args(kind)}
@@ -74,8 +90,13 @@ class OptionParser(ArgumentParser):
         self.set_defaults(**defaults)
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
-        """Return the options, as `ArgumentParser` does."""
-        return super().parse_args(list(self._spelled_out(sys.argv[1:] if args is None else args)), *others, **options)
+        """Return the options, as `ArgumentParser` does, numbers of restricted types as plain ones."""
+        spelled = list(self._spelled_out(sys.argv[1:] if args is None else args))
+        parsed = super().parse_args(spelled, *others, **options)
+        for name, value in vars(parsed).items():  # a checkpoint holds plain numbers only
+            if isinstance(value, (int, float)) and type(value) not in (bool, int, float):
+                parsed[name] = int(value) if isinstance(value, int) else float(value)
+        return parsed
 
     def config_of(self, options: Namespace) -> TrainConfig:
         """Return the config that the options make; a wrong value ends the program in one line."""
@@ -96,6 +117,8 @@ class OptionParser(ArgumentParser):
             names = [word.strip("-") for word in self._words()]  # commands, and fields in a YAML file
             near = nearest(wrong["option"], options) if wrong["option"] else nearest(wrong["name"], names)
             text += "" if near is None else f". Did you mean {near}?"
+        for internal, plain in _PLAIN.items():
+            text = re.sub(internal, plain, text)
         raise SystemExit(fail(text))
 
     def _words(self) -> Iterator[str]:
@@ -136,3 +159,23 @@ def fail(text: str) -> int:
     if is_first_rank():
         complain(f"error: {text}")
     return 2
+
+
+REFUSALS = (ValueError, TypeError, OSError, ImportError, HardwareError)
+
+
+def is_raised_here(error: Exception) -> bool:
+    """Return whether this package raised an error on purpose: its message is enough, others need their traceback."""
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(__file__).parent.parent in Path(raised.filename).parents and str(raised.line).startswith("raise ")
+
+
+@contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """Let a script end in one line, with exit code 2, where this package refuses to do what it was asked for."""
+    try:
+        yield
+    except REFUSALS as error:
+        if not is_raised_here(error):
+            raise
+        raise SystemExit(fail(str(error))) from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -34,9 +35,9 @@ def write_predictions(path: Path, outputs: Any, loader: DataLoader[Any], ragged:
 
     The columns are `index`, that of the sample in its whole data set (its position in a stream), and `output`, or a
     column for each part of a dictionary or tuple. An output that is not one number is a list; in a CSV file each number
-    of a vector has a column of its own.
+    of a vector has a column of its own. Where a name is taken, as `index` is, the column has an underscore more.
     """
-    columns = dict(_columns("output", outputs, ragged == "list"))
+    columns = _by_free_name(_columns("output", outputs, ragged == "list"))
     num_rows = len(next(iter(columns.values()), []))
     if is_stream(loader):
         indices = list(range(num_rows))
@@ -45,11 +46,35 @@ def write_predictions(path: Path, outputs: Any, loader: DataLoader[Any], ragged:
     if len(indices) != num_rows:  # a collate function has left samples out, or added some
         raise ValueError(f"The model gave {num_rows} outputs for {len(indices)} samples: no index belongs to each.")
     if path.suffix == ".csv":
-        columns = dict(_one_number_each(columns))
+        columns = _by_free_name(_one_number_each(columns))
     table = Dataset.from_dict({"index": indices} | columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    put_in_place(path, lambda beside: _WRITERS[path.suffix](table, str(beside)))
+    with _without_progress_bars():
+        put_in_place(path, lambda beside: _WRITERS[path.suffix](table, str(beside)))
     return num_rows
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Let the datasets library draw none in this block."""
+    if not is_progress_bar_enabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _by_free_name(pairs: Iterable[tuple[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Return columns by names that differ from each other and from `index`."""
+    columns: dict[str, list[Any]] = {}
+    for name, values in pairs:
+        while name == "index" or name in columns:
+            name += "_"
+        columns[name] = values
+    return columns
 
 
 def _columns(name: str, outputs: Any, are_lists: bool) -> Iterator[tuple[str, list[Any]]]:

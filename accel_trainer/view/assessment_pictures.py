@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def _figure(width: float, height: float) -> Any:
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import rc_context
 
-    with rc_context({"text.usetex": False}):  # chosen for papers; this machine may have no LaTeX
+    # LaTeX, chosen for papers, may not be on this machine; names of classes may have letters that the font lacks.
+    with rc_context({"text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
         figure.savefig(path, format="png", dpi=150)
 
 

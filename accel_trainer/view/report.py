@@ -92,7 +92,7 @@ class RunFiles:
             layers=config.get("layers", []),
             steps=steps_of(history),
             environment=_read(path / "environment.json", {}),
-            evaluations=_read(path / "evaluations.json", []),
+            evaluations=_told_apart(_read(path / "evaluations.json", [])),
             changed=(path / "history.jsonl").stat().st_mtime if (path / "history.jsonl").exists() else time.time(),
         )
 
@@ -144,6 +144,18 @@ def _read(path: Path, default: Any) -> Any:
         return default
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def _told_apart(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return evaluations whose data have names of their own: of several that are `final`, the second is `final (2)`."""
+    names: list[str] = []
+    for evaluation in evaluations:
+        name, number = evaluation["data"], 1
+        while name in names:
+            number += 1
+            name = f"{evaluation['data']} ({number})"
+        names.append(name)
+    return [{**one, "data": name} for one, name in zip(evaluations, names, strict=True)]
 
 
 def seen_from(path: Path, folder: str | os.PathLike[str] = ".") -> str:

@@ -100,8 +100,7 @@ class Reporter(Callback):
         history, state, folder = self._history, self._state, self._folder
         if folder is not None:
             folder.append_history({"stop_reason": history.stop_reason} | self._best())
-            if history.num_epochs and is_installed("matplotlib"):
-                folder.attempt("losses.png", lambda: put_in_place(folder.path / "losses.png", self._draw))
+            self._write_picture(folder)
             self.write_page(how)
         self._announce(f"Stopped: {history.stop_reason}.")
         if not history.num_epochs:
@@ -128,6 +127,7 @@ class Reporter(Callback):
         self._history.end(reason)
         folder.write_json("failed.json", {"state": state, "reason": reason, "step": self._state.step})
         self.write_page(state)
+        self._write_picture(folder)  # last: another process may end this one soon
 
     def _announce_files(self, folder: RunFolder) -> None:
         """Say which files are in the folder by now, and which could not be written."""
@@ -138,6 +138,10 @@ class Reporter(Callback):
         if folder.failing:
             older = folder.older_best() if "best/model.safetensors" in folder.failing else ""
             self._announce(f"Not written, so older or missing there: {', '.join(folder.failing)}.{older}")
+
+    def _write_picture(self, folder: RunFolder) -> None:
+        if self._history.num_epochs and is_installed("matplotlib"):
+            folder.attempt("losses.png", lambda: put_in_place(folder.path / "losses.png", self._draw))
 
     def _draw(self, path: Path) -> None:
         draw_losses(path, self._history, format="png")
@@ -158,7 +162,16 @@ def report_failure(reporter: Reporter | None, kind: str, message: object) -> Non
     """Leave word in the run folder of the error that ends a run, by the name of its class."""
     state = _ENDS.get(kind, "failed")
     with suppress(Exception):  # whatever happens here, the error itself is what the user is told
+        if isinstance(message, SystemExit) and message.code in (None, 0):
+            state, message = "interrupted", "the program asked to end"
         name = f"{kind}: " if state == "failed" and kind != ProcessFailedError.__name__ else ""
-        text, *_ = masked([f"{state}: {name}{message}".strip(": ")])[0].splitlines()
+        text, *_ = masked([f"{state}: {name}{_text_of(message)}".strip(": ")])[0].splitlines()
         if reporter is not None:
             reporter.report_failure(state, text[:_LONGEST_REASON])
+
+
+def _text_of(message: object) -> str:
+    try:
+        return str(message).encode("utf-8", "replace").decode()  # without halves of letters, which no file takes
+    except Exception as error:  # of the user's own class
+        return f"(its text cannot be had: {type(error).__name__})"

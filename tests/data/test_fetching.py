@@ -1,5 +1,6 @@
 """Rows of numbers are fetched many at a time, kept as tensors where they fit, and equal what one by one would give."""
 
+import multiprocessing
 import warnings
 
 import datasets
@@ -418,3 +419,32 @@ def test_data_on_the_gpu_gives_the_same_run_as_data_on_the_host(choice):
     on_device = [place(micro_batch.data)[1].cpu() for micro_batch in feed.micro_batches(1)]
     plain = [micro_batch.data[1] for micro_batch in MicroBatchLoader(feed.data_loader, ALONE, 0).micro_batches(1)]
     assert torch.equal(torch.cat(on_device), torch.cat(plain))
+
+
+class BreaksOnce(torch.utils.data.IterableDataset):
+    """A stream that fails in its first pass, as the file beside it says."""
+
+    def __init__(self, path, error):
+        self.path, self.error = path, error
+
+    def __iter__(self):
+        for number in range(24):
+            if number == 9 and not self.path.exists():
+                self.path.touch()
+                raise self.error("no such line")
+            yield torch.ones(5), torch.tensor(number % 3)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_an_error_of_the_data_is_not_hidden_by_the_end_of_the_workers_who_can_be_started_again(
+    tmp_path, error, persistent
+):
+    loader = DataLoader(BreaksOnce(tmp_path / "seen", error), 8, num_workers=1, persistent_workers=persistent)
+    model = make_model()
+    config = quiet(num_epochs=1)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), config=config)
+    with pytest.raises(error, match="no such line") as raised:
+        trainer.fit(loader)
+    assert raised.value.__context__ is None and not multiprocessing.active_children()
+    assert len(trainer.fit(loader).train_losses) == 1

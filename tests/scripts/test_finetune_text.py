@@ -98,6 +98,18 @@ def test_two_processes_are_one(files, monkeypatch, capsys):
     assert History.load("one").train_losses == pytest.approx(History.load("two").train_losses, rel=1e-4)
 
 
+def test_a_run_that_has_ended_does_not_go_on_with_other_labels(files, monkeypatch, capsys):
+    more = ["--num_epochs", "1", "--max_steps", "2", "--run_dir", "run"]
+    assert run(monkeypatch, capsys, *more)[0] == 0
+    code, printed = run(monkeypatch, capsys, *more)
+    assert code == 2 and "holds a run already" in printed and "Traceback" not in printed
+    assert run(monkeypatch, capsys, *more, "--resume", "auto")[0] == 0
+    (files / "other.csv").write_text((files / "texts.csv").read_text().replace(",good", ",all right"))
+    code, printed = run(monkeypatch, capsys, *more, "--resume", "auto", "--data", "other.csv")
+    assert code == 2 and "has the labels ['bad', 'good'], --data has ['all right', 'bad']" in printed
+    assert json.loads((files / "run/model/config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
+
+
 def test_what_is_wrong_is_told_by_name(files, monkeypatch, capsys):
     rows = {
         "empty.jsonl": [{"text": "a film", "label": 1}, {"text": " ", "label": 0}],
@@ -110,6 +122,7 @@ def test_what_is_wrong_is_told_by_name(files, monkeypatch, capsys):
         (["--text_column", "txt"], "has no column 'txt'; did you mean 'text'?"),
         (["--data", "empty.jsonl"], "empty.jsonl, row 2: 'text' is empty"),
         (["--data", "one.jsonl"], "one label only, 'x'"),
+        (["--batch_size", "0"], "--batch_size must be >0, got 0"),
         (["--patience", "0"], "patience must be at least 1"),
     ):
         code, printed = run(monkeypatch, capsys, *arguments)

@@ -187,6 +187,13 @@ def test_warm_up_and_cosine_reach_the_peak_and_nearly_zero():
     assert found["trainer"].history.learning_rates == pytest.approx(
         [rates[23 * epoch - 1] * 0.01 for epoch in range(1, 11)]
     )
+    for num_steps in (1, 2):
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        scheduler = found["warm_up_and_cosine"](optimizer, num_steps)
+        for _ in range(num_steps):
+            assert optimizer.param_groups[0]["lr"] == 1.0
+            optimizer.step()
+            scheduler.step()
 
 
 def test_averaged_weights_are_smoother_than_the_last(capsys):
@@ -260,6 +267,9 @@ def test_mixup_mixes_inputs_and_classes_alike_and_the_loss_with_them():
     for place, (mixture, shares) in enumerate(mixes):
         torch.testing.assert_close(mixture, shares)
         assert shares.sum() == pytest.approx(1) and (shares > 0).sum() <= 2 and shares[place % 10] > 0
+    torch.manual_seed(5)
+    mixture, shares = found["Mixup"]([(inputs, int(target)) for inputs, target in data], 10)[3]
+    torch.testing.assert_close(mixture, shares)
     own = torch.stack([shares[place % 10] for place, (_, shares) in enumerate(mixes) if shares.max() < 1])
     assert own.mean() == pytest.approx(0.5, abs=0.05) and own.std() == pytest.approx(12**-0.5, abs=0.04)  # uniform
 
@@ -272,6 +282,8 @@ def test_distillation_matches_each_sample_with_what_the_large_model_says_of_it()
             inputs, (label, wanted) = stacked[place]
             assert torch.equal(inputs, data[place][0]) and label == data[place][1]
             torch.testing.assert_close(wanted, found["large"](inputs).detach(), rtol=1e-4, atol=1e-4)
+    inputs, (label, _) = found["stacked"]([(one, int(target)) for one, target in Subset(data, range(3))])[2]
+    assert torch.equal(inputs, data[2][0]) and label == data[2][1]
     outputs, wanted = torch.randn(4, 10), torch.randn(4, 10)
     classes = torch.arange(4)
     wants, has = (wanted / 3).softmax(1), (outputs / 3).softmax(1)

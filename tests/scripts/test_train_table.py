@@ -221,6 +221,14 @@ WRONG = {
     "too few rows": (numeric_table(2), [], "2 rows with a target are too few"),
     "nothing to predict from": (numeric_table(9), ["--ignore", "a", "b", "town"], "there is no column to predict from"),
     "no data": (["a,y"], [], "t.csv: "),
+    "the target left out": (numeric_table(9), ["--ignore", "a", "y"], "--target and --ignore both name 'y'"),
+    "no classes": (
+        numeric_table(40),
+        ["--task", "classification"],
+        "the target 'y' has 40 distinct numbers in 40 rows, which are no classes: use --task regression",
+    ),
+    "no rows in a batch": (numeric_table(9), ["--batch_size", "0"], "--batch_size must be >0, got 0"),
+    "a negative rate": (numeric_table(9), ["--learning_rate", "-1"], "--learning_rate must be >0, got -1"),
     "a wrong choice": (numeric_table(9), ["--patience", "0"], "patience must be at least 1, got 0"),
 }
 
@@ -342,6 +350,51 @@ def test_a_table_that_cannot_be_predicted_is_refused_in_one_line(tmp_path, monke
     assert code == 2 and "No best weights in" in printed.splitlines()[-1]
     code, printed = run_here(monkeypatch, capsys, SCRIPT, "--data", "t.csv")
     assert code == 2 and "give --data and --target to train, or --predict and --run_dir to predict" in printed
+
+
+def test_a_run_goes_on_with_its_own_table_only(tmp_path, monkeypatch, capsys):
+    frame, path = numeric_table(60), tmp_path / "t.csv"
+    frame.to_csv(path, index=False)
+    assert run(monkeypatch, capsys, path, "--num_epochs", "1")[0] == 0
+    code, printed = run(monkeypatch, capsys, path, "--num_epochs", "2")
+    assert code == 2 and "holds a run already" in printed.splitlines()[-1] and "Traceback" not in printed
+    kept = {name: (tmp_path / "run" / name).read_bytes() for name in ("best/table.json", "best/model.safetensors")}
+    renamed = frame.town.map({"north": "east", "south": "west"})
+    for table, arguments, message in (
+        (frame.assign(y=frame.y * 7), (), "the mean of the target was "),
+        (frame.assign(town=renamed), (), "the categories of column 'town' was ['"),
+        (frame.rename(columns={"a": "c"}), (), "column 'a' is missing"),
+        (frame[["b", "a", "town", "y"]], (), "its columns have another order"),
+        (frame, ("--seed", "5"), "the mean of "),  # other rows train
+    ):
+        for num_epochs in "12":  # of a run that has ended, and one that goes on
+            table.to_csv(path, index=False)
+            arguments = *arguments, "--resume", "auto", "--num_epochs", num_epochs
+            code, printed = run(monkeypatch, capsys, path, *arguments)
+            told = printed.strip().splitlines()[-1]
+            assert code == 2 and "Traceback" not in printed
+            assert message in told and "--data is not as in the run" in told and len(told) < 600
+            assert all((tmp_path / "run" / name).read_bytes() == content for name, content in kept.items())
+    frame.to_csv(path, index=False)
+    assert run(monkeypatch, capsys, path, "--resume", "auto", "--num_epochs", "2")[0] == 0
+    assert (tmp_path / "run/best/table.json").read_bytes() == kept["best/table.json"]
+    for checkpoint in (tmp_path / "run/checkpoints").glob("*/model.safetensors"):
+        checkpoint.write_bytes(b"damaged")
+    code, printed = run(monkeypatch, capsys, path, "--resume", "auto", "--num_epochs", "3")
+    told = printed.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in printed and "can be used" in told
+
+
+def test_a_run_that_fails_at_once_leaves_its_folder_to_the_next(tmp_path, monkeypatch, capsys):
+    class Fails(torch.optim.AdamW):
+        def step(self, closure=None):
+            raise ZeroDivisionError
+
+    numeric_table(30).to_csv(tmp_path / "t.csv", index=False)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(torch.optim, "AdamW", Fails)
+        run(patch, capsys, tmp_path / "t.csv", "--num_epochs", "1")
+    assert run(monkeypatch, capsys, tmp_path / "t.csv", "--num_epochs", "1")[0] == 0
 
 
 def test_the_options_come_from_the_config(tmp_path, monkeypatch, capsys):

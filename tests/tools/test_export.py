@@ -5,6 +5,7 @@ import http.server
 import json
 import runpy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 from torch.utils.data import DataLoader
 
-from accel_trainer import History, Trainer, load_best
+from accel_trainer import Callback, History, Trainer, load_best
 from accel_trainer.tools.cli import main
+from accel_trainer.tools.export import export
 from support import correct, loader_of, make_data, make_model, quiet
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
@@ -55,6 +57,12 @@ def tied(config):
 
 def other(config):
     return run_of(nn.Linear(5, 3))
+
+def frozen(config):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    return run_of(model)
 
 SIZES = {"n_layers": 1, "dim": 8, "hidden_dim": 8, "n_heads": 2, "max_position_embeddings": 4}
 
@@ -166,6 +174,109 @@ def test_a_model_with_save_pretrained_comes_back_by_its_own_library(module, kind
     assert "from_pretrained(...)" in ModelCard.load("out/README.md").text
 
 
+def test_weights_that_are_not_whole_are_not_exported_without_the_model(module, capsys):
+    assert main(["train", f"{module}frozen", "--run_dir", "run", "--num_epochs", "1", "--verbose", "false"]) == 0
+    capsys.readouterr()
+    assert main(["export", "run"]) == 2
+    told = capsys.readouterr().err
+    assert "leaves out 2 weights that were frozen, such as 0.weight" in told and "export my_module:make_run" in told
+    assert main(["export", f"{module}frozen", "run"]) == 0
+    model = runpy.run_path("mine.py")["frozen"](None)["model"]
+    best = load_best(runpy.run_path("mine.py")["frozen"](None)["model"], "run")
+    load_model(model, "run/export/model.safetensors")
+    assert torch.equal(model[1].weight, best[1].weight)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_an_adapter_is_exported_without_the_model_as_long_as_it_is_that_of_the_best_weights(module, capsys):
+    peft = pytest.importorskip("peft")
+    train = ["train", f"{module}adapters", "--run_dir", "run", "--verbose", "false"]
+    assert main([*train, "--num_epochs", "1"]) == 0
+    old = {path.name: path.read_bytes() for path in Path("run/best").glob("adapter_*")}
+    assert main(["export", "run", "--output", "out"]) == 0
+    namespace = runpy.run_path("mine.py")
+    best = load_best(namespace["adapters"](None)["model"], "run")
+    torch.manual_seed(0)
+    config = namespace["DistilBertConfig"](vocab_size=9, **namespace["SIZES"])
+    base = namespace["DistilBertForSequenceClassification"](config)
+    assert torch.equal(logits_of(peft.PeftModel.from_pretrained(base, "out")), logits_of(best))
+    card = ModelCard.load("out/README.md")
+    assert card.data.base_model == "someone/tiny" and "PeftModel.from_pretrained" in card.text
+    assert {path.name for path in Path("out").iterdir()} == {*old, "README.md", "losses.png"}
+    card.data.base_model, card.data.tags = "", ["base_model:adapter:", "lora"]  # of a model without a name
+    card.save("run/best/README.md")
+    assert main(["export", "run", "--output", "nameless"]) == 0
+    assert "base_model:" not in Path("nameless/README.md").read_text()
+
+    assert main([*train, "--num_epochs", "3", "--resume", "auto"]) == 0
+    for name, content in old.items():  # as if the run had been killed
+        (Path("run/best") / name).write_bytes(content)
+    capsys.readouterr()
+    assert main(["export", "run", "--output", "again"]) == 2 and "Give the run function" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "monitor, chosen", [("test_loss", "val"), ("ood/accuracy", "ood"), ("train_loss", None), ("val/loss", "val")]
+)
+def test_each_test_set_is_a_data_set_of_the_card(tmp_path, monitor, chosen):
+    model, sets = make_model(), {"val": loader_of(make_data(20), 8), "ood": loader_of(make_data(29), 8)}
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        metrics={"accuracy": correct},
+        config=quiet(run_dir=tmp_path / "run", monitor=monitor, mode="max" if "acc" in monitor else "min"),
+    )
+    history = trainer.fit(loader_of(make_data(16), 8), sets)
+    finals = [trainer.evaluate(loader_of(make_data(size), 8)) for size in (11, 12)]
+    export(tmp_path / "run", tmp_path / "out", name="two")
+    trainer.evaluate(sets["ood"])
+    trainer.evaluate(sets["val"], name="test/val")  # as the command calls it
+    export(tmp_path / "run", tmp_path / "evaluated")
+    place = history.best_epoch - 1
+    of_sets = {(of, score): history.metrics[f"{of}/{score}"][place] for of in sets for score in ("loss", "accuracy")}
+    of_finals = {
+        (of, name): value
+        for of, scores in zip(("final", "final (2)"), finals, strict=True)
+        for name, value in scores.items()
+    }
+    for folder, called in (("out", {}), ("evaluated", {"val": "test/val"})):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        told = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+        assert told == pytest.approx(
+            of_finals | {(called.get(of, of), name): one for (of, name), one in of_sets.items()}
+        )
+        assert len(card.data.eval_results) == 8
+        for of, size in (("val", 20), ("ood", 29)):
+            said = called.get(of, of) + " (chose the epoch)" * (of == chosen)
+            assert f"| {said} | {size} | {of_sets[of, 'loss']:.4g} |" in card.text, card.text
+        assert card.text.count("chose the epoch") == (chosen is not None)
+        assert "| final | 11 |" in card.text and "| final (2) | 12 |" in card.text
+    page = (tmp_path / "run/report.html").read_text()
+    assert "<th>final</th>" in page and "<th>final (2)</th>" in page
+
+
+def test_an_error_with_letters_that_nobody_can_write_ends_on_the_card_too(tmp_path):
+    class Fails(Callback):
+        def on_epoch_end(self, trainer):
+            if trainer.state.epoch == 2:
+                raise ValueError("half a letter: \ud800")
+
+    model = make_model()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        callbacks=[Fails()],
+        config=quiet(run_dir=tmp_path / "run"),
+    )
+    with pytest.raises(ValueError, match="half a letter"):
+        trainer.fit(loader_of(make_data(16)), loader_of(make_data(12)))
+    folder = export(tmp_path / "run", tmp_path / "out")
+    assert "failed: ValueError: half a letter: ?." in ModelCard.load(folder / "README.md").text
+    assert (folder / "losses.png").exists()
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """What the Hub answers to an upload; keeps what it was sent."""
 
@@ -222,6 +333,8 @@ def test_push_uploads_the_folder_by_the_clients_own_way(hub, tmp_path, monkeypat
     told = capsys.readouterr().err.strip()
     assert told.startswith("error: not uploaded (") and len(told.splitlines()) == 1
     assert told.endswith(f"hf upload me/digits {tmp_path / 'again'}") and (tmp_path / "again/README.md").exists()
+    assert main(["export", "run", "--output", "third one", "--push", "bad name"]) == 2
+    assert capsys.readouterr().err.strip().endswith(f"hf upload NAME '{tmp_path / 'third one'}'")
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line(module, tmp_path, capsys):

@@ -118,6 +118,19 @@ def make(model, num_epochs=10**6, run_dir=None, callbacks=()):
     config = TrainConfig(num_epochs=num_epochs, run_dir=run_dir, trackers=[])
     return Trainer(model, torch.optim.SGD(model.parameters(), 0.1), nn.MSELoss(), callbacks=callbacks, config=config)
 
+class Broken(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+    def __len__(self):
+        return 64
+    def look_up(self, index):
+        raise self.error(f"no sample {index}")
+    def __getitem__(self, index):
+        return (inputs[index], inputs[index]) if index < 40 else self.look_up(index)
+
+def from_worker(error, **choices):
+    make(nn.Linear(1, 1)).fit(DataLoader(Broken(error), 16, num_workers=1, **choices))
+
 def interrupted(pid, run_dir):
     return make(nn.Linear(1, 1), run_dir=run_dir, callbacks=[Interrupt(pid)]).fit(loader, loader)
 """
@@ -133,6 +146,10 @@ def test_errors_end_in_the_users_own_line_and_an_interrupt_ends_the_cell(tmp_pat
         "few": "%env ACCEL_TRAINER_FULL_TRACEBACK=\nmake(Net()).evaluate(loader)",
         "interrupt": "trainer = make(nn.Linear(1, 1), callbacks=[Interrupt(os.getpid())])\ntrainer.fit(loader, loader)",
         "usable": "print(trainer.history.num_epochs, trainer.evaluate(loader)['loss'] == trainer.history.best_value)",
+        "worker": "from_worker(KeyError)",
+        "second": "from_worker(RuntimeError, persistent_workers=True)",
+        "worker launched": "launch(from_worker, ValueError, num_processes=1)",
+        "workers": "import multiprocessing\nprint(len(multiprocessing.active_children()))",
         "launched": "launch(interrupted, os.getpid(), 'run', num_processes=2)",
     }
     outputs = dict(zip(cells, run_cells(tmp_path, *cells.values()), strict=True))
@@ -150,6 +167,12 @@ def test_errors_end_in_the_users_own_line_and_an_interrupt_ends_the_cell(tmp_pat
         assert shown[name].endswith(end), f"{name}: {shown[name]}"
         assert "accel_trainer/" not in shown[name] and "site-packages" not in shown[name]
         assert "ACCEL_TRAINER_FULL_TRACEBACK=1" in shown[name]
+    for name, error in (("worker", "KeyError"), ("second", "RuntimeError"), ("worker launched", "ValueError")):
+        text = shown[name]
+        assert "accel_trainer/" not in text and "site-packages" not in text and "killed" not in text, text
+        assert text.count("self.look_up(index)") == 1 and text.count('raise self.error(f"no sample {index}")') == 1
+        assert f"{error}: Caught {error} in DataLoader worker process 0." in text and "no sample 40" in text
+    assert text_of(outputs["workers"]).split() == ["0"]
     assert "accel_trainer/loop.py" in shown["all"] and "torch/nn/modules/linear.py" in shown["all"]
     assert text_of(outputs["usable"]).split() == ["2", "True"]
     assert json.loads((tmp_path / "run/preempted.json").read_text())["is_saved"]

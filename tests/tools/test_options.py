@@ -126,11 +126,32 @@ def test_a_wrong_option_gets_the_nearest_sensible_one(wrong, meant, capsys):
         (["--trackers", "tensorbord"], ", wandb, got 'tensorbord'. Did you mean 'tensorboard'?"),
         (["--trackers", "neptune"], ", wandb, got 'neptune'."),
         (["--task", "regresion"], "invalid choice: 'regresion' (choose from 'auto', 'regression')"),
-        (["--learning_rate", "much"], "Parser key \"learning_rate\": Expected a <class 'float'>. Got value: much"),
+        (["--learning_rate", "much"], "error: --learning_rate: Expected float. Got value: much"),
     ],
 )
 def test_a_wrong_value_gets_one_line(arguments, message, capsys):
     assert told(capsys, *arguments).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "the following arguments are required: run"),
+        (["evaluate"], "the following arguments are required: run, run_dir"),
+        (["predict", "m:f", "runs", "--ragged", "foo"], "argument --ragged: neither list nor a number: 'foo'"),
+        (["parity", "--processes", "x"], "--processes: Expected int. Got value: x"),
+        (["train", "--config", "empty.yaml", "m:f"], "The --config file is empty."),
+        (["train", "--config", "comment.yaml", "m:f"], "The --config file is empty."),
+        (["train", "--config", "list.yaml", "m:f"], "The --config file holds no options by name, but [1]"),
+    ],
+)
+def test_no_internal_name_is_told(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("empty", ""), ("comment", "# nothing\n"), ("list", "[1]\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_a_wrong_key_of_a_config_file_gets_the_nearest(tmp_path, capsys):

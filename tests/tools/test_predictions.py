@@ -130,6 +130,29 @@ def test_parts_and_several_lengths_are_columns(tmp_path):
     assert read(tmp_path / "same.parquet")["output"] == [[1.0, 1.0]] * 5
 
 
+class Coinciding(nn.Module):
+    def forward(self, inputs):
+        return {"index": inputs[:, 0], "logits": inputs[:, :2], "logits_0": inputs[:, 4], "index_": inputs[:, 3]}
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_no_column_is_lost_to_another_of_its_name(tmp_path, ending, capfd):
+    inputs = make_data(5).tensors[0]
+    loader = loader_of(make_data(5), 2)
+    outputs = Trainer(Coinciding(), None, nn.MSELoss(), config=quiet()).predict(loader)
+    write_predictions(tmp_path / f"all.{ending}", outputs, loader)
+    assert capfd.readouterr().err == ""  # no bar of another library
+    table = read(tmp_path / f"all.{ending}")
+    expected = {"index": range(5), "index_": inputs[:, 0], "index__": inputs[:, 3]}
+    if ending == "csv":
+        expected |= {"logits_0": inputs[:, 0], "logits_1": inputs[:, 1], "logits_0_": inputs[:, 4]}
+    else:
+        expected |= {"logits": inputs[:, :2], "logits_0": inputs[:, 4]}
+    assert set(table.column_names) == set(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(torch.tensor(table[name]), torch.stack([torch.as_tensor(one) for one in values]))
+
+
 def test_nested_subsets_and_outputs_for_other_samples(tmp_path):
     data = TensorDataset(torch.arange(10.0).reshape(-1, 1))
     inner = Subset(Subset(data, [8, 6, 4, 2]), [3, 0])

@@ -662,6 +662,17 @@ def test_a_sample_that_cannot_be_read_again_is_a_warning(run_dir):
     assert details["wrong"] and details["index_of"] == "index in the data set"
 
 
+def test_names_of_classes_in_letters_that_no_font_has_are_drawn_without_a_warning(drawn, run_dir, recwarn):
+    pictures = Pictures(8)
+    pictures.classes = ["\u732b", "\u72ac"]
+    Trainer(SaysCat(), None, nn.CrossEntropyLoss()).evaluate(
+        DataLoader(pictures, 4), report="classification", run_dir=run_dir
+    )
+    assert (run_dir / "classification.png").exists() and (run_dir / "wrong_samples.png").exists()
+    assert not recwarn.list, [str(one.message) for one in recwarn.list]
+    assert "\u732b" in (run_dir / "report.html").read_text()
+
+
 def test_what_is_a_picture():
     assert (
         picture_of(torch.rand(3, 8, 8))
@@ -855,6 +866,7 @@ const found = {
   canvases: document.querySelectorAll("canvas").length, cells: document.querySelectorAll(".matrix td").length,
   legend: figure.querySelector(".u-legend").textContent,
   pictures: [...document.querySelectorAll(".samples img")].filter(one => one.naturalWidth).length,
+  first: Math.max(...[...document.querySelectorAll(".beside details th")].map(one => one.offsetWidth / innerWidth)),
   buttons: figures.filter(one => one.figure.querySelector("button")).map(({ chart }) => chart.title),
 };
 touch("touchstart", middle - 20, middle + 20);
@@ -887,15 +899,17 @@ def seen(path, width, scheme):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize(("width", "scheme"), [(400, 0), (1400, 1)])
 def test_a_browser_shows_matrix_residuals_and_pictures_and_zooms_by_touch(run_dir, width, scheme):
+    pictures = Pictures(60)
+    pictures.classes = ["a long name of a class " * 5, "another_long_name_" * 6]
     Trainer(SaysCat(), None, nn.CrossEntropyLoss()).evaluate(
-        DataLoader(Pictures(60), 20), report="classification", run_dir=run_dir
+        DataLoader(pictures, 20), report="classification", run_dir=run_dir
     )
     report(run_dir, "regression", random_of(60), random_of(60, seed=3))
     write_steps(run_dir, [{"step": step, "train_loss": 1 / step, "learning_rates": [step]} for step in range(1, 41)])
     assert main(["report", str(run_dir)]) == 0
     found = seen(run_dir / "report.html", width, scheme)
     assert (found["canvases"], found["cells"], found["pictures"]) == (5, 4, 12)
-    assert found["cut"] == 0 and found["wide"] <= 0
+    assert found["cut"] == 0 and found["wide"] <= 0 and found["first"] < 0.45, found
     assert found["legend"] == "step40train loss0.025"  # before anything is touched
     assert (found["whole"], found["pinched"], found["again"]) == (39, 13, 39)
     assert found["distribution"] == 3 and found["buttons"] == ["Loss", "Train loss by step", "Learning rate by step"]

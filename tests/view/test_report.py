@@ -217,11 +217,19 @@ class Raises(Callback):
             raise self.error
 
 
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
 SAID = {
     "error": (ValueError("no such\nsample"), "failed", "failed: ValueError: no such"),
     "without words": (ZeroDivisionError(), "failed", "failed: ZeroDivisionError"),
     "secret": (OSError("https://me:pass@host"), "failed", "failed: OSError: https://***@host"),
     "pruned": (TrialPruned("at epoch 2"), "pruned", "pruned: at epoch 2"),
+    "no text": (Unspeakable(), "failed", "failed: Unspeakable: (its text cannot be had: RuntimeError)"),
+    "end asked for": (SystemExit(0), "interrupted", "interrupted: the program asked to end"),
+    "half a letter": (ValueError("\ud800!"), "failed", "failed: ValueError: ?!"),
     "exit": (SystemExit(3), "failed", "failed: SystemExit: 3"),
     "second Ctrl-C": (KeyboardInterrupt(), "interrupted", "interrupted"),
 }
@@ -235,6 +243,7 @@ def test_what_has_ended_a_run_is_said_until_it_goes_on(tmp_path, kind):
     assert raised.value is error
     seen = run_forked(functools.partial(main, ["runs", str(tmp_path)]), "accel_trainer")
     assert re.search(rf"^run +{state} +2/3 .* {re.escape(reason)}$", seen.stdout, re.MULTILINE), seen
+    assert (run_dir / "losses.png").stat().st_size > 1000  # of the two epochs
     note = (run_dir / "failed.json").read_text()
     (run_dir / "failed.json").write_text(note.replace(state, "finished"))
     with pytest.raises(ValueError, match="failed.json cannot be read: its checksum does not match"):
