@@ -267,6 +267,8 @@ def arguments_of(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[
         return (inputs, {}) if len(needed) > 1 or "*" in known else ((inputs,), {})
     if len(inputs) == 1:
         (name, value), *_ = inputs.items()
+        if isinstance(value, (Mapping, tuple, list)):
+            return arguments_of(model, value)
         return ((), inputs) if name in known or "**" in known else ((value,), {})
     return ((inputs,), {}) if len(needed) == 1 and needed[0] not in inputs else ((), inputs)
 
