@@ -134,12 +134,10 @@ class TrainConfig:
         object.__setattr__(self, "trackers", tuple(self.trackers))
         if self.bitwise and self.mixed_precision == "fp8":
             raise ValueError("bitwise=True cannot be had with mixed_precision='fp8', whose scales the processes share.")
-        checkpoints = (("resume", self.resume), ("checkpoint_every", self.checkpoint_every is not None))
-        for name, is_set in (*checkpoints, ("keep_best", self.keep_best > 1)):
+        in_folder = {"resume": self.resume, "checkpoint_every": self.checkpoint_every, "keep_best": self.keep_best > 1}
+        for name, is_set in in_folder.items():
             if is_set and self.run_dir is None:
-                raise ValueError(
-                    f"{name} needs a run_dir, where the {'checkpoints' if name != 'keep_best' else 'weights'} are."
-                )
+                raise ValueError(f"{name} needs a run_dir, where checkpoints and weights are.")
 
 
 def _as_python(value: Any) -> Any:

@@ -78,11 +78,10 @@ def record_fault(run: Run, error: NonFiniteError) -> None:
             samples = training.loader.indices_of(data_pass, number)
             note[name] = {"data_pass": data_pass, "number": number, "samples": samples}
         run.folder.write_json("nonfinite.json", note)
-    sets = [f"{name}/" if name else "" for name in run.test_loaders]
-    named = [name + score for name in sets for score in ("loss", *run.metrics.names)]
-    names = ["loss", *(run.history.metrics or named)]  # parts of metrics are known after an epoch
-    names += [run.monitor] if run.monitor not in ("test_loss", "train_loss", *names) else []
-    scores = dict.fromkeys(names, math.nan) if sets else {}
-    record(run, Totals(math.nan, {}, 0, None), scores)
+    prefixes = [f"{name}/" if name else "" for name in run.test_loaders]
+    named = [prefix + score for prefix in prefixes for score in ("loss", *run.metrics.names)]
+    known = run.history.metrics or named  # parts of metrics are known after an epoch
+    names = ["loss", *known, *({run.monitor} - {"train_loss", "test_loss"})] if prefixes else []
+    record(run, Totals(math.nan, {}, 0, None), dict.fromkeys(names, math.nan))
     run.reporter.report_epoch(training.clock)
     report_end(run, is_failed=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -15,15 +15,16 @@ from .data.collated import count_samples
 from .data.micro_batches import MicroBatch, MicroBatchLoader
 from .data.randomness import EVALUATION, derive_seed, draws_nothing, seed_all
 from .devices.agreement import Stopping
-from .devices.gathering import Gathered, GatheredForwards, join, join_ragged, of_samples
+from .devices.gathering import Gathered, join, join_ragged, of_samples
 from .devices.memory import until_it_fits
 from .devices.prepared import Prepared
+from .libraries.transformers import mask_of, predicted_from, without_caches
 from .numbers.buffers import FixedBuffers
 from .numbers.forward import Forward
 from .numbers.loss_table import LossTable
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics
-from .numbers.objective import Objective, call_model, check_loss, inputs_of
+from .numbers.objective import Objective, call_model, check_loss
 
 
 def evaluate(
@@ -33,7 +34,7 @@ def evaluate(
     metrics: Metrics,
     stopping: Stopping | None = None,
     probe: MeanProbe | None = None,
-    answers: GatheredForwards | None = None,
+    answers: Gathered | None = None,
 ) -> dict[str, float] | None:
     """Return the loss and metrics over all samples of a loader, the same numbers on every process.
 
@@ -50,11 +51,12 @@ def evaluate(
     loader.refresh()
     is_even = objective.weighs_evenly(loader.source, loader.may_hold_others)
     is_certain = draws_nothing(prepared.user_model, *objective.functions, *metrics.called)
-    whole = _WholeOutputs(hardware) if metrics.whole else None
+    has_scalars = objective.compute_loss is not None
+    whole = _WholeOutputs(hardware, is_bounded=True) if metrics.whole else None
     collecting = [one for one in (whole, answers) if one is not None]
     for memory in until_it_fits(hardware, loader):
         metrics.reset(hardware.device)
-        losses = LossTable(hardware.device, tuple(metrics.functions), prepared.copies_losses)
+        losses = LossTable(hardware.device, tuple(metrics.functions), has_scalars, prepared.copies_losses)
         for one in collecting:
             one.start()
         with evaluation_pass(prepared, loader, objective.modules) as micro_batches:
@@ -78,8 +80,6 @@ def evaluate(
                         del forward  # two outputs in memory are one too many
                 for one in collecting:
                     one.after(micro_batch)
-    if objective.compute_loss is not None and hardware.num_processes > 1:
-        losses.agree_on_scalars()
     totals = losses.exchange()
     if probe is not None:
         probe.settle(hardware.device, hardware.is_main)
@@ -91,11 +91,12 @@ def evaluate(
     return {"loss": totals.loss, **metrics.in_order(values), **totals.scalars}
 
 
-class _WholeOutputs(GatheredForwards):
+class _WholeOutputs(Gathered):
     """The outputs and targets of all samples, for metrics that are computed of all at once."""
 
-    def part_of(self, forward: Forward, num_samples: int) -> Any:
-        return pair_of_samples(forward, num_samples)
+    def part_of(self, given: Forward, num_samples: int) -> Any:
+        left_out: set[str] = set()
+        return tuple(of_samples(one, num_samples, left_out) for one in (given.outputs, given.targets))
 
     def values(self, metrics: Metrics) -> dict[str, float]:
         """Return the values of the metrics, on all processes; all call it."""
@@ -119,8 +120,9 @@ def predict(prepared: Prepared, loader: MicroBatchLoader, ragged: float | Litera
     """
     hardware = prepared.hardware
     left_out: set[str] = set()
+    gathered = Gathered(hardware)
     for memory in until_it_fits(hardware, loader):
-        gathered = Gathered(hardware)
+        gathered.start()
         with evaluation_pass(prepared, loader) as micro_batches:
             for micro_batch in micro_batches:
                 if not micro_batch.piece.is_padding and not memory.exceeded:
@@ -139,37 +141,16 @@ def predict(prepared: Prepared, loader: MicroBatchLoader, ragged: float | Litera
     return join_ragged(list(outputs), list(masks), ragged)
 
 
-def mask_of(batch: Any) -> torch.Tensor | None:
-    """Return the attention mask of a batch, if it has one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, torch.Tensor) else None
-
-
 def predicted(prepared: Prepared, micro_batch: MicroBatch, left_out: set[str]) -> Any:
     """Return the outputs for the samples of a micro-batch; `left_out` takes the names of those without samples."""
     micro_batch.move(prepared.to_device)
-    config = getattr(prepared.user_model, "config", None)
-    is_decoder_fed = isinstance(micro_batch.data, Mapping) and getattr(config, "is_encoder_decoder", False)
-    inputs = micro_batch.data if is_decoder_fed else inputs_of(micro_batch.data)  # which it makes of the labels
+    model, inputs = prepared.user_model, predicted_from(prepared.user_model, micro_batch.data)
     with prepared.forward_mode(micro_batch.batch.is_full):
-        outputs = call_model(prepared.model, inputs)
-    if isinstance(outputs, Mapping) and config is not None:
-        ignored = ("loss", *getattr(config, "keys_to_ignore_at_inference", _FOR_THE_NEXT_TOKEN))
-        outputs = {name: part for name, part in outputs.items() if name not in ignored}
+        outputs = without_caches(model, call_model(prepared.model, inputs))
     num_samples = micro_batch.num_samples
     if micro_batch.num_held is not None:  # which goes by the targets
         num_samples = count_samples(inputs, num_samples) or 0
     return of_samples(outputs, num_samples, left_out)
-
-
-_FOR_THE_NEXT_TOKEN = ("past_key_values", "cache")  # as transformers calls it, by version
-
-
-def pair_of_samples(forward: Forward, num_samples: int) -> tuple[Any, Any]:
-    """Return outputs and targets of a micro-batch, as far as they have an entry per sample."""
-    left_out: set[str] = set()
-    outputs, targets = (of_samples(one, num_samples, left_out) for one in (forward.outputs, forward.targets))
-    return outputs, targets
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------

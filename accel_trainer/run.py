@@ -221,7 +221,9 @@ def make_training(
         callbacks=callbacks,
         state=state,
         loader=loader,
-        losses=LossTable(hardware.device, copies=prepared.copies_losses),
+        losses=LossTable(
+            hardware.device, has_scalars=objective.compute_loss is not None, copies=prepared.copies_losses
+        ),
         clock=Clock(),
         joined=prepared.joined(objective.loss_fn, form) if form is not None else None,  # type: ignore[arg-type]
         saver=saver,

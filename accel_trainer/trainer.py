@@ -33,11 +33,11 @@ from .ending import LEAVING, closed_at_the_end, record_fault, report_end, save_t
 from .errors import NonFiniteError, ProcessFailedError
 from .evaluation import evaluate, predict, training_mode
 from .history import History
+from .libraries.transformers import computes_its_loss, own_loss, save_beside
 from .loop import fit
 from .numbers.means import MeanProbe
 from .numbers.metrics import Metrics, metric_of
 from .numbers.objective import Objective
-from .numbers.own_loss import computes_its_loss, own_loss
 from .numbers.schedules import Schedule, check_scheduler, settings_of
 from .run import Run, make_training, together
 from .state import TrainState
@@ -45,7 +45,7 @@ from .storage.identity import identity_of
 from .storage.resume import begin, check_states, find
 from .storage.run_folder import RunFolder
 from .storage.saver import Saver, finish_writes, seconds_between_saves
-from .storage.weights import checked_state, save_for_library
+from .storage.weights import checked_state, left_out_of
 from .view.described import described
 from .view.gathered_answers import GatheredAnswers
 from .view.notebook import LiveCurve, in_notebook
@@ -343,8 +343,8 @@ class Trainer:
             # Always: a callback may have changed the weights, on some processes only.
             holds_best = run.saver.restore_best(self.model, self._objective.modules, training.hardware.num_processes)
         if holds_best and run.folder is not None:
-            folder = run.folder.best_path
-            run.folder.attempt("best", lambda: save_for_library(self.model, folder))
+            best = run.folder.best_path
+            run.folder.attempt("best", lambda: save_beside(self.model, best, is_whole=not left_out_of(best)))
         report_end(run, holds_best)
         epoch = state.best_epoch if holds_best else state.epoch
         self._results.note_end(run.reporter.page, epoch)  # type: ignore[arg-type]

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-# Part -> the share of a run from which on it is out of proportion, and what the run does with the time.
-_PARTS = {
-    "data_seconds": (0.25, "waits for data"),
-    "evaluation_seconds": (0.5, "evaluates the test set"),
-    "saving_seconds": (0.15, "waits for checkpoints"),
-}
-_LEAST_SECONDS = 5.0  # of a run that is worth advice
+_PARTS = ("data_seconds", "evaluation_seconds", "saving_seconds")
 
 
 class Clock:
@@ -54,18 +48,3 @@ class Clock:
             yield
         finally:
             self._spent[part] += time.perf_counter() - started
-
-
-def advice(series: Mapping[str, Sequence[float]], remedies: Mapping[str, str | None]) -> str | None:
-    """Return one line when a part of a run takes a time out of proportion, else `None`.
-
-    `series` are the seconds of each epoch and of its parts, by name; a part without a remedy is passed over.
-    """
-    whole = sum(series["epoch_seconds"])
-    if whole < _LEAST_SECONDS:
-        return None
-    shares = {part: sum(series[part]) / whole for part in _PARTS if remedies.get(part) is not None}
-    worst = max(shares, key=lambda part: shares[part] - _PARTS[part][0], default=None)
-    if worst is None or shares[worst] <= _PARTS[worst][0]:
-        return None
-    return f"{100 * shares[worst]:.0f} % of the time {_PARTS[worst][1]}: {remedies[worst]}."

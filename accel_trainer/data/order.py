@@ -51,20 +51,6 @@ def index_batches(
             yield order[start : start + size]
 
 
-def samples_at(loader: DataLoader[Any], seed: int, positions: Sequence[int]) -> tuple[dict[int, Any], int]:
-    """Return the samples at some positions (0-based) of the first pass over a map-style dataset, and their number.
-
-    They are given as what the sampler yields for them, their indices as a rule.
-    """
-    found, start = {}, 0
-    for indices in index_batches(loader, seed, 1):
-        for position in positions:
-            if start <= position < start + len(indices):
-                found[position] = indices[position - start]
-        start += len(indices)
-    return found, start
-
-
 def dataset_order(loader: DataLoader[Any]) -> Any:
     """Return a sampler of all samples that a loader can yield, each once, in the order of the dataset."""
     sampler = sampler_of(loader)

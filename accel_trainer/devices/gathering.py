@@ -14,7 +14,6 @@ from torch import Tensor
 from ..base.exchange import gather_on_main
 from ..data.collated import tensors_in
 from ..data.micro_batches import MicroBatch
-from ..numbers.forward import Forward
 from .environment import free_memory
 from .hardware import Hardware
 
@@ -26,18 +25,27 @@ class Gathered:
     """
 
     def __init__(self, hardware: Hardware, is_bounded: bool = False) -> None:
-        self._hardware, self._is_on_host = hardware, hardware.device.type == "cpu"
+        self.hardware, self._is_on_host = hardware, hardware.device.type == "cpu"
         self._limit = 0.5 * free_memory() if is_bounded else None
+        self.start()
+
+    def start(self) -> None:
+        """Begin, from the first sample; again where memory has run out."""
         self._nbytes = 0
         self._waiting: list[Any] = []
         self._parts: list[Any] = []
 
-    def add(self, micro_batch: MicroBatch, outputs: Any) -> None:
-        """Copy the outputs of a micro-batch to the host, while the device goes on."""
+    def part_of(self, given: Any, num_samples: int) -> Any:
+        """Return what is kept of what a micro-batch has given, one entry per sample."""
+        return given
+
+    def add(self, micro_batch: MicroBatch, given: Any) -> None:
+        """Copy what is kept of a micro-batch of this process to the host, while the device goes on."""
+        kept = self.part_of(given, micro_batch.num_samples)
         if self._is_on_host:  # a model may write its next outputs to the same memory
-            copies = recursively_apply(torch.clone, outputs)
+            copies = recursively_apply(torch.clone, kept)
         else:
-            copies = send_to_device(outputs, "cpu", non_blocking=True)
+            copies = send_to_device(kept, "cpu", non_blocking=True)
         self._waiting.append((micro_batch.position, copies))
 
     def after(self, micro_batch: MicroBatch) -> None:
@@ -53,9 +61,9 @@ class Gathered:
         """
         waiting, self._waiting = self._waiting, []
         if not self._is_on_host:
-            torch.accelerator.synchronize(self._hardware.device)
+            torch.accelerator.synchronize(self.hardware.device)
             waiting = recursively_apply(torch.clone, waiting)  # out of page-locked memory
-        everyone = [waiting] if self._hardware.num_processes == 1 else gather_on_main(waiting)
+        everyone = [waiting] if self.hardware.num_processes == 1 else gather_on_main(waiting)
         parts = [outputs for _, outputs in sorted(itertools.chain(*everyone), key=lambda part: part[0])]
         self._nbytes += sum(tensor.nbytes for part in parts for tensor in tensors_in(part))
         if self._limit is not None and self._nbytes > self._limit:
@@ -69,34 +77,6 @@ class Gathered:
         """Return the outputs of each micro-batch, in the order of the samples, on the main process; none on others."""
         self._collect()
         return self._parts
-
-
-class GatheredForwards:
-    """Gathers a part of what each micro-batch of an evaluation gives."""
-
-    def __init__(self, hardware: Hardware) -> None:
-        self.hardware = hardware
-        self.start()
-
-    def start(self) -> None:
-        """Begin, from the first sample; again where memory has run out."""
-        self._gathered = Gathered(self.hardware, is_bounded=True)
-
-    def part_of(self, forward: Forward, num_samples: int) -> Any:
-        """Return what is kept of a forward, one entry per sample."""
-        raise NotImplementedError
-
-    def add(self, micro_batch: MicroBatch, forward: Forward) -> None:
-        """Take in what a micro-batch of this process gave."""
-        self._gathered.add(micro_batch, self.part_of(forward, micro_batch.num_samples))
-
-    def after(self, micro_batch: MicroBatch) -> None:
-        """Collect what is waiting now and then; all processes call it for the same batches."""
-        self._gathered.after(micro_batch)
-
-    def parts(self) -> list[Any]:
-        """Return what was kept of each micro-batch, in order, on the main process; none on others."""
-        return self._gathered.parts()
 
 
 def of_samples(outputs: Any, num_samples: int, left_out: set[str], name: str = "") -> Any:
@@ -168,16 +148,11 @@ def join_ragged(parts: list[Any], masks: list[Tensor | None], fill: float | Lite
         return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
     # Scores of five classes are no outputs per token, though some batch may be five tokens long.
     are_tokens = all(mask is not None and mask.shape == part.shape[:2] for part, mask in zip(parts, masks, strict=True))
-    samples = [
-        sample
-        for part, mask in zip(parts, masks, strict=True)
-        for sample in (part if not are_tokens else _without_padding(part, mask))  # type: ignore[arg-type]
-    ]
+    samples = list(itertools.chain(*parts))
+    if are_tokens:
+        kept = itertools.chain(*(mask.bool() for mask in masks))  # type: ignore[union-attr]
+        samples = [sample[places] for sample, places in zip(samples, kept, strict=True)]
     return samples if fill == "list" else _filled_up(samples, fill)
-
-
-def _without_padding(outputs: Tensor, mask: Tensor) -> list[Tensor]:
-    return [one[kept] for one, kept in zip(outputs, mask.bool(), strict=True)]
 
 
 def _filled_up(samples: list[Tensor], fill: float) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from .loss_functions import Weight
 from .scalars import on_device
-
-_NO_SCALARS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Loss(NamedTuple):
@@ -42,7 +39,7 @@ class Loss(NamedTuple):
     weight: Weight | None = None
     outputs: Any = None
     targets: Any = None
-    scalars: Mapping[str, Weight] = _NO_SCALARS
+    scalars: Mapping[str, Weight] | None = None
 
 
 @dataclass(slots=True)

@@ -63,9 +63,9 @@ _METRIC, _SCALAR = "metric ", "scalar "  # before their names
 class _Scalars:
     """The names of the scalars that come with the losses: the same for each micro-batch, on all processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, are_agreed: bool) -> None:
         self.names: tuple[str, ...] | None = None  # `None` until the first micro-batch
-        self.are_agreed = False
+        self.are_agreed = are_agreed
 
     def values_of(self, scalars: Mapping[str, float | Tensor], copies: bool) -> list[float | Tensor]:
         """Return scalars in the order of their names, which the first ones decide."""
@@ -97,15 +97,17 @@ class LossTable:
     They are the rows of one table, in the order of the batches. Each process fills in its own rows and leaves zeros in
     the others, so that a sum over the processes is exact. The rows are then added up in double precision and in their
     order: every process gets the same numbers, and the layout changes only the rounding of the single losses. Rows that
-    have been read are kept as sums only. `copies` says that the memory of a loss is written to again before it is read
-    (CUDA graphs).
+    have been read are kept as sums only. `has_scalars` says that losses may come with scalars, `copies` that the memory
+    of a loss is written to again before it is read (CUDA graphs).
     """
 
     _BLOCK = 512  # scalars joined into one tensor at a time: a single one costs half a kilobyte
 
-    def __init__(self, device: torch.device, metrics: Sequence[str] = (), copies: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, metrics: Sequence[str] = (), has_scalars: bool = False, copies: bool = False
+    ) -> None:
         self._device, self._copies = device, copies
-        self._scalars = _Scalars()
+        self._scalars = _Scalars(are_agreed=not has_scalars)
         self._sums = dict.fromkeys((*_COLUMNS, *(_METRIC + name for name in metrics)), 0.0)
         self._batches: list[_Rows] = []  # since the last read, and the last one read: its rows are negative
         self.restart()
@@ -148,10 +150,6 @@ class LossTable:
             if not micro_batch.piece.is_padding:
                 self._open[-1] += tuple(values)
 
-    def agree_on_scalars(self) -> None:
-        """Let all processes have the same columns; all call it, where the loss may come with scalars."""
-        self._scalars.agree()
-
     def drop_batch(self) -> None:
         """Forget the present batch, which will be computed again."""
         first_row = self._batches.pop().first_row
@@ -183,7 +181,7 @@ class LossTable:
         self._close()
         blocks, self._blocks = self._blocks, []
         several = self._batches[-1].batch.layout.num_processes > 1
-        if several and self._scalars.names is not None and not self._scalars.are_agreed:  # on all processes alike
+        if several and not self._scalars.are_agreed:
             self._scalars.agree()
         self._sums |= {_SCALAR + name: 0.0 for name in self._scalars.names or () if _SCALAR + name not in self._sums}
         if blocks and not several:

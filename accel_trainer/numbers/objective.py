@@ -276,7 +276,7 @@ def arguments_of(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the user's model within what compiling and several processes wrap around it."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif isinstance(model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]

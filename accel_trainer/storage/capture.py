@@ -22,15 +22,7 @@ from ..run import Training
 from ..state import TrainState
 from .checkpoints import MODEL, OPTIMIZER, PROGRESS, Snapshot
 from .optimizer_state import optimizer_state, restore_optimizer
-from .weights import (
-    FrozenWeights,
-    buffers_beside,
-    checked_state,
-    copy_into,
-    plain_name,
-    split_aliases,
-    without,
-)
+from .weights import FrozenWeights, buffers_beside, checked_state, copy_into, plain_name, split_aliases, without
 
 _CHOICES = ("num_micro_batches", "bitwise", "mixed_precision", "compile", "num_threads", "patience", "min_delta")
 

@@ -145,16 +145,7 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
             run.announce(f"train_loader is a stream: {state.position} batches are read to be passed over.")
     if folder is not None:
         _check_room(run, folder)
-        _announce_frozen(run, len(frozen.values))
     run.saver.start(training, beside, frozen)
-
-
-def _announce_frozen(run: Run, number: int) -> None:
-    if number:
-        run.announce(
-            f"{number} frozen weights are left out of the files: to go on and to load, build the model with the same "
-            "ones, from the same pretrained weights or under the same seed."
-        )
 
 
 def check_states(callbacks: Sequence[Callback]) -> None:

@@ -150,11 +150,10 @@ class Saver:
             self._finish(BEST)
             if not self._best_is_on_disk:  # the write of a checkpoint may try it once more, from these same buffers
                 self._finish(_CHECKPOINT)
-            left_out = self._frozen.digests(model) if self._folder else dict.fromkeys(self._frozen.unchanged(model))
-            weights, aliases = split_aliases(without(plain_state(model), left_out))
+            weights, parts = self._weights_of(model)
             copies = self._best_buffers.copy({BEST: weights})
             kept = copies[BEST] if copies else {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-            self._best, self._best_is_on_disk = (kept, metadata | {"aliases": aliases, "left_out": left_out}), False
+            self._best, self._best_is_on_disk = (kept, metadata | parts), False
             if self._folder is not None:
                 self._hand_over(BEST, partial(self._write_best, self._folder, self._best), at_once=copies is None)
 
@@ -164,12 +163,17 @@ class Saver:
             return
         with training.clock.measured("saving_seconds"):
             self._finish(EPOCHS)
-            model = training.prepared.user_model
-            left_out = self._frozen.digests(model)
-            weights, aliases = split_aliases(without(plain_state(model), left_out))
+            weights, parts = self._weights_of(training.prepared.user_model)
             copies = self._epoch_buffers.copy({EPOCHS: weights})
-            kept, header = (copies or {EPOCHS: weights})[EPOCHS], metadata | {"aliases": aliases, "left_out": left_out}
-            self._hand_over(EPOCHS, partial(self._folder.save_epoch, kept, header, epochs), at_once=copies is None)
+            kept = (copies or {EPOCHS: weights})[EPOCHS]
+            write = partial(self._folder.save_epoch, kept, metadata | parts, epochs)
+            self._hand_over(EPOCHS, write, at_once=copies is None)
+
+    def _weights_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the weights that are saved, no copies, and what their file says of tied and frozen ones."""
+        left_out = self._frozen.digests(model)
+        weights, aliases = split_aliases(without(plain_state(model), left_out))
+        return weights, {"aliases": aliases, "left_out": left_out}
 
     def _hand_over(self, name: str, write: Callable[[], Path | None], at_once: bool) -> None:
         """Let the thread write; with `at_once` wait for it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..base.console import printable
 from ..base.tracebacks import ends_in_users_lines
+from ..numbers.objective import unwrapped
 from .checkpoints import BEST, EPOCHS
 from .tensor_files import check_seal, is_utf8, metadata_of, read_weights
 
@@ -105,36 +105,45 @@ class FrozenWeights:
         """Take the frozen weights of a model, and those that a checkpoint leaves out; none without a model."""
         frozen = {} if model is None else _frozen(model, left_out)
         self.values = {name: one.detach().to("cpu", copy=True) for name, one in frozen.items()}
-        self._sums = {name: _fingerprint(one) for name, one in frozen.items()}
-        self._digests: dict[str, str] = {}  # made when they are first asked for
-
-    def unchanged(self, model: nn.Module) -> list[str]:
-        """Return the names of those that still are frozen, and what they were; one read-back if there are any."""
-        now = {name: _fingerprint(one) for name, one in _frozen(model).items() if name in self._sums}
-        if not now:
-            return []
-        are_same = torch.stack([total == self._sums[name] for name, total in now.items()]).tolist()
-        return [name for name, is_same in zip(now, are_same, strict=True) if is_same]
+        self._digests = _digests_of(frozen)
 
     def digests(self, model: nn.Module) -> dict[str, str]:
-        """Return a digest of each of these."""
-        names = self.unchanged(model)
-        self._digests |= _digests_of(plain_state(model), [name for name in names if name not in self._digests])
-        return {name: self._digests[name] for name in names}
+        """Return digests of those that still are frozen, and what they were; one read-back if there are any."""
+        now = _digests_of({name: one for name, one in _frozen(model).items() if name in self._digests})
+        return {name: digest for name, digest in now.items() if digest == self._digests[name]}
+
+
+def _digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return a digest of type, shape and all bits of each tensor, by name; one read-back if there are any."""
+    if not tensors:
+        return {}
+    totals = [_fingerprint(one) for one in tensors.values()]
+    read = torch.stack([total.to(totals[0].device) for total in totals]).tolist()
+    return {
+        name: f"{one.dtype} {tuple(one.shape)} {total % 2**64:016x}"
+        for (name, one), total in zip(tensors.items(), read, strict=True)
+    }
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """Return a whole number on the device that depends on each byte of a tensor, and on the order of the bytes."""
+    """Return a sum over the elements, modulo 2**64, of their bits and places, mixed as by SplitMix64.
+
+    It is computed on the device of the tensor, and the same on any.
+    """
+    elements = tensor.detach().contiguous().view(-1).view(_WHOLE.get(tensor.element_size(), torch.int64))
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    in_bytes = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    for start in range(0, len(in_bytes), _FINGERPRINTED):
-        part = in_bytes[start : start + _FINGERPRINTED].long() + 1
-        places = torch.arange(1, len(part) + 1, device=part.device)
-        total = total * 1_000_003 + (part * places * places).sum()  # modulo 2**64
+    for start in range(0, len(elements), _AT_A_TIME):
+        part = elements[start : start + _AT_A_TIME].long()
+        places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
+        mixed = part * -0x61C8864680B583EB + places * -0x3D4D51C2D82B14B1
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+            mixed = (mixed ^ (mixed >> shift)) * factor
+        total += mixed.sum()
     return total
 
 
-_FINGERPRINTED = 2**22  # bytes at a time: they take eight times their memory
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # the whole numbers of so many bytes
+_AT_A_TIME = 2**20  # elements: they take several times their memory
 
 
 def _frozen(model: nn.Module, others: Collection[str] = ()) -> dict[str, Tensor]:
@@ -149,20 +158,9 @@ def _frozen(model: nn.Module, others: Collection[str] = ()) -> dict[str, Tensor]
     }  # fmt: skip
 
 
-def _digests_of(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, str]:
-    """Return digests, by name, of weights of a state: of each bit, type and shape; of names it has only."""
-    return {name: _digest_of(state[name]) for name in names if name in state}
-
-
-def _digest_of(tensor: Tensor) -> str:
-    digest = sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def check_left_out(left_out: Mapping[str, str], state: Mapping[str, Tensor], source: str) -> None:
     """Refuse (ValueError) a state whose frozen weights are not those that a file leaves out, by their digests."""
-    found = _digests_of(state, left_out)
+    found = _digests_of({name: state[name] for name in left_out if name in state})
     different = [name for name, digest in left_out.items() if found.get(name) != digest]
     if different:
         names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
@@ -254,9 +252,7 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str], epoch: int | No
         others = ", ".join(str(int(one.stem.removeprefix("epoch_"))) for one in sorted(folder.glob(EPOCHS)))
         hint = "" if epoch is None else f" There are those of the epochs {others or '(none; see keep_best)'}."
         raise FileNotFoundError(f"No best weights in {Path(run_dir)}: {path} does not exist.{hint}")
-    inner = model
-    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        inner = inner.module
+    inner = unwrapped(model)
     try:
         check_seal(path)
         state, left_out = read_weights(path), left_out_of(path)
@@ -278,14 +274,3 @@ def checked_digests(left_out: Any) -> dict[str, str]:
     if not isinstance(left_out, dict) or not all(isinstance(text, str) for item in left_out.items() for text in item):
         raise ValueError(f"left_out is {left_out!r}")
     return left_out
-
-
-def save_for_library(model: Any, path: Path) -> None:
-    """Write beside the best weights, which the model holds, what its library loads them with.
-
-    That is an adapter (peft), or the config of a model of transformers whose weights are all in the file.
-    """
-    if hasattr(model, "peft_config") and hasattr(model, "save_pretrained"):
-        model.save_pretrained(path.parent)
-    elif hasattr(getattr(model, "config", None), "save_pretrained") and not left_out_of(path):
-        model.config.save_pretrained(path.parent)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -231,47 +231,63 @@ def _child(
 def _collect_interruptibly(collect: Callable[[], list[Any]], processes: dict[Any, Any]) -> list[Any]:
     """Return the results; the first interrupt or SIGTERM goes to the processes, which are still waited for.
 
+    Nothing is raised here then: an error within a message from a process would leave half of it in the pipe.
+
     Raises:
         KeyboardInterrupt: They do not end in order on it, it has come again, or this is a notebook.
     """
+    received: list[int] = []
+
+    def pass_on_signal(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt(number)
+        received.append(number)
+        for process in processes.values():
+            if process.is_alive():
+                os.kill(process.pid, number)
+
     try:
-        with sigterm_interrupts():
-            return collect()
-    except KeyboardInterrupt as error:
-        number = signal.SIGTERM if signal.SIGTERM in error.args else signal.SIGINT
-    for process in processes.values():
-        if process.is_alive():
-            os.kill(process.pid, number)
-    try:
-        results = collect()
+        with _signals_go_to(pass_on_signal, signal.SIGINT, signal.SIGTERM):
+            results = collect()
     except ProcessFailedError as error:
+        if not received:
+            raise
         raise KeyboardInterrupt("interrupted") from (None if in_notebook() else error)
     finally:
-        if number is signal.SIGTERM:
-            signal.raise_signal(number)  # as if it came now
-    if in_notebook():  # or the cells below would run
+        if signal.SIGTERM in received:
+            signal.raise_signal(signal.SIGTERM)  # as if it came now
+    if received and in_notebook():  # or the cells below would run
         raise KeyboardInterrupt("interrupted")
     return results
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, with its number in the `KeyboardInterrupt`.
+def _signals_go_to(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Let a function answer these signals within the block, but for those that are ignored.
 
     Python allows that in the main thread only; in others the block is left as it is.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: old for number, old in before.items() if old not in (None, signal.SIG_IGN)}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def sigterm_interrupts() -> AbstractContextManager[None]:
+    """Let SIGTERM end the block as Ctrl-C does, with its number in the `KeyboardInterrupt`."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _signals_go_to(interrupt, signal.SIGTERM)
 
 
 def _collect(
@@ -310,7 +326,7 @@ def _collect(
 def _received(pipe: Any, process: Any) -> Any:
     try:
         return pipe.recv()
-    except (EOFError, OSError):  # between two messages, or within one
+    except Exception:  # the pipe ends, between two messages or within one, of which half cannot be read
         process.join(timeout=1.0)
         code = process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"

@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.exchange import gather_on_main
-from ..devices.gathering import GatheredForwards, join
+from ..devices.gathering import Gathered, join
 from ..devices.hardware import Hardware
+from ..libraries.transformers import own_loss, predicts_next
 from ..numbers.forward import Forward
 from ..numbers.objective import Objective
-from ..numbers.own_loss import own_loss, predicts_next
 from .answers import Answers, Kind, answers_of, reading_of
 
 
-class GatheredAnswers(GatheredForwards):
+class GatheredAnswers(Gathered):
     """Reduce the answers of each micro-batch to a few numbers per sample, and gather these in order.
 
     A sample of a classification takes 30 bytes on the main process. What has many targets per sample, such as the
@@ -25,7 +25,7 @@ class GatheredAnswers(GatheredForwards):
     def __init__(self, kind: Kind, objective: Objective, model: nn.Module, hardware: Hardware) -> None:
         self.kind, self._reading = kind, reading_of(objective.loss_fn)
         self._self_scoring = model if objective.compute_loss is own_loss else None
-        super().__init__(hardware)
+        super().__init__(hardware, is_bounded=True)
 
     def start(self) -> None:
         """Begin, from the first sample."""
@@ -34,11 +34,11 @@ class GatheredAnswers(GatheredForwards):
         self._num_classes = 0
         self._axes: set[tuple[int, ...]] = set()
 
-    def part_of(self, forward: Forward, num_samples: int) -> dict[str, Tensor]:
+    def part_of(self, given: Forward, num_samples: int) -> dict[str, Tensor]:
         """Return the columns of numbers, and count."""
         answers: Answers = answers_of(
             self.kind,
-            forward,
+            given,
             num_samples,
             self._reading,
             self._self_scoring is not None and predicts_next(self._self_scoring),  # known after its first loss

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ..data.order import dataset_order, is_stream, samples_at
+from ..data.order import dataset_order, index_batches, is_stream
 from ..data.randomness import EVALUATION, derive_seed, seed_all
 from ..devices.hardware import Hardware
 from ..storage.checkpoints import BEST
@@ -95,9 +95,23 @@ def details_of(answers: GatheredAnswers, loader: DataLoader[Any], seed: int, har
 
     positions = hardware.from_main(assessed)
     # On all processes alike: a sampler may count how often it was asked.
-    indices, total = ({}, 0) if is_stream(loader) else samples_at(loader, seed, positions)
+    indices, total = ({}, 0) if is_stream(loader) else _samples_at(loader, seed, positions)
     if not hardware.is_main:
         return None
     seed_all(derive_seed(seed, EVALUATION))  # what a transform draws is the same in every report
     is_known = total == details["num_samples"]  # a collate function may leave some out, or add some
     return details | show_wrong(details["wrong"], loader.dataset, indices if is_known else None)
+
+
+def _samples_at(loader: DataLoader[Any], seed: int, positions: Sequence[int]) -> tuple[dict[int, Any], int]:
+    """Return the samples at some positions (0-based) of the first pass over a map-style dataset, and their number.
+
+    They are given as what the sampler yields for them, their indices as a rule.
+    """
+    found, start = {}, 0
+    for indices in index_batches(loader, seed, 1):
+        for position in positions:
+            if start <= position < start + len(indices):
+                found[position] = indices[position - start]
+        start += len(indices)
+    return found, start

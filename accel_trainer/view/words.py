@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.data import DataLoader
 
-from ..base.clock import advice
 from ..base.console import warn
 from ..config import TrainConfig
 from ..data.cut import Layout, describe_batch
@@ -41,6 +40,12 @@ def start_lines(
     has_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     if hardware.num_processes > 1 and is_free and has_norm:
         yield _ON_BATCH_NORM
+    num_frozen = sum(not parameter.requires_grad for parameter in model.parameters())
+    if num_frozen and config.run_dir is not None:
+        yield (
+            f"{num_frozen} frozen weights are left out of the files: to go on and to load, build the model with the "
+            "same ones, from the same pretrained weights or under the same seed."
+        )
     evaluating = _trained_while_evaluating(model)
     if evaluating:
         names = ", ".join(evaluating[:3]) + (f" and {len(evaluating) - 3} more" if len(evaluating) > 3 else "")
@@ -198,4 +203,28 @@ def advice_of(run: Run) -> str | None:
         "evaluation_seconds": "evaluate less often with steps_per_epoch, or on fewer samples",
         "saving_seconds": "raise checkpoint_every" if run.folder is not None else None,
     }
-    return advice(vars(run.history), remedies)
+    return advice_on_time(vars(run.history), remedies)
+
+
+# Part of the time -> the share of a run from which on it is out of proportion, and what the run does then.
+_PARTS = {
+    "data_seconds": (0.25, "waits for data"),
+    "evaluation_seconds": (0.5, "evaluates the test set"),
+    "saving_seconds": (0.15, "waits for checkpoints"),
+}
+_LEAST_SECONDS = 5.0  # of a run that is worth advice
+
+
+def advice_on_time(series: Mapping[str, Sequence[float]], remedies: Mapping[str, str | None]) -> str | None:
+    """Return one line when a part of a run takes a time out of proportion, else `None`.
+
+    `series` are the seconds of each epoch and of its parts, by name; a part without a remedy is passed over.
+    """
+    whole = sum(series["epoch_seconds"])
+    if whole < _LEAST_SECONDS:
+        return None
+    shares = {part: sum(series[part]) / whole for part in _PARTS if remedies.get(part) is not None}
+    worst = max(shares, key=lambda part: shares[part] - _PARTS[part][0], default=None)
+    if worst is None or shares[worst] <= _PARTS[worst][0]:
+        return None
+    return f"{100 * shares[worst]:.0f} % of the time {_PARTS[worst][1]}: {remedies[worst]}."

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from accel_trainer import Callback, History, Trainer
-from accel_trainer.base.clock import advice
 from accel_trainer.data import micro_batches
 from accel_trainer.data.cut import Layout
 from accel_trainer.data.micro_batches import MicroBatchLoader
+from accel_trainer.view.words import advice_on_time
 from support import loader_of, make_data, make_model, quiet
 
 PARTS = ("data_seconds", "compute_seconds", "evaluation_seconds", "saving_seconds")
@@ -87,17 +87,17 @@ def test_one_line_of_advice_for_the_part_that_is_most_out_of_proportion(seconds,
         "saving_seconds": [0.0],
     }
     remedies = {"data_seconds": "more workers", "evaluation_seconds": "fewer", "saving_seconds": "less often"}
-    told = advice(series | seconds, remedies)
+    told = advice_on_time(series | seconds, remedies)
     assert told == expected if expected is None else told.startswith(expected)
 
 
 def test_no_advice_without_a_remedy():
     series = {"epoch_seconds": [10.0], "data_seconds": [9.0], "evaluation_seconds": [0.0], "saving_seconds": [0.0]}
-    assert advice(series, {"data_seconds": None}) is None and advice(series, {}) is None
+    assert advice_on_time(series, {"data_seconds": None}) is None and advice_on_time(series, {}) is None
 
 
 def test_a_run_that_waits_for_its_data_says_so(capsys, monkeypatch):
-    monkeypatch.setattr("accel_trainer.base.clock._LEAST_SECONDS", 0.1)
+    monkeypatch.setattr("accel_trainer.view.words._LEAST_SECONDS", 0.1)
     fit(loader_of(Slow(20, 0.01), 5), num_epochs=1, verbose=True)
     assert "% of the time waits for data: raise num_workers of train_loader (now 0)." in capsys.readouterr().out
     fit(loader_of(make_data(2000), 5), num_epochs=1, verbose=True)

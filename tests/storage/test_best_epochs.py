@@ -92,7 +92,7 @@ def test_without_keep_best_there_is_one_file(tmp_path):
     "choices, message",
     [
         ({"keep_best": 0, "run_dir": "x"}, "keep_best must be at least 1, got 0"),
-        ({"keep_best": 2}, "keep_best needs a run_dir, where the weights are"),
+        ({"keep_best": 2}, "keep_best needs a run_dir, where checkpoints and weights are"),
     ],
 )
 def test_wrong_choices(choices, message):

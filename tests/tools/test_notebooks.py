@@ -17,6 +17,7 @@ from nbclient import NotebookClient
 
 from accel_trainer import History, ProcessFailedError, launch
 from accel_trainer.base.tracebacks import text_of as text_of_error
+from accel_trainer.tools.launching import run_on_processes
 from support import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the kernel's client
@@ -95,7 +96,7 @@ def test_launch_in_a_kernel_returns_results_after_an_accelerator_and_shows_a_cur
 
 
 ERRORS = """
-import os, signal
+import os, signal, time
 from accel_trainer import Callback
 
 class Net(nn.Module):
@@ -111,6 +112,7 @@ class Interrupt(Callback):
     def on_epoch_end(self, trainer):
         if trainer.history.num_epochs == 2 and trainer.is_main_process:  # once
             os.kill(self.pid, signal.SIGINT)
+            time.sleep(1)  # it comes back from the kernel
 
 loader = DataLoader(TensorDataset(inputs, 2 * inputs), 16)
 
@@ -312,6 +314,24 @@ def test_an_interrupt_ends_the_run_in_order_and_two_launches_do_not_meet(tmp_pat
         rest, _ = process.communicate(timeout=30)
         assert "came back: " in rest, rest[-500:]
         assert process.returncode == 0
+
+
+def say_and_wait():
+    print("here", flush=True)
+    time.sleep(60)
+
+
+def test_an_interrupt_reaches_the_processes_whatever_it_interrupts():
+    """Libraries that show what a process has printed may swallow an error, as Python does in what it cleans up."""
+
+    def shows(message):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+
+    with pytest.raises(KeyboardInterrupt, match="interrupted"):
+        run_on_processes(1, say_and_wait, timeout=30, on_message=shows)
 
 
 def test_launched_processes_end_with_the_one_that_launched_them(tmp_path):

@@ -122,7 +122,7 @@ def test_a_wrong_option_gets_the_nearest_sensible_one(wrong, meant, capsys):
             ["--mixed-precision", "fp17"],
             "error: mixed_precision must be 'no', 'fp16', 'bf16', 'fp8' or None, got 'fp17'.",
         ),
-        (["--resume"], "error: resume needs a run_dir, where the checkpoints are."),
+        (["--resume"], "error: resume needs a run_dir, where checkpoints and weights are."),
         (["--trackers", "tensorbord"], ", wandb, got 'tensorbord'. Did you mean 'tensorboard'?"),
         (["--trackers", "neptune"], ", wandb, got 'neptune'."),
         (["--task", "regresion"], "invalid choice: 'regresion' (choose from 'auto', 'regression')"),

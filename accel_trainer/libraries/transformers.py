@@ -1,10 +1,11 @@
-"""The loss that a model computes by itself, as those of transformers do, and its weight."""
+"""Models of transformers and peft: the loss that they compute themselves, what they predict, the files beside them."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.collated import TARGET_NAMES, take
-from .forward import Loss
-from .objective import target_name_of, unwrapped
+from ..numbers.forward import Loss
+from ..numbers.objective import inputs_of, target_name_of, unwrapped
 
 
 def computes_its_loss(model: nn.Module) -> bool:
@@ -50,7 +51,7 @@ def own_loss(model: nn.Module, batch: Any) -> Loss:
         return Loss(loss, None, outputs, labels)
     ignored = -100
     if labels.ndim == 3:  # of pixels
-        ignored = getattr(getattr(unwrapped(model), "config", None), "semantic_loss_ignore_index", ignored)
+        ignored = getattr(_config_of(model), "semantic_loss_ignore_index", ignored)
     counted = labels[:, 1:] if labels.ndim == 2 and _passes_over_first(model, batch, name) else labels
     return Loss(loss, (counted != ignored).sum(), outputs, labels)
 
@@ -84,3 +85,42 @@ def _passes_over_first(model: nn.Module, batch: Mapping[str, Any], name: str) ->
         with_first, without = torch.stack(losses).nan_to_num(0.0).tolist()  # nan is the mean of no labels
         _passing_over_first[model] = math.isclose(with_first, without, rel_tol=1e-4)
     return _passing_over_first[model]
+
+
+def predicted_from(model: nn.Module, batch: Any) -> Any:
+    """Return what a model predicts from: the inputs of a batch; all of it where its decoder is fed with the labels."""
+    is_decoder_fed = isinstance(batch, Mapping) and getattr(_config_of(model), "is_encoder_decoder", False)
+    return batch if is_decoder_fed else inputs_of(batch)
+
+
+def mask_of(batch: Any) -> Tensor | None:
+    """Return the attention mask of a batch, if it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
+
+
+def without_caches(model: nn.Module, outputs: Any) -> Any:
+    """Return the outputs of a model without its loss and what is for its next call, where it has a config."""
+    config = _config_of(model)
+    if not isinstance(outputs, Mapping) or config is None:
+        return outputs
+    ignored = ("loss", *getattr(config, "keys_to_ignore_at_inference", _FOR_THE_NEXT_TOKEN))
+    return {name: part for name, part in outputs.items() if name not in ignored}
+
+
+_FOR_THE_NEXT_TOKEN = ("past_key_values", "cache")  # their names, by version
+
+
+def save_beside(model: Any, best: Path, is_whole: bool) -> None:
+    """Write beside the best weights, which the model holds, what its library loads them with.
+
+    That is an adapter (peft), or the config of a model whose weights are all in the file.
+    """
+    if hasattr(model, "peft_config") and hasattr(model, "save_pretrained"):
+        model.save_pretrained(best.parent)
+    elif is_whole and hasattr(_config_of(model), "save_pretrained"):
+        model.config.save_pretrained(best.parent)
+
+
+def _config_of(model: nn.Module) -> Any:
+    return getattr(unwrapped(model), "config", None)
