@@ -68,6 +68,8 @@ class TrainConfig:
             monitored value, in `best/epoch_00000007.safetensors` and the like.
         report_every: Steps between two read-backs of the loss, for the bar and the check for non-finite values.
         time_limit_seconds: Stop at the first step after this many seconds, greater than 0; `None` sets no limit.
+        heartbeat_seconds: How long, with several hosts, one of them may give no sign of life, at least 5: all others
+            then end and name it. A process that is stopped (SIGSTOP, a debugger) is waited for, and named once.
         on_nonfinite: When the train loss or the gradient becomes nan or infinite: `raise` an error within
             `report_every` steps; `skip` the update of that batch, which costs one read-back per step; or `ignore` it.
             The history shows it.
@@ -111,6 +113,7 @@ class TrainConfig:
     keep_best: int = 1
     report_every: int = 50
     time_limit_seconds: float | None = None
+    heartbeat_seconds: float = 30.0
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
     find_unused_parameters: bool = False
     trackers: Names = field(default_factory=tuple)
@@ -157,6 +160,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not _is_too_large(value)
 
 
+def _is_patient(value: Any) -> bool:
+    return _is_number(value) and 5 <= value < math.inf
+
+
 def _is_interval(value: Any) -> bool:
     """Return whether a value is a number of steps, or minutes such as "10min"."""
     minutes = re.fullmatch(r"(\d+(?:\.\d+)?)min", str(value))
@@ -189,6 +196,7 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = 
     (("seed",), "a whole number from 0 to 2**63 - 1", lambda value: _is_whole(value) and value >= 0),
     (("min_delta",), "a number of at least 0 and finite", lambda value: _is_number(value) and 0 <= value < math.inf),
     (_POSITIVE, "a number greater than 0 (or None)", lambda value: _is_number(value) and value > 0),
+    (("heartbeat_seconds",), "a number of at least 5, and finite", _is_patient),
     (("bitwise", "restore_best", "find_unused_parameters", "verbose"), *_one_of(True, False)),
     (("compile",), *_one_of(True, False, "regional")),
     (("data_in_memory", "resume"), *_one_of(True, False, "auto")),

@@ -14,10 +14,10 @@ from .base.console import warn
 from .data.collated import count_samples
 from .data.micro_batches import MicroBatch, MicroBatchLoader
 from .data.randomness import EVALUATION, derive_seed, draws_nothing, seed_all
-from .devices.agreement import Stopping
 from .devices.gathering import Gathered, join, join_ragged, of_samples
 from .devices.memory import until_it_fits
 from .devices.prepared import Prepared
+from .devices.stopping import Stopping
 from .libraries.transformers import mask_of, predicted_from, without_caches
 from .numbers.buffers import FixedBuffers
 from .numbers.forward import Forward

@@ -18,11 +18,11 @@ from .config import TrainConfig
 from .data.micro_batches import MicroBatchLoader
 from .data.order import check_loader
 from .data.sources import TensorSource
-from .devices.agreement import Stopping
 from .devices.checks import check_model, check_optimizer
 from .devices.hardware import Hardware
 from .devices.memory import keep_data
 from .devices.prepared import Prepared
+from .devices.stopping import Stopping
 from .evaluation import evaluate, training_mode
 from .loop import train_epoch
 from .numbers.means import MeanProbe

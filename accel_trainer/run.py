@@ -15,13 +15,14 @@ from .callbacks import Callbacks
 from .config import TrainConfig
 from .data.micro_batches import MicroBatchLoader
 from .data.randomness import draws_nothing, generators_kept
-from .devices.agreement import Stopping, shared_failure
 from .devices.arithmetic import fixed_arithmetic
+from .devices.board import shared_failure
 from .devices.checks import foreign_parameters
 from .devices.compiled import num_compilations
 from .devices.hardware import Hardware
 from .devices.memory import TrainingMemory
 from .devices.prepared import Prepared
+from .devices.stopping import Stopping
 from .history import History
 from .numbers.buffers import Buffers
 from .numbers.finite import FiniteCheck
@@ -174,6 +175,7 @@ def together(
     bitwise: bool = False,
     num_threads: int | None = None,
     before_leaving: Callable[[str], object] = lambda cause: None,
+    heartbeat_seconds: float = 30.0,
 ) -> Iterator[Any]:
     """Let the processes share a failure, compute alike, and leave generators and settings as they were.
 
@@ -181,7 +183,7 @@ def together(
     processes agree on a stop; `None` with one process.
     """
     with (
-        shared_failure(hardware.process, hardware.num_processes, before_leaving) as votes,
+        shared_failure(hardware.process, hardware.num_processes, before_leaving, heartbeat_seconds) as votes,
         fixed_arithmetic(bitwise, num_threads),
         generators_kept(*hardware.generators),
     ):

@@ -23,12 +23,12 @@ from .data.micro_batches import MicroBatchLoader
 from .data.order import check_loader, num_batches, num_steps
 from .data.test_sets import argument_of, by_name, parts_of
 from .data.workers import in_dataset_order
-from .devices.agreement import Stopping
 from .devices.checks import check_model, check_optimizer
 from .devices.environment import describe_environment
 from .devices.hardware import Hardware
 from .devices.memory import keep_data
 from .devices.prepared import Prepared
+from .devices.stopping import Stopping
 from .ending import LEAVING, closed_at_the_end, record_fault, report_end, save_the_end
 from .errors import NonFiniteError, ProcessFailedError
 from .evaluation import evaluate, predict, training_mode
@@ -466,7 +466,8 @@ class Trainer:
         self.is_main_process = hardware.is_main
         outer = self._reporter  # of a run whose callback evaluates
         try:
-            with together(hardware, config.bitwise, config.num_threads, self._leave) as votes, hinted():
+            choices = config.bitwise, config.num_threads, self._leave, config.heartbeat_seconds
+            with together(hardware, *choices) as votes, hinted():
                 yield hardware, votes
                 if hardware.num_processes > 1:
                     meet()  # who leaves first may take the store with it

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import time
 
 import numpy
 import pytest
@@ -11,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import TrainConfig, Trainer
-from accel_trainer.data.cut import Layout, run_of
+from accel_trainer.data.cut import Layout, process_of, run_of
 from accel_trainer.devices.arithmetic import fixed_arithmetic
-from accel_trainer.numbers.reductions import TreeSum, _nodes_of
+from accel_trainer.numbers.reductions import TreeSum, _Node, _nodes_of, _plan_of, _push
 from support import Items, correct, loader_of, make_data, make_model, on_processes, quiet
 
 pytestmark = pytest.mark.timeout(300)
@@ -261,9 +262,30 @@ def test_what_is_missing_leaves_no_trace_in_the_sum():
 
 def test_a_process_sends_as_much_as_a_ring_where_its_part_is_a_subtree():
     for num_processes in (1, 2, 4, 8):
-        assert all(len(_nodes_of(process, num_processes, 8, 8)) == 1 for process in range(num_processes))
-    assert [len(_nodes_of(process, 3, 8, 8)) for process in range(3)] == [2, 2, 1]
-    assert [len(_nodes_of(process, 8, 8, 3)) for process in range(8)] == [1, 1, 1, 0, 0, 0, 0, 0]
+        assert [len(nodes) for nodes in _plan_of(num_processes, 8, 8)] == [1] * num_processes
+    assert [len(nodes) for nodes in _plan_of(3, 8, 8)] == [2, 2, 1]
+    assert [len(nodes) for nodes in _plan_of(8, 8, 3)] == [1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_a_plan_is_what_the_counter_adds_up_and_takes_no_time_for_thousands_of_processes():
+    for start in range(40):
+        for stop in range(start, 70):
+            nodes = []
+            for index in range(start, stop):
+                _push(nodes, _Node(index, 1, []))
+            assert [(node.start, node.size) for node in nodes] == _nodes_of(start, stop)
+    _plan_of.cache_clear()
+    started = time.perf_counter()
+    for _ in range(200):  # buckets of a step, the first of which makes the plan
+        _plan_of(2048, 4096, 4096)
+    assert (time.perf_counter() - started) / 200 < 1e-3
+    for num_processes in (1, 2, 3, 7, 64):
+        for number in range(num_processes, 200, 11):
+            layout = Layout(0, num_processes, number)
+            runs = [run_of(layout._replace(process=process)) for process in range(num_processes)]
+            assert [process_of(index, layout) for index in range(number)] == [
+                process for process, run in enumerate(runs) for _ in run
+            ]
 
 
 # --- where bits get lost ----------------------------------------------------------------------------------------------

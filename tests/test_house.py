@@ -198,7 +198,7 @@ def test_a_step_enters_few_files(tmp_path):
         steps = files_of_a_step(make_model(), **choices)
         assert sorted(map(len, steps))[len(steps) // 2] <= 10, steps
         assert steps[0] == {
-            *("loop.py", "data/micro_batches.py", "data/randomness.py", "devices/agreement.py", "devices/memory.py"),
+            *("loop.py", "data/micro_batches.py", "data/randomness.py", "devices/stopping.py", "devices/memory.py"),
             *("devices/prepared.py", "numbers/buffers.py", "numbers/gradients.py", "numbers/loss_table.py"),
             "numbers/objective.py",
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -44,9 +43,9 @@ def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
         >>> [(piece.start, piece.stop) for piece in cut(10, Layout(process=0, num_processes=2, num_micro_batches=3))]
         [(0, 4), (4, 7)]
     """
-    bounds = _even_bounds(num_samples, layout.num_micro_batches)
-    mine = [(index, *bounds[index], False) for index in run_of(layout) if bounds[index][0] < bounds[index][1]]
-    mine = mine or [(0, *bounds[0], True)]
+    number = layout.num_micro_batches
+    mine = [(index, *_bounds(num_samples, number, index), False) for index in run_of(layout) if index < num_samples]
+    mine = mine or [(0, *_bounds(num_samples, number, 0), True)]
     last = len(mine) - 1
     return tuple(
         Piece(*piece, number == 0, number == last, piece[2] - piece[1] == num_samples)
@@ -56,18 +55,21 @@ def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
 
 def run_of(layout: Layout) -> range:
     """Return the micro-batches that this process computes."""
-    return range(*_even_bounds(layout.num_micro_batches, layout.num_processes)[layout.process])
+    return range(*_bounds(layout.num_micro_batches, layout.num_processes, layout.process))
 
 
 def process_of(index: int, layout: Layout) -> int:
     """Return the process that computes a micro-batch."""
-    return next(process for process in range(layout.num_processes) if index in run_of(layout._replace(process=process)))
+    size, num_larger = divmod(layout.num_micro_batches, layout.num_processes)
+    beyond = index - num_larger * (size + 1)  # those of the larger runs
+    return index // (size + 1) if beyond < 0 else num_larger + beyond // size
 
 
-def _even_bounds(total: int, parts: int) -> list[tuple[int, int]]:
-    size, larger = divmod(total, parts)
-    starts = [part * size + min(part, larger) for part in range(parts + 1)]
-    return list(pairwise(starts))
+def _bounds(total: int, parts: int, part: int) -> tuple[int, int]:
+    """Return start and end of one of the parts of a total; the first ones may be larger by one."""
+    size, num_larger = divmod(total, parts)
+    start = part * size + min(part, num_larger)
+    return start, start + size + (part < num_larger)
 
 
 def describe_batch(num_samples: int, layout: Layout) -> str:
@@ -87,6 +89,6 @@ def describe_batch(num_samples: int, layout: Layout) -> str:
 
 def _count(total: int, parts: int, noun: str) -> str:
     """Return the sizes of the parts of a total, with their noun."""
-    sizes = {stop - start for start, stop in _even_bounds(total, parts)}
+    sizes = {stop - start for start, stop in (_bounds(total, parts, part) for part in (0, parts - 1))}
     plural = f" {noun}{'es' if sizes != {1} else ''}" if noun else ""
     return " or ".join(str(size) for size in sorted(sizes, reverse=True)) + plural

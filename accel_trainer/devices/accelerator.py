@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed
@@ -52,8 +51,6 @@ def _refuse_plugin(plugin: str) -> None:
 
 def build_accelerator(mixed_precision: str | None, factory: Callable[[], Accelerator] | None) -> Accelerator:
     """Return the `Accelerator` of this process: from the user's function, or one for the hardware found."""
-    if not torch.accelerator.is_available() or _is_set("ACCELERATE_USE_CPU"):
-        _meet_after_restart()
     if factory is not None:
         accelerator = factory()
         if not isinstance(accelerator, Accelerator):
@@ -84,22 +81,6 @@ def without_blank_variables() -> Iterator[None]:
         yield
     finally:
         os.environ.update(dict.fromkeys(blank, ""))
-
-
-def _meet_after_restart() -> None:
-    """Form the group of processes that a launcher has started again.
-
-    The store outlives them, and gloo would find the addresses of the ended processes in it: each attempt gets a prefix
-    of its own (Accelerate and torch up to 2.13 use none).
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        return
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
-    prefixed = torch.distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.distributed.init_process_group("gloo", store=prefixed, rank=rank, world_size=size)
 
 
 def check_accelerator(accelerator: Accelerator, mixed_precision: str | None) -> None:

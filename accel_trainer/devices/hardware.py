@@ -22,6 +22,7 @@ from .accelerator import (
     without_blank_variables,
 )
 from .arithmetic import tf32_message
+from .hosts import meeting_anew
 
 
 class Hardware:
@@ -48,7 +49,7 @@ class Hardware:
         check_environment()
         self.bitwise = bitwise
         self._precision_source = precision_source(mixed_precision, factory)
-        with without_blank_variables():
+        with without_blank_variables(), meeting_anew():
             self.accelerator = build_accelerator(mixed_precision, factory)
         check_accelerator(self.accelerator, mixed_precision)
         self.device: torch.device = self.accelerator.device

@@ -179,8 +179,7 @@ class TreeSum:
         ring all-reduce where it has one node, that is where its micro-batches are a whole subtree.
         """
         num_processes = self._layout.num_processes
-        plan = [_nodes_of(process, num_processes, self._layout.num_micro_batches, num_micro_batches)
-                for process in range(num_processes)]  # fmt: skip
+        plan = _plan_of(num_processes, self._layout.num_micro_batches, num_micro_batches)
         reals = [_real(target) for target in targets]
         width = -(-sum(real.numel() for real in reals) // num_processes)
         sent = [_flat(part, reals, width * num_processes).view(num_processes, width) for part in parts]
@@ -228,14 +227,22 @@ def _added(left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor
     return [second if first is None else first for first, second in zip(left, right, strict=True)]
 
 
-@lru_cache(maxsize=1024)
-def _nodes_of(process: int, num_processes: int, num_micro_batches: int, num_full: int) -> list[tuple[int, int]]:
-    """Return start and size of the nodes that a process holds; the first `num_full` micro-batches have samples."""
-    nodes: list[_Node] = []
-    for index in run_of(Layout(process, num_processes, num_micro_batches)):
-        if index < num_full:
-            _push(nodes, _Node(index, 1, []))
-    return [(node.start, node.size) for node in nodes]
+@lru_cache(maxsize=16)  # full batches and smaller ones, of a few loaders
+def _plan_of(num_processes: int, num_micro_batches: int, num_full: int) -> list[list[tuple[int, int]]]:
+    """Return start and size of the nodes of each process; the first `num_full` micro-batches have samples."""
+    runs = (run_of(Layout(process, num_processes, num_micro_batches)) for process in range(num_processes))
+    return [_nodes_of(run.start, min(run.stop, num_full)) for run in runs]
+
+
+def _nodes_of(start: int, stop: int) -> list[tuple[int, int]]:
+    """Return start and size of the largest subtrees that micro-batches `start` to `stop` consist of, in their order."""
+    nodes = []
+    while start < stop:
+        size = 1 << ((stop - start).bit_length() - 1)
+        size = min(size, start & -start) if start else size
+        nodes.append((start, size))
+        start += size
+    return nodes
 
 
 def _first(nodes: list[_Node], index: int, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from accel_trainer import Callback, History, Loss, ProcessFailedError, Trainer
-from accel_trainer.devices import agreement
+from accel_trainer.devices import board
 from accel_trainer.tools.cli import main
 from accel_trainer.view.report import LivePage, RunFiles, render, runs_in
 from accel_trainer.view.reporter import Reporter
@@ -319,7 +319,7 @@ def fail_on_one(run_dir, lives_on):
 @pytest.mark.distributed
 @pytest.mark.parametrize("lives_on", [False, True])
 def test_the_error_of_another_process_is_said_too(tmp_path, monkeypatch, capfd, lives_on):
-    monkeypatch.setattr(agreement, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(board, "_GRACE_SECONDS", 0.2)
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         on_processes(2, fail_on_one, tmp_path / "run", lives_on)
     record = RunFiles.load(tmp_path / "run")
