@@ -69,29 +69,42 @@ def read_checkpoint(path: Path) -> Snapshot:
     return Snapshot(manifest["step"], tensors, {}, read_json(path / "state.json"))
 
 
+def files_of(path: Path) -> list[str]:
+    """Return the names of a checkpoint's files within its folder, the manifest last."""
+    return [*read_json(path / _MANIFEST)["files"], _MANIFEST]
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give another name for a checkpoint to be written under; it is then renamed, in place of one that is there."""
+    part, old = (path.with_name(f".{path.name}.{ending}") for ending in ("part", "old"))
+    clean_checkpoints(path.parent)
+    try:
+        yield part
+        if os.path.lexists(path):  # of the same step, but not as far: the epoch has ended since
+            os.rename(path, old)
+        os.rename(part, path)
+        flush(path.parent)
+    finally:
+        clean_checkpoints(path.parent)
+
+
 def add_checkpoint(folder: Path, snapshot: Snapshot, history: bytes, best: Path, keep: int) -> Path:
     """Write a checkpoint under another name, rename it, remove those that are too many, and return its folder.
 
     `history` are the lines of the history so far; `best` is the file of the best weights so far, and may be missing.
     """
     path = folder / checkpoint_name(snapshot.step)
-    part, old = (folder / f".{path.name}.{ending}" for ending in ("part", "old"))
-    clean_checkpoints(folder)
-    try:
+    with replaced(path) as part:
         write_checkpoint(part, snapshot, history, best, [other / BEST for _, other in steps_in(folder)])
-        if os.path.lexists(path):  # of the same step, but not as far: the epoch has ended since
-            os.rename(path, old)
-        os.rename(part, path)
-        flush(folder)
-        # Checkpoints of later steps were made before the run went back to an earlier one.
-        steps = steps_in(folder)
-        wanted = [other for step, other in steps if step <= snapshot.step][:keep]
-        with suppress(OSError):
-            for _, other in steps:
-                if other not in wanted:  # renamed first: a kill in between leaves nothing half there
-                    os.rename(other, other.with_name(f".{other.name}.part"))
-    finally:
-        clean_checkpoints(folder)
+    # Checkpoints of later steps were made before the run went back to an earlier one.
+    steps = steps_in(folder)
+    wanted = [other for step, other in steps if step <= snapshot.step][:keep]
+    with suppress(OSError):
+        for _, other in steps:
+            if other not in wanted:  # renamed first: a kill in between leaves nothing half there
+                os.rename(other, other.with_name(f".{other.name}.part"))
+    clean_checkpoints(folder)
     return path
 
 

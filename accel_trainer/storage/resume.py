@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..base.codec import pack, unpack
 from ..base.console import warn
-from ..base.exchange import gather_objects, host_group, share_object
 from ..callbacks import Callback, listens
 from ..config import TrainConfig
 from ..data.order import is_stream
 from ..devices.hardware import Hardware
 from ..errors import CheckpointError
 from ..history import History
-from ..numbers.reductions import share_from_main
 from ..run import Run
+from .across_hosts import at_hand, bring_newest
 from .capture import buffer_owners, layout_and_choices, restore, schedule_state, stateful, under
-from .checkpoints import MODEL, PROGRESS, Snapshot, read_checkpoint, steps_in, understood
+from .checkpoints import MODEL, PROGRESS, Snapshot, read_checkpoint, read_json, understood
 from .identity import check_identity
 from .optimizer_state import names_by_group, optimizer_state
 from .run_folder import RunFolder
@@ -47,60 +44,40 @@ def find(
     if config.run_dir is None:
         return Found()
     finish_writes()
-    run_dir = config.run_dir
-    found = Found()
+    run_dir = Path(config.run_dir).expanduser().absolute()
+    folder: RunFolder | None = None
 
-    def look() -> str | None:
-        nonlocal found
+    def open_folder() -> None:
+        nonlocal folder
         folder = RunFolder(run_dir, config.resume, config.keep_checkpoints)
-        found = Found(folder)
-        if folder.resumed is None:
-            return None
-        source = str(folder.resumed)
+
+    def check(state: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         with understood(source):
-            snapshot = read_checkpoint(folder.resumed)
-            before = unpack(snapshot.state["identity"], {})
-            check_identity(before, unpack(pack(dict(identity), {}, "identity"), {}), source)
-            history = History.load(source)
-            history.load_steps(folder.path, snapshot.step)
-            found = Found(folder, snapshot, history, source)
-        return source
+            check_identity(unpack(state["identity"], {}), unpack(pack(dict(identity), {}, "identity"), {}), source)
+        return identity
 
-    steps = steps_in(Path(run_dir).expanduser() / "checkpoints") if config.resume else []
-    source = hardware.from_main(look)
-    if found.folder is not None and found.folder.passed_over:
-        warn(f"Passed over in {found.folder.path}: {'; '.join(found.folder.passed_over)}.", stacklevel=2)
+    def look() -> tuple[Path, History] | None:
+        source = None if folder is None else folder.start()
+        if source is None:
+            return None
+        with understood(source):
+            state, history = read_json(source / "state.json"), History.load(source)
+            check(state, str(source))
+            history.load_steps(run_dir, state["run"]["step"])
+        return source, history
+
+    hardware.from_main(open_folder)
     if config.resume and hardware.num_processes > 1:
-        _announce_disks(gather_objects(steps[0][0] if steps else None), source, announce)
-    if source is None or hardware.num_processes == 1:
-        return found
-    return _shared(found._replace(source=source))
-
-
-def _announce_disks(seen: list[int | None], source: str | None, announce: Callable[[str], None]) -> None:
-    """Say which processes see other newest steps than the main process, where the hosts share no disk."""
-    differing = [process for process, step in enumerate(seen) if step != seen[0]]
-    if differing:
-        begins = "sends its checkpoint to all" if source is not None else "has none and begins anew"
-        announce(f"Processes {differing} do not see the main process's checkpoints; the main process {begins}.")
-    for process, step in enumerate(seen):
-        if step is not None and step > (seen[0] or 0):
-            announce(f"Process {process} sees a checkpoint of step {step}, which the main process does not have.")
-
-
-def _shared(found: Found) -> Found:
-    """Return on every process what the main process has read: the other processes need not see the disk."""
-    snapshot = found.snapshot
-    outline = None if snapshot is None else _with_each(snapshot, lambda tensor: tensor.to("meta"))
-    outline, history = share_object((outline, found.history))
-    snapshot = snapshot or _with_each(outline, lambda tensor: torch.empty_like(tensor, device="cpu"))
-    share_from_main([tensor for tensors in snapshot.tensors.values() for tensor in tensors.values()], host_group())
-    return found._replace(snapshot=snapshot, history=history)
-
-
-def _with_each(snapshot: Snapshot, change: Callable[[Tensor], Tensor]) -> Snapshot:
-    tensors = {file: {name: change(tensor) for name, tensor in kept.items()} for file, kept in snapshot.tensors.items()}
-    return replace(snapshot, tensors=tensors)
+        bring_newest(run_dir, folder, hardware, check, announce)
+    seen = hardware.from_main(look)
+    if folder is not None and folder.passed_over:
+        warn(f"Passed over in {folder.path}: {'; '.join(folder.passed_over)}.", stacklevel=2)
+    if seen is None:
+        return Found(folder)
+    source, history = seen
+    with at_hand(source, run_dir, hardware, announce) as path, understood(source):
+        snapshot = read_checkpoint(path)
+    return Found(folder, snapshot, history, str(source))
 
 
 def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:

@@ -9,8 +9,8 @@ import shutil
 import stat
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .checkpoints import (
     copy_once,
     fault_of,
     read_json,
+    replaced,
     steps_in,
 )
 from .files import check_kind, flush, free_name, path_beside, put_in_place, remove, write_whole
@@ -82,7 +83,7 @@ class RunFolder:
         self.history = b""
         self._failing: set[str] = set()
         self._unlock: Callable[[], object] | None = None
-        self._resume = bool(resume)
+        self._resume = resume
         parts = (self.path, self.best_path.parent, self._checkpoints, self.path / ".lock")
         self._was_there = [] if self._is_begun() else [part for part in parts if os.path.lexists(part)]
         self.resumed: Path | None = None
@@ -96,9 +97,20 @@ class RunFolder:
             self._take_lock()
             self._clean()
             self.resumed = self._newest()
-            self._check_unfinished()
-        if resume is True and self.resumed is None:
+
+    def start(self) -> Path | None:
+        """Return the checkpoint to go on from, `None` for a new run; refuse to begin anew where one should go on."""
+        if self.resumed is not None or not self._resume:
+            return self.resumed
+        if self.passed_over:
+            faults = "; ".join(self.passed_over)
+            raise CheckpointError(
+                f"No checkpoint in {self._checkpoints} can be used ({faults}). To begin anew, remove the folder."
+            )
+        self._check_unfinished()
+        if self._resume is True:
             raise FileNotFoundError(f'run_dir {self.path} has no checkpoint to go on from. resume="auto" begins anew.')
+        return None
 
     def _is_begun(self) -> bool:
         """Return whether a run has come as far as its first file here."""
@@ -120,7 +132,7 @@ class RunFolder:
 
     def _check_unfinished(self) -> None:
         """Refuse to begin anew where a run has come to its end, though its checkpoints were removed."""
-        if self.resumed is None and self._holds_epochs() and not (self.path / "preempted.json").exists():
+        if self._holds_epochs() and not (self.path / "preempted.json").exists():
             with suppress(FileNotFoundError, ValueError):
                 if History.load(self.path).stop_reason is not None:
                     raise FileExistsError(
@@ -146,10 +158,7 @@ class RunFolder:
             if self.resumed is not None:
                 best = self._go_back_to(self.resumed)
             elif self._resume:
-                self._check_same_run(identity)
-                self._set_aside()
-                for name in ("config.json", "history.jsonl", "steps.jsonl", *_NOTES):
-                    remove(self.path / name)
+                self._make_way(identity)
             else:
                 self._check_files("best", "checkpoints")  # another run may have come first
             self.best_path.parent.mkdir(exist_ok=True)
@@ -162,6 +171,28 @@ class RunFolder:
             raise type(error)(
                 f"run_dir {self.path} cannot be written: {reason}. Give a run_dir in a folder that can."
             ) from error
+
+    @contextmanager
+    def receiving(self, name: str, identity: Mapping[str, Any]) -> Iterator[Path]:
+        """Give the folder into which a checkpoint of another host is to be copied; the run then goes on from it."""
+        path = self._checkpoints / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if self.resumed is None:
+            self._make_way(identity)
+        with replaced(path) as part:
+            yield part
+        fault = fault_of(path)
+        if fault is not None:
+            raise CheckpointError(f"{path} was not copied as it is on the other host: {fault}.")
+        self.resumed = path
+
+    def _make_way(self, identity: Mapping[str, Any]) -> None:
+        """Let the folder be a new run's; one with another identity is refused."""
+        self._check_same_run(identity)
+        self._set_aside()
+        for name in ("config.json", "history.jsonl", "steps.jsonl", *_NOTES):
+            remove(self.path / name)
 
     def _check_same_run(self, identity: Mapping[str, Any]) -> None:
         """Refuse to begin anew, for want of a checkpoint, in the folder of another run or program."""
@@ -239,17 +270,12 @@ class RunFolder:
         clean_checkpoints(self._checkpoints)
 
     def _newest(self) -> Path | None:
-        """Return the newest checkpoint in which nothing is wrong; `None` where there are none at all."""
+        """Return the newest checkpoint in which nothing is wrong; `None` where there is none."""
         for _, path in steps_in(self._checkpoints):
             fault = fault_of(path)
             if fault is None:
                 return path
             self.passed_over.append(f"{path.name}: {fault}")
-        if self.passed_over:
-            faults = "; ".join(self.passed_over)
-            raise CheckpointError(
-                f"No checkpoint in {self._checkpoints} can be used ({faults}). To begin anew, remove the folder."
-            )
         return None
 
     def _go_back_to(self, checkpoint: Path) -> dict[str, Any] | None:

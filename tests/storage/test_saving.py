@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_outside_is_touched(tmp_
         is_used = same_as_before or "best/model.safetensors" in name
         if not is_used and not (run_dir / "checkpoints" / newest).is_symlink():
             with pytest.raises(CheckpointError, match=f"No checkpoint in .* can be used \\({newest}: "):
-                RunFolder(run_dir, resume="auto")
+                RunFolder(run_dir, resume="auto").start()
         shutil.rmtree(run_dir)
         number += 1
     assert number > 90 and outside.read_text() == "mine"

@@ -1,0 +1,146 @@
+"""A run goes on whichever host has the main process, with disks that the hosts do not share."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from accel_trainer import CheckpointError, Trainer, load_best
+from accel_trainer.devices import hosts as hosts_module
+from accel_trainer.storage import across_hosts
+from support import loader_of, make_data, make_model, on_processes, quiet
+
+pytestmark = pytest.mark.distributed
+
+
+def fit_on(disks, num_epochs=4, **choices):
+    """Train as one of the processes, each on the host that its disk is named by; return what came out.
+
+    `num_files` are those that were sent, each time that some were.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    hosts_module._identity_of_host = lambda: str(disks[rank])
+    num_files, spread = [], across_hosts._spread
+    across_hosts._spread = lambda *arguments: (num_files.append(len(arguments[2])), spread(*arguments))
+    model = make_model(kind="batchnorm")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    fixed = {
+        "num_micro_batches": 4,
+        "bitwise": True,
+        "report_every": 2,
+        "resume": "auto",
+        "run_dir": disks[rank] / "run",
+    }
+    config = quiet(**{"num_epochs": num_epochs, **fixed, **choices})
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), config=config)
+    history = trainer.fit(loader_of(make_data(60), 10), loader_of(make_data(20)))
+    weights = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    return (history.train_losses, history.test_losses, history.best_epoch, weights), num_files
+
+
+@pytest.fixture
+def disks(tmp_path):
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def spoil(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_run_whose_main_process_moves_goes_on_from_the_newest_checkpoint(disks, tmp_path):
+    alone, _ = fit_on([tmp_path / "alone"])
+    first, second, third = disks
+    on_processes(2, fit_on, [first, second], 2)
+    assert not (second / "run").exists()
+    results = on_processes(3, fit_on, [second, first, third], 3)  # the main process had nothing
+    assert {len(num_files) for _, num_files in results} == {2}  # to the main process, and to the third host
+    results = on_processes(2, fit_on, [first, second])  # what it had is older
+    assert [outcome for outcome, _ in results] == [alone, alone]
+    for folder in (first, second):
+        best = make_model(kind="batchnorm")
+        load_best(best, folder / "run")
+    steps = [json.loads(line)["step"] for line in (first / "run/steps.jsonl").read_text().splitlines()]
+    assert steps == list(range(2, 25, 2))
+    assert not list(first.glob("run/earlier*"))
+    results = on_processes(2, fit_on, [first, second])  # nothing is left to do, and nothing newer to be had
+    assert [outcome for outcome, _ in results] == [alone, alone]
+
+
+def test_a_host_that_sees_the_same_disk_gets_no_copy(disks):
+    first, *_ = disks
+    on_processes(2, fit_on, [first, first], 2)
+
+    (first / "run").rename(first / "there")
+    (first.parent / "mount").symlink_to(first)  # the same disk under another name
+    (first / "there").rename(first / "run")
+    results = on_processes(2, fit_on, [first, first.parent / "mount"], 3)
+    assert [num_files for _, num_files in results] == [[], []]
+
+
+def test_a_damaged_newest_checkpoint_of_another_host_is_passed_over(disks, tmp_path):
+    alone, _ = fit_on([tmp_path / "alone"])
+    first, second, _ = disks
+    on_processes(2, fit_on, [first, second], 3)
+    newest = max((first / "run/checkpoints").iterdir())
+    spoil(newest / "model.safetensors")
+    results = on_processes(2, fit_on, [second, first])
+    assert [outcome for outcome, _ in results] == [alone, alone]
+    assert sorted(path.name for path in (second / "run/checkpoints").iterdir()) == ["step_00000018", "step_00000024"]
+
+
+def fit_on_with_a_warning(disks):
+    is_main = torch.distributed.get_rank() == 0
+    with pytest.warns(UserWarning, match="Passed over in .*first/run: step_00000012") if is_main else nullcontext():
+        return fit_on(disks)
+
+
+def test_the_main_process_may_mend_its_damaged_checkpoint_from_another_host(disks, tmp_path):
+    alone, _ = fit_on([tmp_path / "alone"])
+    first, second, _ = disks
+    on_processes(2, fit_on, [first, second], 2)
+    on_processes(2, fit_on, [second, first], 2)  # both have all of it now
+    for checkpoint in (first / "run/checkpoints").iterdir():
+        spoil(checkpoint / "model.safetensors")
+    results = on_processes(2, fit_on_with_a_warning, [first, second])
+    assert [outcome for outcome, _ in results] == [alone, alone]
+
+
+def go_on_with_another_seed(disks):
+    with pytest.raises(CheckpointError) as told:
+        fit_on(disks, seed=7)
+    return str(told.value)
+
+
+def test_a_newer_checkpoint_of_another_run_is_an_error_that_names_both(disks):
+    first, second, _ = disks
+    on_processes(2, fit_on, [first, second], 2)
+    for told in on_processes(2, go_on_with_another_seed, [second, first]):
+        assert f"{first}/run/checkpoints/step_00000012 of process 1" in told and "seed was 0 and is 7" in told
+        assert "the main process has none" in told
+    assert not (second / "run/checkpoints").exists()
+
+
+def insist(disks):
+    return fit_on(disks, 3, resume=True)
+
+
+def test_resume_true_is_content_with_the_checkpoint_of_another_host(disks):
+    first, second, third = disks
+    on_processes(2, fit_on, [first, second], 2)
+    assert len(on_processes(2, insist, [second, first])[0][0][0]) == 3
+
+
+def insist_in_vain(disks):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint to go on from"):
+        fit_on(disks, 3, resume=True)
+
+
+def test_resume_true_without_any_checkpoint_is_an_error_on_all(disks):
+    on_processes(2, insist_in_vain, disks)
