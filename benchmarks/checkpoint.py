@@ -1,22 +1,28 @@
-"""How long the training stands still for a checkpoint, and how long it takes to come to a position of 10^7 samples.
+"""What a checkpoint costs: how long the training stands still, how long a position takes, what memory a resume takes.
 
 python benchmarks/checkpoint.py --write
 
 A model of 100 million parameters is trained with AdamW on the CPU. Each save is followed by a plain
-`safetensors.torch.save_file` and fsync of the same tensors, in the same process and on the same disk.
+`safetensors.torch.save_file` and fsync of the same tensors, in the same process and on the same disk. The same model
+is then resumed on two processes of this host, whose memory is read fifty times a second: pages of files that several
+processes map count in parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # before processes are forked
+from accelerate import debug_launcher
 from common import interval, write_results
 from safetensors.torch import save_file
 from torch import nn
@@ -28,6 +34,11 @@ from accel_trainer.data.micro_batches import MicroBatchLoader
 from accel_trainer.storage.saver import Saver
 
 STEPS_BETWEEN = 8
+
+
+def make_large_model(width: int) -> nn.Sequential:
+    """Return four linear layers and their activations."""
+    return nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(width, width), nn.Tanh())))
 
 
 class Compare(Callback):
@@ -57,14 +68,13 @@ class Compare(Callback):
 
 def measure_saves(num_saves: int, width: int) -> dict[str, Any]:
     """Return the seconds that each save held the training up, and those of a plain write."""
-    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.Tanh())]
-    model = nn.Sequential(*layers)
+    model = make_large_model(width)
     stood: list[float] = []
     save = Saver.save
 
-    def timed(self: Saver) -> None:
+    def timed(self: Saver, training: Any) -> None:
         started = time.perf_counter()
-        save(self)
+        save(self, training)
         stood.append(time.perf_counter() - started)
 
     Saver.save = timed  # type: ignore[method-assign]
@@ -96,6 +106,44 @@ def measure_saves(num_saves: int, width: int) -> dict[str, Any]:
         "interval": [low, high],
         "largest_ratio": max(ratios),
     }
+
+
+def peak_memory(width: int, folder: Path, max_steps: int) -> dict[str, int]:
+    """Train one of two processes up to a step; return the most bytes of its own and of its share of mapped files."""
+    peaks, is_over = {"Pss": 0, "Anonymous": 0}, threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.02):
+            rows = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+            for name in peaks:
+                peaks[name] = max(peaks[name], int(rows[name].split()[0]) * 1024)
+
+    model = make_large_model(width)
+    data = TensorDataset(torch.randn(64, width), torch.randn(64, width))
+    kept = {"run_dir": folder / "run", "resume": "auto", "keep_checkpoints": 1}
+    config = TrainConfig(max_steps=max_steps, restore_best=False, verbose=False, **kept)  # type: ignore[arg-type]
+    thread = threading.Thread(target=watch)
+    thread.start()
+    trainer = Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-5), nn.MSELoss(), config=config)
+    trainer.fit(DataLoader(data, 4, shuffle=True))
+    is_over.set()
+    thread.join()
+    (folder / f"{torch.distributed.get_rank()} at {max_steps}").write_text(json.dumps(peaks))
+    return peaks
+
+
+def measure_memory(width: int) -> dict[str, Any]:
+    """Return the peak memory of each of two processes, from the start and resumed."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_DIR")) as name:
+        folder = Path(name)
+        for max_steps in (3, 6):
+            debug_launcher(peak_memory, (width, folder, max_steps), 2)
+        peaks = {
+            kind: [json.loads((folder / f"{rank} at {max_steps}").read_text()) for rank in range(2)]
+            for kind, max_steps in (("from_the_start", 3), ("resumed", 6))
+        }
+        size = sum(path.stat().st_size for path in folder.glob("run/checkpoints/*/*.safetensors"))
+    return {"checkpoint_bytes": size, "peak_bytes": peaks}
 
 
 def measure_positions(num_samples: int, rounds: int) -> dict[str, Any]:
@@ -132,8 +180,10 @@ def main() -> None:
     low, high = saves["interval"]
     print(f"{saves['parameters']:,} parameters: the training stands still for {saves['ratio']:.3f} ")
     print(f"[{low:.3f}, {high:.3f}] of a plain write; the first save takes {saves['seconds_of_first_save']:.2f} s")
+    memory = measure_memory(options.width)
+    print(f"checkpoint of {memory['checkpoint_bytes'] / 2**30:.2f} GiB; peak of each process: {memory['peak_bytes']}")
     if options.write:
-        write_results("checkpoint.json", {"saves": saves, "positions": positions})
+        write_results("checkpoint.json", {"saves": saves, "positions": positions, "memory": memory})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from ..config import TrainConfig
+from .large_order import LargeOrder
 from .randomness import ORDER, SeededIterator, derive_seed
+
+_LARGE = 10**8  # samples: as one tensor their order would have 8 bytes each, in every process
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
@@ -61,12 +64,16 @@ def dataset_order(loader: DataLoader[Any]) -> Any:
     return sorted({index for item in drawn for index in (item if isinstance(item, (list, tuple)) else [item])})
 
 
-def _own_order(sampler: object, seed: int) -> torch.Tensor | None:
-    """Return the order of torch's two common samplers as one tensor, `None` for any other sampler."""
+def _own_order(sampler: object, seed: int) -> torch.Tensor | LargeOrder | None:
+    """Return the order of torch's two common samplers, `None` for any other sampler."""
     if type(sampler) is SequentialSampler:
-        return torch.arange(len(sampler.data_source))
+        length = len(sampler.data_source)
+        return torch.arange(length) if length < _LARGE else LargeOrder(length)
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
-        return torch.randperm(sampler.num_samples, generator=torch.Generator().manual_seed(seed))
+        length = sampler.num_samples
+        if length >= _LARGE:
+            return LargeOrder(length, seed)
+        return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
     return None
 
 

@@ -186,10 +186,10 @@ class _Talk:
 
     def fault(self) -> str | None:
         """Return what is wrong with the way to the other hosts, if it is silent for too long."""
-        if self._silence <= self._pulse.seconds:
+        if self._silence + _BEAT_SECONDS <= self._pulse.seconds:
             return None
         return (
-            f"The store of the run, at {os.environ.get('MASTER_ADDR')}, has not answered for {self._silence:.0f} "
+            f"The store of the run, at {os.environ.get('MASTER_ADDR')}, has not answered for {self._pulse.seconds:g} "
             "seconds: its host, or the way to it, is down."
         )
 
@@ -244,7 +244,8 @@ class _Pulse:
         now = time.monotonic()
         before = self._seen or [(0, now)] * len(counts)
         self._seen = [old if old[0] == new else (new, now) for old, new in zip(before, counts, strict=True)]
-        stuck = (host for host, (count, since) in enumerate(self._seen) if count and now - since > self.seconds)
+        patience = self.seconds - _BEAT_SECONDS  # the last sign of life may be as old when it is seen
+        stuck = (host for host, (count, since) in enumerate(self._seen) if count and now - since > patience)
         return next(stuck, None)
 
 

@@ -185,7 +185,7 @@ def seconds_to_stop(boards):
 
 
 def test_hundreds_of_processes_agree_in_seconds():
-    sizes = [8] * 32
+    sizes = [16] * 16
     with boards_of(sizes) as boards:
         time.sleep(1.5)
         seconds = seconds_to_stop(boards)
@@ -242,11 +242,11 @@ def test_a_silent_host_is_named_and_ends_all_others(tmp_path, capfd):
     def go_on():
         os.kill(int((tmp_path / "pid 1").read_text()), signal.SIGCONT)
 
-    threading.Timer(15.0, go_on).start()
+    threading.Timer(10.0, go_on).start()
     started = time.monotonic()
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         on_processes(3, train_while, tmp_path, "aba", 1, 60.0)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 15
     told = capfd.readouterr().out
     for process in (0, 2):
         assert f"process {process} of 3 ends. Host 1 (process 1) has not answered for 5 seconds." in told

@@ -1,6 +1,7 @@
 """A run goes on whichever host has the main process, with disks that the hosts do not share."""
 
 import json
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +10,9 @@ from torch import nn
 
 from accel_trainer import CheckpointError, Trainer, load_best
 from accel_trainer.devices import hosts as hosts_module
+from accel_trainer.devices.hardware import Hardware
 from accel_trainer.storage import across_hosts
+from accel_trainer.storage.checkpoints import MODEL, OPTIMIZER, Snapshot, read_checkpoint, write_checkpoint
 from support import loader_of, make_data, make_model, on_processes, quiet
 
 pytestmark = pytest.mark.distributed
@@ -144,3 +147,36 @@ def insist_in_vain(disks):
 
 def test_resume_true_without_any_checkpoint_is_an_error_on_all(disks):
     on_processes(2, insist_in_vain, disks)
+
+
+def own_bytes():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def read_large(disks):
+    """Read a checkpoint of the main process, and return how many bytes that took, and how many the tensors have."""
+    rank = torch.distributed.get_rank()
+    hosts_module._identity_of_host = lambda: str(disks[rank])
+    hardware = Hardware()
+    path = disks[0] / "step_00000001"
+    before, _ = own_bytes(), hardware.from_main(lambda: write_large(path))
+    with across_hosts.at_hand(path, disks[rank], hardware, lambda line: None) as here:
+        snapshot = read_checkpoint(here)
+    tensors = [tensor for tensors in snapshot.tensors.values() for tensor in tensors.values()]
+    assert all(bool((tensor == 1).all()) for tensor in tensors)
+    return own_bytes() - before, sum(tensor.nbytes for tensor in tensors), here.exists()
+
+
+def write_large(path):
+    tensors = {file: {"all": torch.ones(2**25)} for file in (MODEL, OPTIMIZER)}
+    write_checkpoint(path, Snapshot(1, tensors, {}, {}), b"", path / "none", [])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's count of a process's own memory")
+def test_no_process_holds_a_checkpoint_in_memory_of_its_own(disks):
+    first, second, _ = disks
+    results = on_processes(4, read_large, [first, first, second, second])
+    for took, size, _ in results[1:]:  # the first has written it
+        assert took < size / 4
+    assert [is_there for *_, is_there in results] == [True, True, False, False]
