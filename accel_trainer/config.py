@@ -51,6 +51,10 @@ class TrainConfig:
         compile: Compile the model with `torch.compile`: the whole, or with `"regional"` its repeated blocks, which
             takes less time at the start. `accelerate launch --dynamo_backend` does the same with other compilers.
             The short last batch of a pass is not compiled.
+        stream_by_shards: Whether a stream (`datasets.IterableDataset`) is read by its shards: micro-batch i of each
+            batch comes from the i-th of `num_micro_batches` groups of shards, and each process opens only its own.
+            Its batches are others than without, the same on any number of processes. Without, the main process
+            reads it, as it does a test set with too few shards.
         data_in_memory: Whether tables of numbers (`datasets.Dataset`) are made tensors once, and tensors are kept on
             the GPU: `"auto"` where they fit easily, never data with a transform; `True` insists, `False` never.
         max_grad_norm: Clip the gradient of each step to this global norm, greater than 0; `None` does not clip.
@@ -101,6 +105,7 @@ class TrainConfig:
     num_threads: int | None = None
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
     compile: Literal[True, False, "regional"] = False
+    stream_by_shards: bool = False
     data_in_memory: Literal[True, False, "auto"] = "auto"
     max_grad_norm: float | None = None
     schedule_every: Literal["step", "epoch"] = "step"
@@ -137,6 +142,8 @@ class TrainConfig:
         object.__setattr__(self, "trackers", tuple(self.trackers))
         if self.bitwise and self.mixed_precision == "fp8":
             raise ValueError("bitwise=True cannot be had with mixed_precision='fp8', whose scales the processes share.")
+        if self.stream_by_shards and self.num_micro_batches is None:
+            raise ValueError("stream_by_shards needs num_micro_batches: so many groups of shards are read.")
         in_folder = {"resume": self.resume, "checkpoint_every": self.checkpoint_every, "keep_best": self.keep_best > 1}
         for name, is_set in in_folder.items():
             if is_set and self.run_dir is None:
@@ -197,7 +204,7 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = 
     (("min_delta",), "a number of at least 0 and finite", lambda value: _is_number(value) and 0 <= value < math.inf),
     (_POSITIVE, "a number greater than 0 (or None)", lambda value: _is_number(value) and value > 0),
     (("heartbeat_seconds",), "a number of at least 5, and finite", _is_patient),
-    (("bitwise", "restore_best", "find_unused_parameters", "verbose"), *_one_of(True, False)),
+    (("bitwise", "stream_by_shards", "restore_best", "find_unused_parameters", "verbose"), *_one_of(True, False)),
     (("compile",), *_one_of(True, False, "regional")),
     (("data_in_memory", "resume"), *_one_of(True, False, "auto")),
     (("mode",), *_one_of("min", "max", None)),

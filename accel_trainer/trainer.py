@@ -21,6 +21,7 @@ from .callbacks import Callback, Callbacks
 from .config import TrainConfig
 from .data.micro_batches import MicroBatchLoader
 from .data.order import check_loader, num_batches, num_steps
+from .data.streams import can_be_sharded, check_by_shards
 from .data.test_sets import argument_of, by_name, parts_of
 from .data.workers import in_dataset_order
 from .devices.checks import check_model, check_optimizer
@@ -257,11 +258,9 @@ class Trainer:
         found = find(config, hardware, identity, announce)
         schedule = self._schedule(train_loader)
         reporter = Reporter(found.folder, self.history, self.state, monitor, config.num_epochs, announce)
-        micro_batches = self._loader(train_loader, hardware, "train_loader", reporter.report_recut)
-        tests = {
-            name: self._loader(loader, hardware, argument_of(name), reporter.report_recut)
-            for name, loader in test_loaders.items()
-        }
+        make = functools.partial(self._loader, hardware=hardware, report_recut=reporter.report_recut, may_shard=True)
+        micro_batches = make(train_loader, name="train_loader")
+        tests = {name: make(loader, name=argument_of(name)) for name, loader in test_loaders.items()}
         checked_state(self.model)
         warn_of_ignored(hardware.accelerator)
         prepared = Prepared(hardware, self.model, optimizer, config.compile)
@@ -499,8 +498,9 @@ class Trainer:
         hardware: Hardware,
         name: str,
         report_recut: Callable[[str, int], None] | None = None,
+        may_shard: bool = False,
     ) -> MicroBatchLoader:
-        """Return the micro-batches of a loader."""
+        """Return the micro-batches of a loader; a stream's are read by shards if that may be and is asked for."""
 
         def announce(name: str, num_micro_batches: int) -> None:
             self._announcer(hardware)(recut_message(name, num_micro_batches))
@@ -510,6 +510,12 @@ class Trainer:
         on_recut = None if is_fixed else functools.partial(report_recut or announce, name)
         may_be_pairs = self._objective.compute_loss is None
         pin_memory = hardware.device.type == "cuda"
-        loader = MicroBatchLoader(data_loader, layout, self.config.seed, pin_memory, on_recut, may_be_pairs)
+        by_shards = may_shard and self.config.stream_by_shards
+        if by_shards and name == "train_loader":
+            check_by_shards(data_loader, name, layout.num_micro_batches)
+        elif by_shards:
+            by_shards = can_be_sharded(data_loader, layout.num_micro_batches)
+        choices = self.config.seed, pin_memory, on_recut, may_be_pairs, by_shards
+        loader = MicroBatchLoader(data_loader, layout, *choices)
         loader.check_same_everywhere(name)
         return loader

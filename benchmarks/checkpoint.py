@@ -173,6 +173,8 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="write results/checkpoint.json")
     options = parser.parse_args()
+    memory = measure_memory(options.width)  # first: threads of this process do not live on in forks
+    print(f"checkpoint of {memory['checkpoint_bytes'] / 2**30:.2f} GiB; peak of each process: {memory['peak_bytes']}")
     positions = measure_positions(10**7, 7)
     print(f"to the first micro-batch, of the start: {positions['ratio_of_middle']:.2f} in the middle, "
           f"{positions['ratio_of_end']:.2f} at the end")  # fmt: skip
@@ -180,8 +182,6 @@ def main() -> None:
     low, high = saves["interval"]
     print(f"{saves['parameters']:,} parameters: the training stands still for {saves['ratio']:.3f} ")
     print(f"[{low:.3f}, {high:.3f}] of a plain write; the first save takes {saves['seconds_of_first_save']:.2f} s")
-    memory = measure_memory(options.width)
-    print(f"checkpoint of {memory['checkpoint_bytes'] / 2**30:.2f} GiB; peak of each process: {memory['peak_bytes']}")
     if options.write:
         write_results("checkpoint.json", {"saves": saves, "positions": positions, "memory": memory})
 

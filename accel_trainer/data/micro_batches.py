@@ -16,15 +16,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Subset, default_collate
 
 from ..base.exchange import gather_objects, share_object
-from .collated import count_samples, pinned, take
+from .collated import count_samples, pinned
 from .cut import Layout, Piece, cut
 from .order import index_batches, is_stream, length_of, sampler_of
-from .randomness import DATA, FETCH, SeededIterator, derive_seed
+from .randomness import FETCH, derive_seed
 from .sources import TensorSource, divide, mark_of, not_negative, tensor_source_of
-from .workers import Request, RequestSampler, SeededDataset, loader_of_requests, read_from_workers, sheltered
+from .streams import UNDIVIDED, ShardedStream, divided, is_part, num_samples_in, read_by_main
+from .workers import Request, RequestSampler, SeededDataset, loader_of_requests, read_from_workers
 
 _TOGETHER = 32  # micro-batches that are fetched in one go, at most ...
 _TOGETHER_BYTES = 2**20  # ... and their size together: all stay in memory as long as any of them is kept
@@ -38,11 +39,25 @@ class Batch:
     size: int  # samples
     layout: Layout
     is_full: bool = True  # whether it is as large as the loader's batches are; the last one of a pass may be smaller
+    sizes: tuple[int, ...] | None = None  # samples of each micro-batch, where the batch is not cut evenly
 
     @property
     def num_micro_batches(self) -> int:
+        """Micro-batches up to the last with samples, over all processes."""
+        number = self.layout.num_micro_batches
+        return min(self.size, number) if self.sizes is None else number
+
+    @property
+    def num_filled(self) -> int:
         """Micro-batches with samples, over all processes."""
-        return min(self.size, self.layout.num_micro_batches)
+        return self.num_micro_batches if self.sizes is None else sum(map(bool, self.sizes))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all micro-batches have the same number of samples."""
+        if self.sizes is not None:
+            return len(set(self.sizes)) == 1
+        return self.size % self.layout.num_micro_batches == 0
 
 
 @dataclass(slots=True)
@@ -83,6 +98,10 @@ class MicroBatchLoader:
         pin_memory: Copy each micro-batch to page-locked memory, from which a device can copy while it computes.
         on_recut: Called with the new number of micro-batches; `None` where the cut is fixed.
         may_be_pairs: Whether a batch of two is inputs and targets, rather than two samples.
+        by_shards: Read a stream by its shards, instead of on the main process.
+
+    Attributes:
+        sharded: The stream that is read so; `None` otherwise.
     """
 
     def __init__(
@@ -93,6 +112,7 @@ class MicroBatchLoader:
         pin_memory: bool = False,
         on_recut: Callable[[int], None] | None = None,
         may_be_pairs: bool = True,
+        by_shards: bool = False,
     ) -> None:
         self.data_loader, self.layout, self.seed, self._on_recut = data_loader, layout, seed, on_recut
         self._may_be_pairs, self._pin_memory = may_be_pairs, pin_memory
@@ -103,6 +123,7 @@ class MicroBatchLoader:
         is_collated_by_torch = data_loader.collate_fn is default_collate and data_loader.batch_sampler is not None
         if is_collated_by_torch and not is_stream(data_loader):
             self.source = tensor_source_of(data_loader.dataset)
+        self.sharded = ShardedStream(data_loader, layout, seed, pin_memory) if by_shards else None
 
     @cached_property
     def _dataset(self) -> SeededDataset:
@@ -167,25 +188,23 @@ class MicroBatchLoader:
         if self.layout.num_processes == 1:
             return
         dataset = self.data_loader.dataset
-        found = (None, "a part") if _is_part(dataset) else (length_of(dataset), mark_of(dataset))
+        found = (None, "a part") if is_part(dataset) else (length_of(dataset), mark_of(dataset))
         lengths, marks = zip(*gather_objects(found), strict=True)
         if len(set(lengths)) > 1:
-            raise ValueError(
-                f"{name} has datasets of different lengths on the processes: {list(lengths)}. {_UNDIVIDED}"
-            )
+            raise ValueError(f"{name} has datasets of different lengths on the processes: {list(lengths)}. {UNDIVIDED}")
         if len(set(marks)) > 1 or "a part" in marks:
             raise ValueError(
                 f"{name} has other samples on each process. Split and shuffle with a fixed seed, so that all agree. "
-                f"{_UNDIVIDED}"
+                f"{UNDIVIDED}"
             )
 
     def micro_batches(self, epoch: int, first_batch: int = 0) -> Generator[MicroBatch]:
         """Yield the micro-batches of this process for one pass (1-based) over the data, from a batch (0-based) on.
 
-        Batches before it are not loaded, except from a stream, which is read from its start.
+        Batches before it are not loaded, except from a stream, which is read from its start where it knows no better.
         """
-        fetched = self._streamed(epoch, first_batch) if is_stream(self.data_loader) else self._read(epoch, first_batch)
-        with closing(fetched):
+        read = self._streamed if is_stream(self.data_loader) else self._read
+        with closing((read if self.sharded is None else self._sharded)(epoch, first_batch)) as fetched:
             while True:
                 asked = perf_counter()
                 micro_batch = next(fetched, None)
@@ -287,55 +306,35 @@ class MicroBatchLoader:
         return Request(indices, derive_seed(self.seed, FETCH, epoch, micro_batch.batch.number, micro_batch.piece.start))
 
     def _streamed(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
-        """Read a stream on the main process only, share each batch, and take this process's samples out of it."""
-        _set_epoch(self.data_loader.dataset, epoch - 1)
-        batches: Iterator[Any] = iter(())
-        if self.layout.process == 0:
-            with sheltered(self.data_loader):
-                read = read_from_workers(SeededIterator(self.data_loader, derive_seed(self.seed, DATA, epoch)))
-            batches = itertools.islice(read, first_batch, None)
+        """Read a stream on the main process only, which sends the others their samples of each batch."""
+        batches = read_by_main(self.data_loader, self.seed, epoch, first_batch, self.layout.process == 0)
         for number in itertools.count(first_batch):
             held = list(itertools.islice(batches, 1))
-            if self.layout.num_processes > 1:
-                held = share_object(held)
-            if not held:
-                return
-            samples = held.pop()
-            num_samples = count_samples(samples, may_be_pair=self._may_be_pairs)
+            num_samples = share_object(num_samples_in(held, self._may_be_pairs))
             if num_samples is None:
-                raise TypeError(
-                    "A batch of a stream must tell how many samples it holds: give its targets, or all of its tensors, "
-                    "one entry per sample in their first dimension."
-                )
+                return
+            if isinstance(num_samples, TypeError):
+                raise num_samples
             layout = None
             while layout != self.layout:  # once, or again in the new cut
                 layout = self.layout
                 batch = Batch(number, num_samples, layout, num_samples == (self.data_loader.batch_size or num_samples))
-                for piece in cut(num_samples, layout):
-                    data = samples if piece.is_whole else take(samples, piece.start, piece.stop, num_samples)
+                parts = divided(held, num_samples, layout)
+                for piece, data in zip(cut(num_samples, layout), parts, strict=True):
                     yield MicroBatch(data, piece, batch)
                     if self.layout != layout:
                         break
 
-
-_UNDIVIDED = "Do not divide the data over the processes (split_dataset_by_node): the trainer divides each batch."
-
-
-def _set_epoch(dataset: Any, epoch: int) -> None:
-    """Set the epoch (0-based) of a stream, or of the streams that it is made of."""
-    if hasattr(dataset, "set_epoch"):
-        dataset.set_epoch(epoch)
-        return
-    for stream in _made_of(dataset):
-        _set_epoch(stream, epoch)
-
-
-def _is_part(dataset: Any) -> bool:
-    """Return whether a stream of the `datasets` library, or a part of it, has been divided over processes."""
-    num_parts = getattr(getattr(dataset, "_distributed", None), "world_size", 1)
-    return num_parts > 1 or (isinstance(dataset, IterableDataset) and any(map(_is_part, _made_of(dataset))))
-
-
-def _made_of(dataset: Any) -> list[Dataset[Any]]:
-    inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
-    return [part for part in inner if isinstance(part, Dataset)] if isinstance(inner, (list, tuple)) else []
+    def _sharded(self, epoch: int, first_batch: int) -> Generator[MicroBatch]:
+        """Read the parts of a stream that are this process's."""
+        stream: ShardedStream = self.sharded  # type: ignore[assignment]
+        for number, sizes, parts in stream.batches(epoch, first_batch):
+            size, starts = sum(sizes), [0, *itertools.accumulate(sizes)]
+            batch = Batch(number, size, self.layout, size == self.data_loader.batch_size, tuple(sizes))
+            last = len(parts) - 1
+            for place, part in enumerate(parts):
+                bounds = starts[part.place], starts[part.place + 1]
+                piece = Piece(part.place, *bounds, False, place == 0, place == last, part.size == size)
+                yield MicroBatch(part.data, piece, batch)
+            if not parts and stream.padding is not None:
+                yield MicroBatch(stream.padding.data, Piece(0, 0, stream.padding.size, True, True, True, False), batch)

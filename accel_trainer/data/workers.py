@@ -68,7 +68,7 @@ class RequestSampler:
         return self._pending
 
 
-def _init_worker(user: Callable[[int], object] | None, worker: int) -> None:
+def init_worker(user: Callable[[int], object] | None, worker: int) -> None:
     """Shelter a loader worker from signals that are meant for its parent, then call the user's `worker_init_fn`.
 
     Schedulers and terminals send signals to whole groups of processes. The parent finishes its step and ends its
@@ -102,7 +102,7 @@ def loader_of_requests(
         sampler=requests,
         collate_fn=Parcel,
         pin_memory=pin_memory,
-        worker_init_fn=partial(_init_worker, data_loader.worker_init_fn),
+        worker_init_fn=partial(init_worker, data_loader.worker_init_fn),
     )
     _loaders.add(loader)
     return loader
@@ -170,7 +170,7 @@ def _kill(workers: Iterable[Any]) -> None:
 def sheltered(loader: DataLoader[Any]) -> Iterator[None]:
     """Shelter the workers that a loader starts in this block from signals."""
     user = loader.worker_init_fn
-    loader.worker_init_fn = partial(_init_worker, user)
+    loader.worker_init_fn = partial(init_worker, user)
     _loaders.add(loader)
     try:
         yield

@@ -107,7 +107,7 @@ class Buffers:
         if self._batch is None or self._is_whole(self._batch):
             return
         if self._found.are_averaged:
-            self._average(self._batch.num_micro_batches)
+            self._average(self._batch)
         counted = self._counted_after.tensors
         if self._num_processes > 1 and self._found.has_foreign_modules and counted:
             counted = [tensor.clone() for tensor in counted]
@@ -115,7 +115,7 @@ class Buffers:
         _copy_all(self._found.counted(), counted)
 
     @torch.no_grad()
-    def _average(self, num_micro_batches: int) -> None:
+    def _average(self, batch: Batch) -> None:
         owners = self._found.are_averaged
         shapes = [self._found.shapes[owner] for owner in owners]
         # Every process sends equally many elements: zeros of the first shape where a buffer has changed its own.
@@ -123,7 +123,7 @@ class Buffers:
             start if start.shape == shape else start.new_zeros(shape)
             for start, shape in zip(self._start.tensors, shapes, strict=True)
         ]
-        total = self._sum.total(num_micro_batches, like)
+        total = self._sum.total(batch.num_micro_batches, like)
         moved = [
             (buffer, base, change)
             for owner, buffer, base, change in zip(
@@ -133,7 +133,7 @@ class Buffers:
         ]
         if moved:
             buffers, bases, changes = zip(*moved, strict=True)
-            means = _together(lambda group: torch._foreach_div(group, num_micro_batches), changes)
+            means = _together(lambda group: torch._foreach_div(group, batch.num_filled), changes)
             _copy_all(buffers, _together(torch._foreach_add, bases, means))
 
     def share(self) -> None:

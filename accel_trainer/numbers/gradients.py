@@ -50,7 +50,7 @@ class _Gradients:
     def start_batch(self, batch: Batch, weight_is_num_samples: bool) -> None:
         """Begin to add up; `weight_is_num_samples` says that every process knows the weight of the batch."""
         self._batch, self._weight_is_num_samples, self._weight = batch, weight_is_num_samples, 0
-        are_equal = weight_is_num_samples and batch.size % batch.layout.num_micro_batches == 0
+        are_equal = weight_is_num_samples and batch.is_even
         self._is_unweighted = are_equal or batch.layout.num_processes == batch.layout.num_micro_batches == 1
 
     def context(self, micro_batch: MicroBatch, is_deferred: bool) -> AbstractContextManager[Any]:

@@ -151,7 +151,15 @@ class TreeSum:
 
     def add(self, index: int, tensors: list[Tensor | None]) -> None:
         """Add the tensors of a micro-batch, and keep them; a process adds its micro-batches in ascending order."""
+        self._fill(index, len(tensors))
         _push(self._nodes, _Node(index, 1, tensors))
+
+    def _fill(self, end: int, length: int) -> None:
+        """Add nothing for micro-batches before `end` that have no samples."""
+        run = run_of(self._layout)
+        start = self._nodes[-1].start + self._nodes[-1].size if self._nodes else run.start
+        for index in range(start, min(end, run.stop)):
+            _push(self._nodes, _Node(index, 1, [None] * length))
 
     def clear(self) -> None:
         """Forget what was added."""
@@ -159,6 +167,7 @@ class TreeSum:
 
     def total(self, num_micro_batches: int, like: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the sums over all processes, and begin anew."""
+        self._fill(num_micro_batches, len(like))
         nodes, self._nodes = self._nodes, []
         if self._layout.num_processes == 1:
             return _fold(nodes)

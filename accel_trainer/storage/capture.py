@@ -46,6 +46,8 @@ def capture(
             warn("The weights are not finite: no checkpoint is made of them.", stacklevel=2)
         return None
     losses = training.losses.sums() if state.epoch > history.num_epochs else None
+    stream = training.loader.sharded
+    stream_states = None if stream is None else stream.states_at(state.data_pass, state.position)
     if not training.hardware.is_main:
         return None
     left_out = frozen.digests(model)
@@ -64,6 +66,7 @@ def capture(
         "seconds": training.clock.spent(training.loader.seconds),
         "identity": dict(identity),
         "run": asdict(state),
+        "stream": stream_states,
         "left_out": left_out,
         "told": layout_and_choices(training),
         "num_micro_batches": number if is_recut else None,  # found by running out of memory
@@ -125,6 +128,9 @@ def restore(training: Training, history: History, snapshot: Snapshot, announce: 
     norm_sum, num_norms = content["norms"]
     training.norms.restore(float(norm_sum), int(num_norms))
     training.clock.restore(content["seconds"])
+    states = content.get("stream")
+    if states is not None and training.loader.sharded is not None:
+        training.loader.sharded.go_on_from(training.state.data_pass, training.state.position, states)
     number, layout = content["num_micro_batches"], training.loader.layout
     if number is not None and training.loader.may_recut and number > layout.num_micro_batches:
         training.loader.use_layout(layout._replace(num_micro_batches=int(number)))

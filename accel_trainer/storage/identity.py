@@ -36,6 +36,7 @@ def identity_of(
         **{name: getattr(config, name) for name in _CHOICES},
         **_order_of(loaders["train_loader"]),
         **{f"length of {name}'s dataset": length for name, length in lengths.items()},
+        **({"stream_by_shards": config.num_micro_batches} if config.stream_by_shards else {}),
         "metrics": list(metrics),
         "model": _name_of(model),
         **{name: _name_of(function) for name, function in functions.items()},

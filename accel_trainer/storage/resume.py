@@ -118,7 +118,9 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
                 beside = under("best/", snapshot.tensors.get(PROGRESS, {}))
         if state.epoch > run.history.num_epochs:
             _announce_epoch_start(run, callbacks)
-        if is_stream(training.loader.data_loader) and state.position:
+        stream = training.loader.sharded
+        can_seek = stream is not None and stream.knows(state.data_pass, state.position)
+        if is_stream(training.loader.data_loader) and state.position and not can_seek:
             run.announce(f"train_loader is a stream: {state.position} batches are read to be passed over.")
     if folder is not None:
         _check_room(run, folder)

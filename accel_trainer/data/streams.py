@@ -1,0 +1,367 @@
+"""Streams that cannot be addressed: read by the main process for all, or each part of the shards by one process.
+
+Read by shards, a stream of the `datasets` library has as many parts as a batch has micro-batches: micro-batch i of
+every batch is what comes next from part i. So the batches do not depend on the number of processes, and a process opens
+only the parts of its own micro-batches. A part that has ended makes the batches to come smaller.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+import torch.distributed
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data._utils import worker as torch_worker
+
+from ..base.exchange import gather_objects, host_group, scatter_from_main
+from .collated import count_samples, pinned, take
+from .cut import Layout, Piece, cut, run_of
+from .randomness import DATA, SeededIterator, derive_seed, generators_kept, seed_all
+from .workers import init_worker, like_loader, read_from_workers, sheltered
+
+UNDIVIDED = "Do not divide the data over the processes (split_dataset_by_node): the trainer divides each batch."
+
+# --- read by the main process -----------------------------------------------------------------------------------------
+
+
+def read_by_main(loader: DataLoader[Any], seed: int, epoch: int, first_batch: int, is_main: bool) -> Iterator[Any]:
+    """Yield the batches of a pass (1-based) from a batch (0-based) on, on the main process; the others get none."""
+    set_epoch(loader.dataset, epoch - 1)
+    if not is_main:
+        return iter(())
+    with sheltered(loader):
+        read = read_from_workers(SeededIterator(loader, derive_seed(seed, DATA, epoch)))
+    return itertools.islice(read, first_batch, None)
+
+
+def num_samples_in(held: list[Any], may_be_pair: bool) -> int | TypeError | None:
+    """Return the samples of the one batch of a list, an error where it does not tell them; `None` without a batch."""
+    if not held:
+        return None
+    error = TypeError(
+        "A batch of a stream must tell how many samples it holds: give its targets, or all of its tensors, one entry "
+        "per sample in their first dimension."
+    )
+    num_samples = count_samples(held[0], may_be_pair=may_be_pair)
+    return error if num_samples is None else num_samples
+
+
+def divided(held: list[Any], num_samples: int, layout: Layout) -> list[Any]:
+    """Return the micro-batches of this process out of a batch; all call it.
+
+    Args:
+        held: The batch, as the only entry, on the main process; anything on the others.
+        num_samples: Its samples.
+        layout: This process and the cut.
+    """
+    parts = []
+    for process in range(layout.num_processes) if layout.process == 0 else ():
+        pieces = cut(num_samples, layout._replace(process=process))
+        parts.append([_part_of(held[0], piece, num_samples) for piece in pieces])
+    own: list[Any] = scatter_from_main(parts)
+    return own
+
+
+def _part_of(samples: Any, piece: Piece, num_samples: int) -> Any:
+    return samples if piece.is_whole else take(samples, piece.start, piece.stop, num_samples)
+
+
+# --- read by shards ---------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What one part of a stream gives to a batch: a micro-batch."""
+
+    place: int  # of the micro-batch in the batch
+    size: int  # samples; 0 once the part has ended
+    data: Any  # collated; `None` without samples
+    state: Any  # from which the part of the next batch is read; `None` where it cannot be found again
+
+
+class Portion:
+    """Parts of one batch, from one loader worker; torch's thread that pins memory calls its `pin_memory`."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
+
+    def pin_memory(self) -> Portion:
+        """Return it with its data in page-locked memory, as far as possible."""
+        return Portion([part._replace(data=pinned(part.data)) for part in self.parts])
+
+
+class _Reader(IterableDataset[Portion]):
+    """Read some parts of a stream, batch after batch, without an end; picklable, since loader workers run it."""
+
+    def __init__(self, loader: DataLoader[Any], num_parts: int, indices: Sequence[int], seed: int) -> None:
+        self._dataset: Any = loader.dataset
+        self._collate, self._seed = loader.collate_fn, seed
+        self._num_parts, self._indices = num_parts, indices
+        sizes = cut(loader.batch_size, Layout(0, 1, num_parts))
+        self._sizes = [piece.stop - piece.start for piece in sizes]
+        steps = list(_steps_of(loader.dataset))
+        self._is_plain = loader.collate_fn is default_collate and not any(name in _WITH_FUNCTIONS for name, _ in steps)
+        self._runs_again = any(name == _GENERATED or getattr(step, "batched", False) for name, step in steps)
+        self._is_seekable = all(name in _SEEKABLE for name, _ in steps)
+        self._epoch, self._first_batch = 1, 0
+        self._states: Mapping[int, Any] = {}
+
+    def start(self, epoch: int, first_batch: int, states: Mapping[int, Any]) -> None:
+        """Read a pass (1-based) from a batch (0-based) on next; `states` has those of the parts there, if known."""
+        self._epoch, self._first_batch, self._states = epoch, first_batch, states
+
+    def __iter__(self) -> Generator[Portion]:
+        worker = get_worker_info()
+        indices = self._indices if worker is None else self._indices[worker.id :: worker.num_workers]
+        torch_worker._worker_info = None  # else `datasets` divides each part over the workers once more
+        parts = [self._read(index) for index in indices]
+        while True:
+            yield Portion([next(part) for part in parts])
+
+    def _read(self, index: int) -> Generator[Part]:
+        stream: Any = self._dataset.shard(num_shards=self._num_parts, index=index)
+        stream.set_epoch(self._epoch - 1)
+        state, is_seekable = self._states.get(index), self._is_seekable
+        if state is not None:
+            stream.load_state_dict(state)
+        pieces = _pieces_of(stream, self._sizes[index])
+        for number in itertools.count(0 if state is None else self._first_batch):
+            drawn_from = self._seed_for(number, index)
+            piece = next(pieces, None)
+            is_wanted = number >= self._first_batch  # else the stream is read again, to be passed over
+            size, data = (0, None) if piece is None or not is_wanted else _collated(piece, self._collate)
+            if drawn_from is not None and _state_of_generators() != drawn_from:
+                is_seekable = False  # code that a state lets run again would draw from another seed
+            if is_wanted:
+                yield Part(index, size, data, stream.state_dict() if is_seekable else None)
+
+    def _seed_for(self, number: int, index: int) -> Any:
+        """Seed what the user's functions draw for a micro-batch; return what the generators are then."""
+        if self._is_plain:
+            return None
+        seed_all(derive_seed(self._seed, DATA, self._epoch, number, index))
+        return _state_of_generators() if self._runs_again and self._is_seekable else None
+
+
+class ShardedStream:
+    """A stream of `datasets` that all processes read together, each the parts of its own micro-batches.
+
+    Args:
+        loader: The user's loader of it.
+        layout: This process and the cut; it stays.
+        seed: The user's seed.
+        pin_memory: Copy each micro-batch to page-locked memory.
+    """
+
+    _NUM_KEPT = 3  # positions whose states are kept: the loop fetches one micro-batch ahead
+
+    def __init__(self, loader: DataLoader[Any], layout: Layout, seed: int, pin_memory: bool) -> None:
+        self._layout, self._pin_memory = layout, pin_memory
+        indices = run_of(layout)
+        self._reader = _Reader(loader, layout.num_micro_batches, indices, seed)
+        self._workers: DataLoader[Any] | None = None
+        if loader.num_workers and indices:
+            self._workers = like_loader(
+                loader,
+                dataset=self._reader,
+                batch_size=None,
+                sampler=None,
+                collate_fn=_as_it_is,
+                pin_memory=pin_memory,
+                num_workers=min(loader.num_workers, len(indices)),
+                persistent_workers=False,  # they would go on with the pass before
+                worker_init_fn=partial(init_worker, loader.worker_init_fn),
+            )
+        self._states: dict[tuple[int, int], dict[int, Any]] = {}
+        self._drops_last, self._batch_size = loader.drop_last, loader.batch_size
+        self.padding: Part | None = None  # samples for a forward that counts nothing
+
+    def batches(self, epoch: int, first_batch: int) -> Generator[tuple[int, list[int], list[Part]]]:
+        """Yield number, samples of each micro-batch, and the own micro-batches that have any; all processes iterate."""
+        states = self._states.get((epoch, first_batch), {})
+        self._reader.start(epoch, first_batch, states)
+        has_read = [False] * self._layout.num_processes
+        with closing(self._portions()) as portions:
+            for number in itertools.count(first_batch):
+                parts = next(portions)
+                sizes = self._sizes_of(parts)
+                if not any(sizes) or (self._drops_last and sum(sizes) < (self._batch_size or 0)):
+                    return
+                self._states[epoch, number + 1] = {part.place: part.state for part in parts if part.state is not None}
+                for old in list(self._states)[: -self._NUM_KEPT]:
+                    del self._states[old]
+                own = [part for part in parts if part.size]
+                self._pad(own, sizes, has_read)
+                yield number, sizes, own
+
+    def _portions(self) -> Generator[list[Part]]:
+        """Yield the own parts of each batch."""
+        if self._workers is None:
+            portions = iter(self._reader)
+            while True:
+                with generators_kept():
+                    parts = next(portions).parts
+                yield [part._replace(data=pinned(part.data)) for part in parts] if self._pin_memory else parts
+        num_workers = self._workers.num_workers
+        with closing(read_from_workers(iter(self._workers))) as read:
+            while True:
+                portions_of_batch = itertools.islice(read, num_workers)
+                yield sorted((part for portion in portions_of_batch for part in portion.parts), key=_index_of)
+
+    def _sizes_of(self, parts: list[Part]) -> list[int]:
+        """Return the samples of each micro-batch, of all processes."""
+        sizes = torch.zeros(self._layout.num_micro_batches, dtype=torch.int64)
+        for part in parts:
+            sizes[part.place] = part.size
+        if self._layout.num_processes > 1:
+            torch.distributed.all_reduce(sizes, group=host_group())
+        return sizes.tolist()
+
+    def _pad(self, own: list[Part], sizes: list[int], has_read: list[bool]) -> None:
+        """Keep samples for batches in which this process has none, those of another if it has never had any."""
+        if own:
+            self.padding = own[-1]
+        if all(has_read):
+            return
+        for process in range(len(has_read)):
+            has_read[process] |= any(sizes[index] for index in run_of(self._layout._replace(process=process)))
+        if not all(has_read):
+            everyone = gather_objects(own[-1] if own else None)
+            self.padding = self.padding or next(part for part in everyone if part is not None)
+            has_read[:] = [True] * len(has_read)
+
+    def states_at(self, epoch: int, number: int) -> list[Any] | None:
+        """Return the state of each part at the start of a batch, `None` where one is not known; all call it."""
+        found: dict[int, Any] = {}
+        for states in gather_objects(self._states.get((epoch, number), {})):
+            found |= states
+        everything = range(self._layout.num_micro_batches)
+        return [found[index] for index in everything] if found.keys() >= set(everything) else None
+
+    def knows(self, epoch: int, number: int) -> bool:
+        """Return whether this process's parts go on at the start of a batch without being read again."""
+        return len(self._states.get((epoch, number), {})) == len(run_of(self._layout))
+
+    def go_on_from(self, epoch: int, number: int, states: Sequence[Any]) -> None:
+        """Take what `states_at` has returned, on any number of processes."""
+        self._states = {(epoch, number): {index: states[index] for index in run_of(self._layout)}}
+
+
+def check_by_shards(loader: DataLoader[Any], name: str, num_micro_batches: int) -> None:
+    """Refuse a loader that cannot be read by shards.
+
+    Raises:
+        TypeError: Its dataset is no `datasets.IterableDataset`.
+        ValueError: It has fewer shards than a batch has micro-batches, or a batch fewer samples.
+    """
+    dataset: Any = loader.dataset
+    if not isinstance(loader.dataset, IterableDataset) or not type(dataset).__module__.startswith("datasets."):
+        raise TypeError(
+            "stream_by_shards reads a datasets.IterableDataset, such as that of load_dataset(..., streaming=True); "
+            f"{name} has a {type(dataset).__name__}."
+        )
+    if loader.batch_size is None or loader.batch_size < num_micro_batches:
+        raise ValueError(
+            f"stream_by_shards needs a batch_size of at least num_micro_batches={num_micro_batches}; that of {name} is "
+            f"{loader.batch_size}."
+        )
+    if dataset.num_shards < num_micro_batches:
+        raise ValueError(
+            f"stream_by_shards needs a shard for each of num_micro_batches={num_micro_batches}; {name} has "
+            f"{dataset.num_shards}. Give it more files, or dataset.reshard(), or set a smaller num_micro_batches."
+        )
+    if getattr(dataset, "_formatting", None) is not None and dataset._formatting.is_table:
+        raise ValueError(f"{name} gives whole tables: use with_format('torch'), 'numpy' or None.")
+
+
+def can_be_sharded(loader: DataLoader[Any], num_micro_batches: int) -> bool:
+    """Return whether `check_by_shards` has nothing against a loader."""
+    try:
+        check_by_shards(loader, "", num_micro_batches)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+# Steps of a stream of `datasets` that go on exactly from a state; what others keep, as a shuffle buffer, is not in it.
+_SEEKABLE = frozenset(
+    f"{name}Iterable"
+    for name in (
+        *("Examples", "ArrowExamples", "RebatchedArrowExamples", "SelectColumns", "MappedExamples", "FilteredExamples"),
+        *("FormattedExamples", "VerticallyConcatenatedMultiSourcesExamples"),
+    )
+)
+_GENERATED = "ExamplesIterable"  # by a function, which runs from the start of a shard
+_WITH_FUNCTIONS = frozenset({"MappedExamplesIterable", "FilteredExamplesIterable", _GENERATED})
+
+
+def _steps_of(dataset: Any) -> Iterator[tuple[str, Any]]:
+    """Yield kind and object of each step of a stream of `datasets`."""
+    pending = [getattr(dataset, "_ex_iterable", None)]
+    for step in pending:
+        yield type(step).__name__, step
+        inner = getattr(step, "ex_iterable", None)
+        pending += [*([] if inner is None else [inner]), *getattr(step, "ex_iterables", ())]
+
+
+def _pieces_of(stream: Any, size: int) -> Iterator[list[Any] | dict[str, Any]]:
+    """Yield so many rows at a time, as their columns where the stream consists of tables: that is much faster."""
+    if stream._ex_iterable.iter_arrow is not None:
+        yield from stream.iter(batch_size=size)
+        return
+    rows = iter(stream)
+    while piece := list(itertools.islice(rows, size)):
+        yield piece
+
+
+def _collated(piece: list[Any] | dict[str, Any], collate: Callable[[Any], Any]) -> tuple[int, Any]:
+    """Return how many rows there are, and the rows collated."""
+    if isinstance(piece, list):
+        return len(piece), collate(piece)
+    columns, size = piece, len(next(iter(piece.values())))
+    if collate is default_collate and all(isinstance(column, torch.Tensor) for column in columns.values()):
+        return size, columns
+    rows = zip(*columns.values(), strict=True)
+    return size, collate([dict(zip(columns, row, strict=True)) for row in rows])
+
+
+def _state_of_generators() -> Any:
+    _, keys, *others = numpy.random.get_state()
+    return random.getstate(), bytes(keys), others, bytes(torch.get_rng_state().numpy())  # type: ignore[arg-type]
+
+
+def _index_of(part: Part) -> int:
+    return part.place
+
+
+def _as_it_is(portion: Portion) -> Portion:
+    return portion
+
+
+# --- streams of streams -----------------------------------------------------------------------------------------------
+
+
+def set_epoch(dataset: Any, epoch: int) -> None:
+    """Set the epoch (0-based) of a stream, or of the streams that it is made of."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+        return
+    for stream in _made_of(dataset):
+        set_epoch(stream, epoch)
+
+
+def is_part(dataset: Any) -> bool:
+    """Return whether a stream of the `datasets` library, or a part of it, has been divided over processes."""
+    num_parts = getattr(getattr(dataset, "_distributed", None), "world_size", 1)
+    return num_parts > 1 or (isinstance(dataset, IterableDataset) and any(map(is_part, _made_of(dataset))))
+
+
+def _made_of(dataset: Any) -> list[Dataset[Any]]:
+    inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
+    return [part for part in inner if isinstance(part, Dataset)] if isinstance(inner, (list, tuple)) else []
