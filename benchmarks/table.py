@@ -206,6 +206,7 @@ def figures(folder: Path) -> str:
         "parity_cost.json": _parity_cost,
         "checkpoint.json": _checkpoint,
         "data.json": _data,
+        "streams.json": _streams,
         "steady.json": _steady,
         "startup.json": _startup,
         "torture.json": _torture,
@@ -271,7 +272,19 @@ def _checkpoint(found: dict[str, Any]) -> str:
         f"takes {saves['seconds_of_first_save']:.2f} s.\n"
         f"- In a pass over {positions['samples']:,} shuffled samples the time to the first micro-batch, compared with "
         f"that at the start, is\n  {positions['ratio_of_middle']:.2f} when going on from the middle and "
-        f"{positions['ratio_of_end']:.2f} from the end.\n"
+        f"{positions['ratio_of_end']:.2f} from the end.\n" + _memory(found["results"].get("memory"))
+    )
+
+
+def _memory(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    sizes = {kind: [one["Pss"] / 2**30 for one in own] for kind, own in found["peak_bytes"].items()}
+    (main, other), (main_resumed, other_resumed) = sizes["from_the_start"], sizes["resumed"]
+    return (
+        f"- Two processes that train that model on one host take at most {main:.2f} GiB (the main one, with the copy "
+        f"that it\n  writes) and {other:.2f} GiB from the start; {main_resumed:.2f} and {other_resumed:.2f} GiB when "
+        f"they go on from a checkpoint\n  of {found['checkpoint_bytes'] / 2**30:.2f} GiB.\n"
     )
 
 
@@ -286,6 +299,19 @@ def _data(found: dict[str, Any]) -> str:
         for name, every in results["samples_per_second"].items()
     ]
     return f"{_heading('Samples per second from a `datasets.Dataset`', 'data.json', found)}\n{markdown(rows)}\n"
+
+
+def _streams(found: dict[str, Any]) -> str:
+    results = found["results"]
+    rows = [
+        {
+            f"{results['samples']:,} samples in {results['files']} Parquet files": name,
+            "samples / s": f"{statistics.median(every):,.0f}",
+            "ratio to `datasets` alone [95 %]": _with_interval(results["ratios"][name], 2),
+        }
+        for name, every in results["samples_per_second"].items()
+    ]
+    return f"{_heading('Samples per second from a stream', 'streams.json', found)}\n{markdown(rows)}\n"
 
 
 def _steady(found: dict[str, Any]) -> str:

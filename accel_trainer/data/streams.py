@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from .cut import Layout, Piece, cut, run_of
 from .randomness import DATA, SeededIterator, derive_seed, generators_kept, seed_all
 from .workers import init_worker, like_loader, read_from_workers, sheltered
 
+_TOGETHER = 64  # rows of a table that are read in one go, if a micro-batch has fewer
 UNDIVIDED = "Do not divide the data over the processes (split_dataset_by_node): the trainer divides each batch."
 
 # --- read by the main process -----------------------------------------------------------------------------------------
@@ -106,7 +107,9 @@ class _Reader(IterableDataset[Portion]):
         sizes = cut(loader.batch_size, Layout(0, 1, num_parts))
         self._sizes = [piece.stop - piece.start for piece in sizes]
         steps = list(_steps_of(loader.dataset))
-        self._is_plain = loader.collate_fn is default_collate and not any(name in _WITH_FUNCTIONS for name, _ in steps)
+        has_functions = any(name in _WITH_FUNCTIONS for name, _ in steps)
+        self.is_plain = loader.collate_fn is default_collate and not has_functions
+        self._is_table = steps[0][1].iter_arrow is not None and not has_functions
         self._runs_again = any(name == _GENERATED or getattr(step, "batched", False) for name, step in steps)
         self._is_seekable = all(name in _SEEKABLE for name, _ in steps)
         self._epoch, self._first_batch = 1, 0
@@ -128,22 +131,20 @@ class _Reader(IterableDataset[Portion]):
         stream: Any = self._dataset.shard(num_shards=self._num_parts, index=index)
         stream.set_epoch(self._epoch - 1)
         state, is_seekable = self._states.get(index), self._is_seekable
-        if state is not None:
-            stream.load_state_dict(state)
-        pieces = _pieces_of(stream, self._sizes[index])
+        pieces = _pieces_of(stream, self._sizes[index], self._is_table, state)
         for number in itertools.count(0 if state is None else self._first_batch):
             drawn_from = self._seed_for(number, index)
-            piece = next(pieces, None)
+            piece, state = next(pieces, (None, state))
             is_wanted = number >= self._first_batch  # else the stream is read again, to be passed over
             size, data = (0, None) if piece is None or not is_wanted else _collated(piece, self._collate)
             if drawn_from is not None and _state_of_generators() != drawn_from:
                 is_seekable = False  # code that a state lets run again would draw from another seed
             if is_wanted:
-                yield Part(index, size, data, stream.state_dict() if is_seekable else None)
+                yield Part(index, size, data, state if is_seekable else None)
 
     def _seed_for(self, number: int, index: int) -> Any:
         """Seed what the user's functions draw for a micro-batch; return what the generators are then."""
-        if self._is_plain:
+        if self.is_plain:
             return None
         seed_all(derive_seed(self._seed, DATA, self._epoch, number, index))
         return _state_of_generators() if self._runs_again and self._is_seekable else None
@@ -205,7 +206,7 @@ class ShardedStream:
         if self._workers is None:
             portions = iter(self._reader)
             while True:
-                with generators_kept():
+                with nullcontext() if self._reader.is_plain else generators_kept():
                     parts = next(portions).parts
                 yield [part._replace(data=pinned(part.data)) for part in parts] if self._pin_memory else parts
         num_workers = self._workers.num_workers
@@ -310,14 +311,27 @@ def _steps_of(dataset: Any) -> Iterator[tuple[str, Any]]:
         pending += [*([] if inner is None else [inner]), *getattr(step, "ex_iterables", ())]
 
 
-def _pieces_of(stream: Any, size: int) -> Iterator[list[Any] | dict[str, Any]]:
-    """Yield so many rows at a time, as their columns where the stream consists of tables: that is much faster."""
-    if stream._ex_iterable.iter_arrow is not None:
-        yield from stream.iter(batch_size=size)
+def _pieces_of(stream: Any, size: int, is_table: bool, state: Any) -> Iterator[tuple[list[Any] | dict[str, Any], Any]]:
+    """Yield so many rows at a time, from a state on, and the state behind them.
+
+    A table yields columns, of several pieces at once where they are small: that is many times faster. A state is that
+    of the stream, `None` at its start, and how many pieces are to be passed over from there.
+    """
+    before, num_passed = state or (None, 0)
+    if before is not None:
+        stream.load_state_dict(before)
+    if not is_table:
+        rows = iter(stream)
+        while piece := list(itertools.islice(rows, size)):
+            yield piece, (stream.state_dict(), 0)
         return
-    rows = iter(stream)
-    while piece := list(itertools.islice(rows, size)):
-        yield piece
+    for columns in stream.iter(batch_size=size * max(1, _TOGETHER // size)):
+        num_rows = len(next(iter(columns.values())))
+        for number, start in enumerate(range(0, num_rows, size)):
+            if number >= num_passed:
+                part = slice(start, start + size)
+                yield {name: column[part] for name, column in columns.items()}, (before, number + 1)
+        before, num_passed = stream.state_dict(), 0
 
 
 def _collated(piece: list[Any] | dict[str, Any], collate: Callable[[Any], Any]) -> tuple[int, Any]:

@@ -83,6 +83,10 @@ class Board:
     def _step(self, elapsed: float) -> float | None:
         """Look for requests, decisions and failures; return the seconds until the next look, `None` for the last."""
         try:
+            self._local.check_file()
+        except OSError as error:
+            self._end(Failure(f"What the processes of a host share is gone: {error}."), 0.0)
+        try:
             is_voting = self.votes.take_part()
             if self._leader is not None:
                 is_voting = self._leader.lead() or is_voting
@@ -90,9 +94,9 @@ class Board:
                 self._talk.wait(elapsed, is_voting)
             failure = self._local.failure() or self._found()
         except (RuntimeError, OSError) as error:
-            is_voting, failure = False, Failure(f"What the processes of a host share is gone: {error}")
+            is_voting, failure = False, Failure(f"What the processes of a host share cannot be read: {error}")
         if failure is not None:
-            self._end(failure)
+            self._end(failure, _GRACE_SECONDS)
             return None
         return _VOTING_SECONDS if is_voting else _POLL_SECONDS
 
@@ -119,12 +123,14 @@ class Board:
             )
         return None
 
-    def _end(self, failure: Failure) -> None:
+    def _end(self, failure: Failure, seconds: float) -> None:
         """End this process, unless its main thread, which may wait for one that has ended, does so in time."""
         self.votes.fail(failure)
-        if failure.process != self.place.process and not self._watch.closed.wait(_GRACE_SECONDS):
+        if failure.process != self.place.process and not self._watch.closed.wait(seconds):
             self._before_leaving(str(failure))
             complain(f"accel_trainer: {self.place.name} ends. {failure}")
+            if seconds:
+                self._local.release()  # this process's file would stay
             os._exit(1)
 
 
@@ -324,7 +330,7 @@ def _board_of(process: int, heartbeat_seconds: float, before_leaving: Callable[[
     store = PrefixStore(f"accel_trainer/{number}", distributed_c10d._get_default_store())
     hosts = Circle(PrefixStore("hosts", store), place.host, len(place.hosts)) if len(place.hosts) > 1 else None
     path = None if place.path is None else f"{place.path}-{number}"
-    shared: Any = PrefixStore(f"host {place.host}", store) if path is None else FileStore(path, -1)
+    shared: Any = PrefixStore(f"host {place.host}", store) if path is None else FileStore(path, len(place.neighbours))
     if path is not None:
         shared.set_timeout(timedelta(seconds=10))
     local = Circle(shared, place.member, len(place.neighbours), path)

@@ -56,11 +56,12 @@ class Circle:
         store: What all of them read and write.
         member: Index of this one, 0-based.
         size: Number of members.
-        path: The file of the store, to be removed at the end; `None` without one.
+        path: The file of the store, `None` without one. The last member that leaves takes it along.
     """
 
     def __init__(self, store: Any, member: int, size: int, path: str | None = None) -> None:
         self.store, self.member, self.size, self._path = store, member, size, path
+        self._number = None if path is None else os.stat(path).st_ino
 
     def want(self, number: int) -> bool:
         """Ask all members for their votes in a round, and return whether nobody had."""
@@ -120,16 +121,24 @@ class Circle:
         """Return whether a member has left in order."""
         return bool(self.store.check([f"left/{member}"]))
 
+    def check_file(self) -> None:
+        """Raise an `OSError` if somebody else has removed the file: the store would wait in vain for what it held."""
+        if self._path is not None and os.stat(self._path).st_ino != self._number:
+            raise FileNotFoundError(f"{self._path} was removed")
+
     def leave(self) -> None:
-        """Leave in order; the first member removes the file, if all others have left within a second."""
+        """Leave in order, the first member last if the others come within a second. Then nothing can be asked."""
         self.store.set(f"left/{self.member}", "1")
-        if self._path is None or self.member > 0:
-            return
-        deadline = time.monotonic() + 1.0
-        while not (have_left := self.store.check(self._of_each("left"))) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if have_left:
-            os.unlink(self._path)
+        if self._path is not None and self.member == 0:
+            deadline = time.monotonic() + 1.0
+            while not self.store.check(self._of_each("left")) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(0.005)  # two stores that go at once may both take the other for the last
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the store."""
+        self.store = None
 
     def _of_each(self, key: str) -> list[str]:
         return [f"{key}/{member}" for member in range(self.size)]

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from accel_trainer import Callback, CheckpointError, TrainConfig, Trainer
+from accel_trainer.data import streams
 from accel_trainer.data.cut import Layout
 from accel_trainer.data.micro_batches import MicroBatchLoader
 from accel_trainer.devices import board
@@ -245,12 +246,37 @@ def test_by_shards_or_not_and_the_number_of_groups_are_parts_of_the_run(tmp_path
             fit(folder, "torch", **kept, **other)
 
 
+def samples_received():
+    """Read a stream on the main process; return how many samples each other process has been sent."""
+    received, scatter = [], streams.scatter_from_main
+
+    def noted(parts):
+        received.append(scatter(parts))
+        return received[-1]
+
+    streams.scatter_from_main = noted
+    process = torch.distributed.get_rank()
+    loader = MicroBatchLoader(DataLoader(Own(), 7), Layout(process, 3, 5), 0)
+    mine = [micro_batch.data.tolist() for micro_batch in loader.micro_batches(1)]
+    assert mine == [part.tolist() for parts in received for part in parts]
+    return mine
+
+
+@pytest.mark.distributed
+def test_the_main_process_sends_each_process_its_own_samples_only():
+    assert on_processes(3, samples_received) == [
+        [[0, 1], [2, 3], [7, 8]],
+        [[4], [5], [9]],
+        [[6], [7, 8]],  # of the last batch of three it has none: padding
+    ]
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
 class Own(IterableDataset):
     def __iter__(self):
-        yield from range(3)
+        yield from range(10)
 
 
 def refused(folder, dataset, error, message, batch_size=12, num_micro_batches=8):

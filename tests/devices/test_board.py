@@ -1,5 +1,6 @@
 """What processes tell each other past the devices: votes that scale, failures, signs of life."""
 
+import glob
 import itertools
 import os
 import re
@@ -250,3 +251,41 @@ def test_a_silent_host_is_named_and_ends_all_others(tmp_path, capfd):
     told = capfd.readouterr().out
     for process in (0, 2):
         assert f"process {process} of 3 ends. Host 1 (process 1) has not answered for 5 seconds." in told
+
+
+# --- the file of a host -----------------------------------------------------------------------------------------------
+
+
+def fit_several_times():
+    for _ in range(5):
+        fit_tiny(quiet(num_epochs=1))
+    return hosts_module.place_of(torch.distributed.get_rank()).path
+
+
+@pytest.mark.distributed
+def test_the_file_that_the_processes_of_a_host_share_goes_with_the_last():
+    paths = on_processes(3, fit_several_times)
+    left = glob.glob(f"{paths[0]}*")  # where two stores go in the same microseconds, each takes the other for the last
+    assert len(set(paths)) == 1 and len(left) <= 1
+
+
+def train_without_its_file():
+    """Remove the file in the middle of a run, as cleaners of temporary files do."""
+
+    class Remove(Callback):
+        def on_epoch_end(self, trainer):
+            if trainer.state.epoch == 2 and trainer.is_main_process:
+                for path in glob.glob(f"{hosts_module.place_of(0).path}*"):
+                    os.unlink(path)
+            time.sleep(0.3)
+
+    return fit_tiny(quiet(num_epochs=30), [Remove()])
+
+
+@pytest.mark.distributed
+def test_a_file_that_is_removed_ends_the_run_with_the_cause(capfd):
+    started = time.monotonic()
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        on_processes(2, train_without_its_file)
+    assert time.monotonic() - started < 8
+    assert "What the processes of a host share is gone: [Errno 2] No such file" in capfd.readouterr().err

@@ -321,6 +321,7 @@ def test_recipes_give_the_same_on_two_processes():
 
 
 SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
 for ((task = 0; task < SLURM_NTASKS; task++)); do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids+=($!)
 done
