@@ -146,6 +146,17 @@ def pinned(batch: Any) -> Any:
     return batch
 
 
+def compact(batch: Any) -> Any:
+    """Return a batch whose tensors have memory of their own: a view would be sent with all that it is a part of."""
+    if isinstance(batch, Tensor):
+        is_view = batch.layout == torch.strided and batch.untyped_storage().nbytes() > batch.nbytes
+        return batch.clone() if is_view else batch
+    try:
+        return _mapped(compact, batch) if isinstance(batch, (Mapping, list, tuple)) else batch
+    except (TypeError, AttributeError):  # a type that cannot be built from its items
+        return batch
+
+
 def _mapped(function: Callable[[Any], Any], batch: Any) -> Any:
     """Return a list, tuple or dictionary of the same kind, with a function applied to its items."""
     if not isinstance(batch, Mapping):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from torch.utils.data._utils import worker as torch_worker
 
 from ..base.exchange import gather_objects, host_group, scatter_from_main
-from .collated import count_samples, pinned, take
+from .collated import compact, count_samples, pinned, take
 from .cut import Layout, Piece, cut, run_of
 from .randomness import DATA, SeededIterator, derive_seed, generators_kept, seed_all
 from .workers import init_worker, like_loader, read_from_workers, sheltered
@@ -71,7 +71,7 @@ def divided(held: list[Any], num_samples: int, layout: Layout) -> list[Any]:
 
 
 def _part_of(samples: Any, piece: Piece, num_samples: int) -> Any:
-    return samples if piece.is_whole else take(samples, piece.start, piece.stop, num_samples)
+    return samples if piece.is_whole else compact(take(samples, piece.start, piece.stop, num_samples))
 
 
 # --- read by shards ---------------------------------------------------------------------------------------------------
@@ -135,11 +135,10 @@ class _Reader(IterableDataset[Portion]):
         for number in itertools.count(0 if state is None else self._first_batch):
             drawn_from = self._seed_for(number, index)
             piece, state = next(pieces, (None, state))
-            is_wanted = number >= self._first_batch  # else the stream is read again, to be passed over
-            size, data = (0, None) if piece is None or not is_wanted else _collated(piece, self._collate)
             if drawn_from is not None and _state_of_generators() != drawn_from:
                 is_seekable = False  # code that a state lets run again would draw from another seed
-            if is_wanted:
+            if number >= self._first_batch:  # else the stream is read again, to be passed over
+                size, data = (0, None) if piece is None else _collated(piece, self._collate)
                 yield Part(index, size, data, state if is_seekable else None)
 
     def _seed_for(self, number: int, index: int) -> Any:

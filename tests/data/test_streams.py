@@ -252,6 +252,7 @@ def samples_received():
 
     def noted(parts):
         received.append(scatter(parts))
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in received[-1])
         return received[-1]
 
     streams.scatter_from_main = noted
