@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch.distributed
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -147,11 +147,16 @@ class Place(NamedTuple):
 
 def place_of(process: int) -> Place:
     """Return where a process stands; the first call for a group of processes is made by all of them."""
-    return _place_of(process, torch.distributed.group.WORLD)
+    world: Any = torch.distributed.group.WORLD
+    if world not in _places:
+        _places[world] = _find_place(process)
+    return _places[world]
 
 
-@lru_cache(maxsize=1)
-def _place_of(process: int, world: object) -> Place:
+_places: WeakKeyDictionary[Any, Place] = WeakKeyDictionary()  # by group, whose threads end with it
+
+
+def _find_place(process: int) -> Place:
     everyone = gather_objects((_identity_of_host(), os.getpid(), _new_path()))
     by_host: dict[str, list[int]] = {}
     for number, (host, _, _) in enumerate(everyone):
