@@ -103,11 +103,14 @@ class Board:
     def _found(self) -> Failure | None:
         """Return what has become of the way to the other hosts, or of the process before this one on the host."""
         message = None if self._talk is None else self._talk.fault()
-        if message is None and self._neighbour is not None:
-            message = self._look_at(self._neighbour)
-        if message is not None:
-            self._local.fail(Failure(message))
-        return self._local.failure() if message is not None else None
+        neighbour = self._neighbour if message is None else None
+        message = message if neighbour is None else self._look_at(neighbour)
+        if message is None:
+            return None
+        if self._local.fail(Failure(message)) and neighbour is not None and self._hosts is not None:
+            # Not by the leader, which may be the one that has ended; in a thread, since the way may be blocked.
+            Thread(target=_tell, args=(self._hosts, Failure(message)), daemon=True).start()
+        return self._local.failure()
 
     def _look_at(self, other: _Neighbour) -> str | None:
         """Return what is wrong with another process, once it cannot be waited for any more."""

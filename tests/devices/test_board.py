@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed import HashStore, TCPStore
 
-from accel_trainer import Callback, Trainer
+from accel_trainer import Callback, ProcessFailedError, Trainer
 from accel_trainer.devices import board as board_module
 from accel_trainer.devices import hosts as hosts_module
 from accel_trainer.devices.board import Board
@@ -236,6 +236,41 @@ def test_a_stopped_process_is_waited_for_and_told_once(tmp_path, hosts, stopped)
     assert all(one == pytest.approx(undisturbed, rel=1e-5) for one in losses)
     (line,) = itertools.chain(*said)
     assert re.search(rf"process {stopped} has been stopped for [56] seconds", line)
+
+
+def train_until_one_is_killed(folder, hosts, killed):
+    """Train while the first process kills another; print how the training has ended."""
+    rank, identity = torch.distributed.get_rank(), hosts_module._identity_of_host()
+    hosts_module._identity_of_host = lambda: f"{identity} {hosts[rank]}"
+    (folder / f"pid {rank}").write_text(str(os.getpid()))
+
+    class Kill(Callback):
+        def on_step_end(self, trainer):
+            time.sleep(0.02)
+            if trainer.state.step == 20 and rank == 0:
+                os.kill(int((folder / f"pid {killed}").read_text()), signal.SIGKILL)
+
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # of the one that has started all, which sees the first that has ended
+    try:
+        fit_tiny(quiet(num_epochs=1000), [Kill()])
+    except ProcessFailedError as error:
+        print(f"process {rank}: {error}", flush=True)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("killed", [2, 3])
+def test_a_process_that_is_killed_is_named_on_all_hosts(tmp_path, capfd, killed):
+    started = time.monotonic()
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        on_processes(4, train_until_one_is_killed, tmp_path, "aabb", killed)
+    assert time.monotonic() - started < 12
+    said = capfd.readouterr()
+    told = re.findall(
+        r"rocess (\d)(?: of 4 ends.|:) Process (\d) has ended without an error message", said.out + said.err
+    )
+    assert {int(one) for one, _ in told} == {0, 1, 2, 3} - {killed} and {int(other) for _, other in told} == {killed}
 
 
 @pytest.mark.distributed
