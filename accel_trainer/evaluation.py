@@ -84,7 +84,10 @@ def evaluate(
     if probe is not None:
         probe.settle(hardware.device, hardware.is_main)
     if stopping is not None and not totals.num_samples:
-        raise ValueError("test_loader yields no batch (a stream that can be read once only is used up after a pass).")
+        raise ValueError(
+            "test_loader yields no batch: its stream is empty, ends before a full batch with drop_last, or "
+            "can be read only once and is used up after a pass."
+        )
     values = totals.metrics | metrics.merge(hardware.num_processes)
     if whole is not None:
         values |= whole.values(metrics)

@@ -237,7 +237,10 @@ def rest_of_pass(training: Training) -> Generator[MicroBatch]:
     for micro_batch in training.loader.micro_batches(state.data_pass, state.position):
         yield micro_batch
     if micro_batch is None and not starts_within:
-        raise ValueError("train_loader yields no batch (a stream that can be read once only is used up after a pass).")
+        raise ValueError(
+            "train_loader yields no batch: its stream is empty, ends before a full batch with drop_last, or "
+            "can be read only once and is used up after a pass."
+        )
 
 
 def is_epoch_done(training: Training) -> bool:

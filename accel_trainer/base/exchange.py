@@ -65,12 +65,12 @@ def scatter_from_main(parts: list[Any]) -> Any:
     return received[0]
 
 
-def share_object(mine: Any) -> Any:
-    """Return the object of the main process, on all of them; it travels pickled."""
+def share_object(mine: Any, source: int = 0) -> Any:
+    """Return the object of one process, the main one unless said, on all of them; it travels pickled."""
     if not torch.distributed.is_initialized():
         return mine
     shared = [mine]
-    torch.distributed.broadcast_object_list(shared, src=0, group=host_group())
+    torch.distributed.broadcast_object_list(shared, src=source, group=host_group())
     return shared[0]
 
 

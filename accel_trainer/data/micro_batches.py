@@ -20,11 +20,11 @@ from torch.utils.data import BatchSampler, DataLoader, Subset, default_collate
 
 from ..base.exchange import gather_objects, share_object
 from .collated import count_samples, pinned
-from .cut import Layout, Piece, cut
+from .cut import Layout, Piece, cut, run_of
 from .order import index_batches, is_stream, length_of, sampler_of
 from .randomness import FETCH, derive_seed
 from .sources import TensorSource, divide, mark_of, not_negative, tensor_source_of
-from .streams import UNDIVIDED, ShardedStream, divided, is_part, num_samples_in, read_by_main
+from .streams import UNDIVIDED, ShardedStream, description_of, divided, is_part, num_samples_in, read_by_main
 from .workers import Request, RequestSampler, SeededDataset, loader_of_requests, read_from_workers
 
 _TOGETHER = 32  # micro-batches that are fetched in one go, at most ...
@@ -123,7 +123,7 @@ class MicroBatchLoader:
         is_collated_by_torch = data_loader.collate_fn is default_collate and data_loader.batch_sampler is not None
         if is_collated_by_torch and not is_stream(data_loader):
             self.source = tensor_source_of(data_loader.dataset)
-        self.sharded = ShardedStream(data_loader, layout, seed, pin_memory) if by_shards else None
+        self.sharded = ShardedStream(data_loader, layout, seed, pin_memory, may_be_pairs) if by_shards else None
 
     @cached_property
     def _dataset(self) -> SeededDataset:
@@ -188,7 +188,8 @@ class MicroBatchLoader:
         if self.layout.num_processes == 1:
             return
         dataset = self.data_loader.dataset
-        found = (None, "a part") if is_part(dataset) else (length_of(dataset), mark_of(dataset))
+        mark = mark_of(dataset) if self.sharded is None else description_of(self.data_loader)
+        found = (None, "a part") if is_part(dataset) else (length_of(dataset), mark)
         lengths, marks = zip(*gather_objects(found), strict=True)
         if len(set(lengths)) > 1:
             raise ValueError(f"{name} has datasets of different lengths on the processes: {list(lengths)}. {UNDIVIDED}")
@@ -331,10 +332,8 @@ class MicroBatchLoader:
         for number, sizes, parts in stream.batches(epoch, first_batch):
             size, starts = sum(sizes), [0, *itertools.accumulate(sizes)]
             batch = Batch(number, size, self.layout, size == self.data_loader.batch_size, tuple(sizes))
-            last = len(parts) - 1
             for place, part in enumerate(parts):
                 bounds = starts[part.place], starts[part.place + 1]
-                piece = Piece(part.place, *bounds, False, place == 0, place == last, part.size == size)
+                is_padding = part.place not in run_of(self.layout)
+                piece = Piece(part.place, *bounds, is_padding, place == 0, place == len(parts) - 1, part.size == size)
                 yield MicroBatch(part.data, piece, batch)
-            if not parts and stream.padding is not None:
-                yield MicroBatch(stream.padding.data, Piece(0, 0, stream.padding.size, True, True, True, False), batch)

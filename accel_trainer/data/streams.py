@@ -7,7 +7,10 @@ only the parts of its own micro-batches. A part that has ended makes the batches
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import itertools
+import os
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -20,9 +23,9 @@ import torch.distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 
-from ..base.exchange import gather_objects, host_group, scatter_from_main
+from ..base.exchange import gather_objects, host_group, scatter_from_main, share_object
 from .collated import compact, count_samples, pinned, take
-from .cut import Layout, Piece, cut, run_of
+from .cut import Layout, Piece, cut, process_of, run_of
 from .randomness import DATA, SeededIterator, derive_seed, generators_kept, seed_all
 from .workers import init_worker, like_loader, read_from_workers, sheltered
 
@@ -81,9 +84,10 @@ class Part(NamedTuple):
     """What one part of a stream gives to a batch: a micro-batch."""
 
     place: int  # of the micro-batch in the batch
-    size: int  # samples; 0 once the part has ended
-    data: Any  # collated; `None` without samples
+    num_rows: int  # that were read; 0 once the part has ended
+    data: Any  # collated; `None` without rows
     state: Any  # from which the part of the next batch is read; `None` where it cannot be found again
+    size: int = 0  # samples, which a collate function may have made more or fewer than the rows
 
 
 class Portion:
@@ -107,10 +111,10 @@ class _Reader(IterableDataset[Portion]):
         sizes = cut(loader.batch_size, Layout(0, 1, num_parts))
         self._sizes = [piece.stop - piece.start for piece in sizes]
         steps = list(_steps_of(loader.dataset))
-        has_functions = any(name in _WITH_FUNCTIONS for name, _ in steps)
-        self.is_plain = loader.collate_fn is default_collate and not has_functions
-        self._is_table = steps[0][1].iter_arrow is not None and not has_functions
-        self._runs_again = any(name == _GENERATED or getattr(step, "batched", False) for name, step in steps)
+        with_functions = [step for name, step in steps if name in _WITH_FUNCTIONS]
+        self.is_plain = loader.collate_fn is default_collate and not with_functions
+        self._is_table = not with_functions and steps[0][1].iter_arrow is not None and _gives_columns(loader.dataset)
+        self._runs_again = not all(map(_maps_row_by_row, with_functions))
         self._is_seekable = all(name in _SEEKABLE for name, _ in steps)
         self._epoch, self._first_batch = 1, 0
         self._states: Mapping[int, Any] = {}
@@ -138,8 +142,8 @@ class _Reader(IterableDataset[Portion]):
             if drawn_from is not None and _state_of_generators() != drawn_from:
                 is_seekable = False  # code that a state lets run again would draw from another seed
             if number >= self._first_batch:  # else the stream is read again, to be passed over
-                size, data = (0, None) if piece is None else _collated(piece, self._collate)
-                yield Part(index, size, data, state if is_seekable else None)
+                num_rows, data = (0, None) if piece is None else _collated(piece, self._collate)
+                yield Part(index, num_rows, data, state if is_seekable else None)
 
     def _seed_for(self, number: int, index: int) -> Any:
         """Seed what the user's functions draw for a micro-batch; return what the generators are then."""
@@ -161,8 +165,10 @@ class ShardedStream:
 
     _NUM_KEPT = 3  # positions whose states are kept: the loop fetches one micro-batch ahead
 
-    def __init__(self, loader: DataLoader[Any], layout: Layout, seed: int, pin_memory: bool) -> None:
-        self._layout, self._pin_memory = layout, pin_memory
+    def __init__(
+        self, loader: DataLoader[Any], layout: Layout, seed: int, pin_memory: bool, may_be_pairs: bool = True
+    ) -> None:
+        self._layout, self._pin_memory, self._may_be_pairs = layout, pin_memory, may_be_pairs
         indices = run_of(layout)
         self._reader = _Reader(loader, layout.num_micro_batches, indices, seed)
         self._workers: DataLoader[Any] | None = None
@@ -179,26 +185,62 @@ class ShardedStream:
                 worker_init_fn=partial(init_worker, loader.worker_init_fn),
             )
         self._states: dict[tuple[int, int], dict[int, Any]] = {}
-        self._drops_last, self._batch_size = loader.drop_last, loader.batch_size
-        self.padding: Part | None = None  # samples for a forward that counts nothing
+        self._open: tuple[tuple[int, int], Generator[list[Part]]] | None = None  # left within a pass, and where
+        self._least = (loader.batch_size or 1) if loader.drop_last else 1  # rows of a batch
 
     def batches(self, epoch: int, first_batch: int) -> Generator[tuple[int, list[int], list[Part]]]:
-        """Yield number, samples of each micro-batch, and the own micro-batches that have any; all processes iterate."""
-        states = self._states.get((epoch, first_batch), {})
-        self._reader.start(epoch, first_batch, states)
-        has_read = [False] * self._layout.num_processes
-        with closing(self._portions()) as portions:
-            for number in itertools.count(first_batch):
-                parts = next(portions)
-                sizes = self._sizes_of(parts)
-                if not any(sizes) or (self._drops_last and sum(sizes) < (self._batch_size or 0)):
-                    return
-                self._states[epoch, number + 1] = {part.place: part.state for part in parts if part.state is not None}
-                for old in list(self._states)[: -self._NUM_KEPT]:
-                    del self._states[old]
-                own = [part for part in parts if part.size]
-                self._pad(own, sizes, has_read)
-                yield number, sizes, own
+        """Yield number, samples of each micro-batch, and the own micro-batches that have any; all processes iterate.
+
+        A process without samples gets those of another, as the first micro-batch that has any: they are to count
+        nothing.
+        """
+        portions, number = self._portions_from(epoch, first_batch), first_batch
+        while True:
+            parts = [self._counted(part) for part in next(portions)]
+            rows, sizes = self._everywhere(parts)
+            if sum(rows) < self._least:
+                portions.close()
+                return
+            self._states[epoch, number + 1] = {part.place: part.state for part in parts if part.state is not None}
+            for old in list(self._states)[: -self._NUM_KEPT]:
+                del self._states[old]
+            if any(sizes):
+                try:
+                    yield number, sizes, self._own(parts, sizes)
+                except GeneratorExit:
+                    self._open = (epoch, number + 1), portions  # an epoch may end within the pass
+                    raise
+            number += 1
+
+    def _portions_from(self, epoch: int, first_batch: int) -> Generator[list[Part]]:
+        """Return the own parts of each batch; where they were left, if that is the place."""
+        left, self._open = self._open, None
+        if left is not None and left[0] == (epoch, first_batch):
+            return left[1]
+        if left is not None:
+            left[1].close()
+        self._reader.start(epoch, first_batch, self._states.get((epoch, first_batch), {}))
+        return self._portions()
+
+    def _counted(self, part: Part) -> Part:
+        if part.num_rows == 0:
+            return part
+        if part.data is None:
+            raise TypeError("The collate function of a stream has returned None in place of a batch.")
+        size = count_samples(part.data, part.num_rows, self._may_be_pairs)
+        return part._replace(size=part.num_rows if size is None else size)
+
+    def _own(self, parts: list[Part], sizes: list[int]) -> list[Part]:
+        """Return the own micro-batches with samples; those of another process where there are none."""
+        own, layout = [part for part in parts if part.size], self._layout
+        others = (layout._replace(process=process) for process in range(layout.num_processes))
+        if layout.num_processes > 1 and not all(any(sizes[index] for index in run_of(other)) for other in others):
+            first = next(index for index, size in enumerate(sizes) if size)
+            owner = process_of(first, layout)
+            given = own[0]._replace(data=compact(own[0].data)) if owner == layout.process else None
+            given = share_object(given, owner)
+            return own or [given]
+        return own
 
     def _portions(self) -> Generator[list[Part]]:
         """Yield the own parts of each batch."""
@@ -214,27 +256,15 @@ class ShardedStream:
                 portions_of_batch = itertools.islice(read, num_workers)
                 yield sorted((part for portion in portions_of_batch for part in portion.parts), key=_index_of)
 
-    def _sizes_of(self, parts: list[Part]) -> list[int]:
-        """Return the samples of each micro-batch, of all processes."""
-        sizes = torch.zeros(self._layout.num_micro_batches, dtype=torch.int64)
+    def _everywhere(self, parts: list[Part]) -> tuple[list[int], list[int]]:
+        """Return the rows and the samples of each micro-batch, of all processes."""
+        counts = torch.zeros(2, self._layout.num_micro_batches, dtype=torch.int64)
         for part in parts:
-            sizes[part.place] = part.size
+            counts[0, part.place], counts[1, part.place] = part.num_rows, part.size
         if self._layout.num_processes > 1:
-            torch.distributed.all_reduce(sizes, group=host_group())
-        return sizes.tolist()
-
-    def _pad(self, own: list[Part], sizes: list[int], has_read: list[bool]) -> None:
-        """Keep samples for batches in which this process has none, those of another if it has never had any."""
-        if own:
-            self.padding = own[-1]
-        if all(has_read):
-            return
-        for process in range(len(has_read)):
-            has_read[process] |= any(sizes[index] for index in run_of(self._layout._replace(process=process)))
-        if not all(has_read):
-            everyone = gather_objects(own[-1] if own else None)
-            self.padding = self.padding or next(part for part in everyone if part is not None)
-            has_read[:] = [True] * len(has_read)
+            torch.distributed.all_reduce(counts, group=host_group())
+        rows, sizes = counts.tolist()
+        return rows, sizes
 
     def states_at(self, epoch: int, number: int) -> list[Any] | None:
         """Return the state of each part at the start of a batch, `None` where one is not known; all call it."""
@@ -278,6 +308,13 @@ def check_by_shards(loader: DataLoader[Any], name: str, num_micro_batches: int) 
         )
     if getattr(dataset, "_formatting", None) is not None and dataset._formatting.is_table:
         raise ValueError(f"{name} gives whole tables: use with_format('torch'), 'numpy' or None.")
+    if is_part(dataset):
+        raise ValueError(f"{name} is a part of a stream. {UNDIVIDED}")
+    if any(step in ("TakeExamplesIterable", "SkipExamplesIterable") for step, _ in _steps_of(dataset)):
+        raise ValueError(
+            f"{name} has a take() or skip(), which stream_by_shards would apply to each group of shards: choose files "
+            "for it, or leave stream_by_shards out."
+        )
 
 
 def can_be_sharded(loader: DataLoader[Any], num_micro_batches: int) -> bool:
@@ -294,11 +331,23 @@ _SEEKABLE = frozenset(
     f"{name}Iterable"
     for name in (
         *("Examples", "ArrowExamples", "RebatchedArrowExamples", "SelectColumns", "MappedExamples", "FilteredExamples"),
-        *("FormattedExamples", "VerticallyConcatenatedMultiSourcesExamples"),
+        *("FormattedExamples", "VerticallyConcatenatedMultiSourcesExamples", "RepeatExamples"),
     )
 )
-_GENERATED = "ExamplesIterable"  # by a function, which runs from the start of a shard
-_WITH_FUNCTIONS = frozenset({"MappedExamplesIterable", "FilteredExamplesIterable", _GENERATED})
+_MAPPED = "MappedExamplesIterable"
+_WITH_FUNCTIONS = frozenset({_MAPPED, "FilteredExamplesIterable", "ExamplesIterable"})  # the last: a generator
+
+
+def _maps_row_by_row(step: Any) -> bool:
+    """Return whether a function runs for a row when that is read, and for no other: so its draws are the row's."""
+    is_waited_for = not inspect.iscoroutinefunction(getattr(step, "function", None))
+    return type(step).__name__ == _MAPPED and not step.batched and step.iter_arrow is None and is_waited_for
+
+
+def _gives_columns(dataset: Any) -> bool:
+    """Return whether columns have the numbers of the rows: NumPy's format has others for single numbers."""
+    formatting = getattr(dataset, "_formatting", None)
+    return formatting is None or formatting.format_type == "torch"
 
 
 def _steps_of(dataset: Any) -> Iterator[tuple[str, Any]]:
@@ -355,6 +404,35 @@ def _index_of(part: Part) -> int:
 
 def _as_it_is(portion: Portion) -> Portion:
     return portion
+
+
+def description_of(loader: DataLoader[Any]) -> str | None:
+    """Return the steps of a stream of `datasets`, and a digest of its sources and shuffles; `None` for other data."""
+    dataset: Any = loader.dataset
+    if not isinstance(loader.dataset, IterableDataset) or not hasattr(dataset, "_ex_iterable"):
+        return None
+    steps = list(_steps_of(dataset))
+    sources = [list(_told(getattr(step, "kwargs", None))) for _, step in steps]
+    generators = [str(step.generator.bit_generator.state) for _, step in steps if hasattr(step, "generator")]
+    functions = [getattr(getattr(step, "function", None), "__qualname__", "") for _, step in steps]
+    digest = hashlib.sha256(repr((sources, generators, functions)).encode()).hexdigest()[:8]
+    names = (name.removesuffix("Iterable").removesuffix("Examples") or "Generated" for name, _ in reversed(steps))
+    return f"{' > '.join(names)}, {dataset.num_shards} shards, {digest}"
+
+
+def _told(value: Any) -> Iterator[Any]:
+    """Yield the plain values in the arguments of a source; of a path its name, since hosts may mount it elsewhere."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield key
+            yield from _told(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _told(part)
+    elif isinstance(value, (str, os.PathLike)):
+        yield os.path.basename(value)
+    elif isinstance(value, (int, float, bytes, bool, type(None))):
+        yield value
 
 
 # --- streams of streams -----------------------------------------------------------------------------------------------

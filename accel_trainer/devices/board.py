@@ -117,8 +117,8 @@ class Board:
         state, seconds = other.look()
         if state == "gone" and seconds > _GONE_SECONDS and not self._local.has_left(other.member):
             return f"Process {other.process} has ended without an error message."
-        if state == "stopped" and self._hosts is not None and other.member == 0:
-            self._hosts.beat()  # in place of the leader
+        if state == "stopped" and self._hosts is not None and other.member == 0 and other.process != 0:
+            self._hosts.beat()  # in place of the leader; but the main process may hold the store
         if state == "stopped" and other.is_to_be_told(seconds):
             complain(
                 f"accel_trainer: process {other.process} has been stopped for {seconds:.0f} seconds, by SIGSTOP or a "
@@ -206,7 +206,7 @@ class _Talk:
         try:
             is_voting = self._leader.lead()
             self._silence = 0.0
-            silent = self._pulse.silent(self._hosts.beats()) if self._hosts.member == 0 else None
+            silent = self._pulse.silent(self._hosts.beats(), elapsed) if self._hosts.member == 0 else None
             if silent is not None and not self._hosts.has_left(silent):
                 name = self._place.name_of(silent)
                 self._local.fail(Failure(f"{name} has not answered for {self._pulse.seconds:g} seconds."))
@@ -231,6 +231,9 @@ class _Talk:
             with suppress(RuntimeError, OSError):
                 self._pass_on()
                 self._hosts.leave()
+                if self._told is not None and self._hosts.member == 0:  # its process may hold the store
+                    _wait_for(self._hosts.have_left, 2 * _BEAT_SECONDS)
+                self._hosts.release()
 
 
 def _tell(hosts: Circle, failure: Failure) -> bool:
@@ -247,10 +250,12 @@ class _Pulse:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._seen: list[tuple[int, float]] = []  # the count of each host, and when it was first seen
+        self._now = 0.0  # seconds in which this process was not stopped itself
 
-    def silent(self, counts: list[int]) -> int | None:
+    def silent(self, counts: list[int], elapsed: float) -> int | None:
         """Return the first host that has begun to give signs of life, and whose count stays the same for too long."""
-        now = time.monotonic()
+        self._now += min(elapsed, 2 * _BEAT_SECONDS)
+        now = self._now
         before = self._seen or [(0, now)] * len(counts)
         self._seen = [old if old[0] == new else (new, now) for old, new in zip(before, counts, strict=True)]
         patience = self.seconds - _BEAT_SECONDS  # the last sign of life may be as old when it is seen

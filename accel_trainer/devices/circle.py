@@ -127,14 +127,19 @@ class Circle:
             raise FileNotFoundError(f"{self._path} was removed")
 
     def leave(self) -> None:
-        """Leave in order, the first member last if the others come within a second. Then nothing can be asked."""
+        """Leave in order. A file is let go, by the first member last if the others come within a second."""
         self.store.set(f"left/{self.member}", "1")
         if self._path is not None and self.member == 0:
             deadline = time.monotonic() + 1.0
-            while not self.store.check(self._of_each("left")) and time.monotonic() < deadline:
+            while not self.have_left() and time.monotonic() < deadline:
                 time.sleep(0.005)
             time.sleep(0.005)  # two stores that go at once may both take the other for the last
-        self.release()
+        if self._path is not None:
+            self.release()
+
+    def have_left(self) -> bool:
+        """Return whether all members have left in order."""
+        return bool(self.store.check(self._of_each("left")))
 
     def release(self) -> None:
         """Let go of the store."""

@@ -178,5 +178,9 @@ def _identity_of_host() -> str:
 def _new_path() -> str | None:
     """Return the beginning of names of files that nobody has, in memory if possible."""
     folders = ("/dev/shm", tempfile.gettempdir())
-    folder = next((one for one in folders if os.path.isdir(one) and os.access(one, os.W_OK)), None)
-    return None if folder is None else os.path.join(folder, f"accel_trainer-{uuid.uuid4().hex}")
+    for folder in folders:
+        with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))  # more than it will hold
+            file.flush()
+            return os.path.join(folder, f"accel_trainer-{uuid.uuid4().hex}")
+    return None

@@ -22,31 +22,35 @@ import torch.distributed
 from ..base.exchange import gather_objects, meet, share_object
 from ..devices.hardware import Hardware
 from ..devices.hosts import place_of
-from .checkpoints import EPOCHS, fault_of, files_of, read_json, steps_in
+from ..errors import CheckpointError
+from .checkpoints import BEST, EPOCHS, fault_of, files_of, read_json, steps_in
 from .files import flush
-from .run_folder import RunFolder
+from .run_folder import RunFolder, holds_ended_run
 
 _BLOCK = 2**26  # bytes that are sent at once
-_BESIDE = ("steps.jsonl", "trackers.json", EPOCHS)  # what a run that goes on needs of the run folder
+_BESIDE = ("steps.jsonl", "trackers.json", BEST, EPOCHS)  # what a run that goes on needs of the run folder
 
 Check = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 
 
 class _Offer(NamedTuple):
-    """The newest whole checkpoint of a host."""
+    """What another disk has: its newest whole checkpoint, if any, and what is wrong with newer ones."""
 
-    step: int
-    path: Path
+    run_dir: str
     host: str
-    state: Mapping[str, Any]
-    files: list[str]  # of the checkpoint
-    beside: list[str]  # of the run folder
+    faults: list[str]
+    has_ended: bool  # a run, of which no checkpoint is left
+    step: int = -1  # of the checkpoint, -1 without any
+    name: str = ""
+    state: Mapping[str, Any] | None = None
+    files: Sequence[str] = ()  # of the checkpoint
+    beside: Sequence[str] = ()  # of the run folder
 
 
 def bring_newest(
     run_dir: Path, folder: RunFolder | None, hardware: Hardware, check: Check, announce: Callable[[str], None]
 ) -> None:
-    """Copy the newest checkpoint of any host to the main process's disk, unless it is there; all processes call it.
+    """Copy the newest checkpoint of any disk to that of the main process, unless it is there; all processes call it.
 
     Args:
         run_dir: The run folder, as this process sees it.
@@ -56,35 +60,83 @@ def bring_newest(
         announce: Says what was brought.
 
     Raises:
-        CheckpointError: The newest checkpoint is of another run.
+        CheckpointError: The newest checkpoint is of another run than this one, or than what the main process has; or
+            there are only damaged ones.
+        FileExistsError: Another disk has a run that has ended, and no checkpoint.
     """
-    entries = steps_in(run_dir / "checkpoints") if place_of(hardware.process).leads else []
+    entries = steps_in(run_dir / "checkpoints") if _is_first_to_see(run_dir, hardware) else []
     resumed = None if folder is None else folder.resumed
     step_of_main = next((step for step, path in entries if path == resumed), -1)
     step_of_main, of_main = share_object((step_of_main, [_marks_of(path) for _, path in entries]))
-    candidates = [entry for entry in entries if entry[0] > step_of_main and _marks_of(entry[1]) not in of_main]
-    offers = gather_objects(_offer(run_dir, candidates))
-    sender, offer = max(enumerate(offers), key=lambda one: -1 if one[1] is None else one[1].step)
-    if offer is None:
+    newer = [entry for entry in entries if entry[0] > step_of_main and _marks_of(entry[1]) not in of_main]
+    offers = gather_objects(_offer(run_dir, newer, has_none=not entries))
+    for process, other in enumerate(offers):
+        if other.faults:
+            announce(f"Passed over in {other.run_dir} of process {process} on {other.host}: {'; '.join(other.faults)}.")
+    sender, offer = max(enumerate(offers), key=lambda one: one[1].step)
+    if offer.step < 0:
+        if step_of_main < 0:
+            hardware.from_main(lambda: _check_none_is_lost(offers))
         return
     has = "none" if step_of_main < 0 else f"step {step_of_main}"
-    source = f"{offer.path} of process {sender} on {offer.host} (the main process has {has})"
-    identity = hardware.from_main(lambda: check(offer.state, source))
+    there = f"{offer.run_dir}/checkpoints/{offer.name}"
+    source = f"{there} of process {sender} on {offer.host} (the main process has {has})"
+
+    def prepare() -> None:
+        identity = check(offer.state or {}, source)
+        if folder is not None and resumed is not None:
+            check(read_json(resumed / "state.json"), f"{resumed} of the main process")
+        if folder is not None:
+            folder.prepare(identity)
+
+    hardware.from_main(prepare)
     announce(f"Process {sender} has the newest checkpoint: {source} is copied to the main process.")
     if folder is None:
-        _spread(sender, [0], [offer.path / name for name in offer.files] + [run_dir / name for name in offer.beside])
+        here = Path(offer.run_dir) / "checkpoints" / offer.name
+        _spread(sender, [0], [*(here / name for name in offer.files), *(run_dir / name for name in offer.beside)])
         return
-    with folder.receiving(offer.path.name, identity) as part:
-        _spread(sender, [0], [part / name for name in offer.files] + [folder.path / name for name in offer.beside])
+    with folder.receiving(offer.name, offer.beside) as (part, beside):
+        _spread(sender, [0], [*(part / name for name in offer.files), *beside])
 
 
-def _offer(run_dir: Path, candidates: Sequence[tuple[int, Path]]) -> _Offer | None:
+def _is_first_to_see(run_dir: Path, hardware: Hardware) -> bool:
+    """Return whether no process before this one looks into the same folder of the same host."""
+    everyone, place = gather_objects(str(run_dir)), place_of(hardware.process)
+    return next(process for process in place.neighbours if everyone[process] == str(run_dir)) == hardware.process
+
+
+def _offer(run_dir: Path, candidates: Sequence[tuple[int, Path]], has_none: bool) -> _Offer:
     """Return the newest whole one of some checkpoints, the newest first."""
-    step, path = next(((step, path) for step, path in candidates if fault_of(path) is None), (None, None))
-    if step is None or path is None:
-        return None
-    beside = [str(found.relative_to(run_dir)) for pattern in _BESIDE for found in run_dir.glob(pattern)]
-    return _Offer(step, path, socket.gethostname(), read_json(path / "state.json"), files_of(path), beside)
+    offer = _Offer(str(run_dir), socket.gethostname(), [], has_none and holds_ended_run(run_dir))
+    for step, path in candidates:
+        fault = fault_of(path)
+        if fault is None:
+            beside = [str(found.relative_to(run_dir)) for pattern in _BESIDE for found in run_dir.glob(pattern)]
+            state = read_json(path / "state.json")
+            return offer._replace(step=step, name=path.name, state=state, files=_files_in(path), beside=beside)
+        offer.faults.append(f"{path.name}: {fault}")
+    return offer
+
+
+def _check_none_is_lost(offers: Sequence[_Offer]) -> None:
+    """Refuse to begin anew where another disk shows that there has been a run."""
+    for process, other in enumerate(offers):
+        where = f"{other.run_dir} of process {process} on {other.host}"
+        if other.faults:
+            raise CheckpointError(
+                f"No checkpoint in {where} can be used ({'; '.join(other.faults)}), and the main process has none. To "
+                "begin anew, remove the folder."
+            )
+        if other.has_ended:
+            raise FileExistsError(
+                f"run_dir {where} holds a run that has ended, without a checkpoint to go on from. Give another "
+                "run_dir, or remove the folder."
+            )
+
+
+def _files_in(path: Path) -> list[str]:
+    """Return the files that are there of those that a checkpoint names; another copy may take the place of the best."""
+    return [name for name in files_of(path) if (path / name).exists()]
 
 
 @contextmanager
@@ -104,7 +156,7 @@ def at_hand(source: Path, run_dir: Path, hardware: Hardware, announce: Callable[
         return
     place = place_of(hardware.process)
     here = source if place.host == 0 else run_dir / "checkpoints" / source.name
-    marks, names = share_object((_marks_of(source), files_of(source)) if hardware.is_main else None)
+    marks, names = share_object((_marks_of(source), _files_in(source)) if hardware.is_main else None)
     sees = gather_objects(place.host == 0 or _marks_of(here) == marks)
     blind = [processes for processes in place.hosts if not all(sees[process] for process in processes)]
     if not blind:
@@ -113,10 +165,11 @@ def at_hand(source: Path, run_dir: Path, hardware: Hardware, announce: Callable[
     unseeing = [process for process, has_seen in enumerate(sees) if not has_seen]
     announce(f"Processes {unseeing} do not see {source}: it is sent to their hosts.")
     receivers = [leader for leader, *_ in blind]
-    copy = tempfile.mkdtemp(prefix="accel_trainer-") if place.process in receivers else None
-    _spread(0, receivers, [Path(copy or source) / name for name in names])
-    copies = gather_objects(copy)
+    copy: str | None = None
     try:
+        copy = tempfile.mkdtemp(prefix="accel_trainer-") if place.process in receivers else None
+        _spread(0, receivers, [Path(copy or source) / name for name in names])
+        copies = gather_objects(copy)
         yield Path(copies[place.neighbours[0]] or here)
         meet()
     finally:
@@ -141,17 +194,28 @@ def _spread(sender: int, receivers: Sequence[int], paths: Sequence[Path]) -> Non
     if process not in members:
         return
     for path in paths:
-        size = torch.tensor(path.stat().st_size if process == sender else 0)
-        torch.distributed.broadcast(size, sender, group)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "rb" if process == sender else "wb") as file:
-            for start in range(0, int(size), _BLOCK):
-                block = torch.empty(min(_BLOCK, int(size) - start), dtype=torch.uint8)
-                if process == sender:
-                    file.readinto(block.numpy())  # type: ignore[attr-defined]
-                torch.distributed.broadcast(block, sender, group)
-                if process != sender:
-                    file.write(block.numpy().data)
-        if process != sender:
-            flush(path)
+        try:
+            _send(path, sender, group) if process == sender else _receive(path, sender, group)
+        except OSError as error:
+            done = "read" if process == sender else "written"
+            raise type(error)(f"{path} cannot be {done}, to bring a checkpoint to another host: {error}") from error
     torch.distributed.destroy_process_group(group)
+
+
+def _send(path: Path, sender: int, group: Any) -> None:
+    torch.distributed.broadcast(torch.tensor(path.stat().st_size), sender, group)
+    with open(path, "rb") as file:
+        while content := file.read(_BLOCK):
+            torch.distributed.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8), sender, group)
+
+
+def _receive(path: Path, sender: int, group: Any) -> None:
+    size = torch.tensor(0)
+    torch.distributed.broadcast(size, sender, group)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for start in range(0, int(size), _BLOCK):
+            block = torch.empty(min(_BLOCK, int(size) - start), dtype=torch.uint8)
+            torch.distributed.broadcast(block, sender, group)
+            file.write(block.numpy().data)
+    flush(path)

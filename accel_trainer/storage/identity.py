@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from ..base.console import printable
 from ..config import TrainConfig
 from ..data.order import is_stream, length_of, num_batches, sampler_of
+from ..data.streams import description_of
 from ..errors import CheckpointError
 
 _CHOICES = ("seed", "steps_per_epoch", "monitor", "mode", "max_grad_norm", "schedule_every")
@@ -36,7 +37,7 @@ def identity_of(
         **{name: getattr(config, name) for name in _CHOICES},
         **_order_of(loaders["train_loader"]),
         **{f"length of {name}'s dataset": length for name, length in lengths.items()},
-        **({"stream_by_shards": config.num_micro_batches} if config.stream_by_shards else {}),
+        **_stream_of(config, loaders["train_loader"]),
         "metrics": list(metrics),
         "model": _name_of(model),
         **{name: _name_of(function) for name, function in functions.items()},
@@ -60,6 +61,14 @@ def _order_of(loader: DataLoader[Any] | None) -> dict[str, Any]:
     }
 
 
+def _stream_of(config: TrainConfig, loader: DataLoader[Any] | None) -> dict[str, Any]:
+    """Return what decides the samples of a stream that is read by its shards."""
+    if not config.stream_by_shards or loader is None:
+        return {}
+    groups = config.num_micro_batches
+    return {"stream_by_shards": groups, "stream": description_of(loader), "drop_last": loader.drop_last}
+
+
 def _name_of(thing: Any) -> str | None:
     """Return the qualified name of a function or of an object's class."""
     if isinstance(thing, partial):
@@ -78,5 +87,6 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], source: st
     if changes:
         raise CheckpointError(
             f"{source} is of another run: {'; '.join(changes)}. Set that back, or give another run_dir for a new run. "
-            "Free to change are the processes, num_micro_batches, num_epochs, max_steps and patience."
+            "Free to change are the processes, num_micro_batches (without stream_by_shards), num_epochs, max_steps and "
+            "patience."
         )

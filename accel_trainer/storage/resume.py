@@ -108,7 +108,8 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     best = training.hardware.from_main(lambda: None if folder is None else folder.open(identity))
     beside: dict[str, Tensor] = {}
     if folder is not None and folder.aside is not None:
-        run.announce(f"{folder.path} has no checkpoint: this is a new run. What was there is in {folder.aside.name}.")
+        told = " has no checkpoint: this is a new run" if snapshot is None else " had no checkpoint"
+        run.announce(f"{folder.path}{told}. What was there is in {folder.aside.name}.")
     if snapshot is not None:
         state = training.state
         within = f", {state.position} batches of pass {state.data_pass} over the data done"

@@ -9,7 +9,7 @@ import shutil
 import stat
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -132,18 +132,11 @@ class RunFolder:
 
     def _check_unfinished(self) -> None:
         """Refuse to begin anew where a run has come to its end, though its checkpoints were removed."""
-        if self._holds_epochs() and not (self.path / "preempted.json").exists():
-            with suppress(FileNotFoundError, ValueError):
-                if History.load(self.path).stop_reason is not None:
-                    raise FileExistsError(
-                        f"run_dir {self.path} holds a run that has ended, without a checkpoint to go on from. Give "
-                        "another run_dir, or remove the folder."
-                    )
-
-    def _holds_epochs(self) -> bool:
-        """Return whether there are results of a run, which a new one must not write over."""
-        history = self.path / "history.jsonl"
-        return self.best_path.exists() or (history.is_file() and history.stat().st_size > 0)
+        if holds_ended_run(self.path):
+            raise FileExistsError(
+                f"run_dir {self.path} holds a run that has ended, without a checkpoint to go on from. Give another "
+                "run_dir, or remove the folder."
+            )
 
     def open(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """Make the folder ready to write: empty for a new run, as it was then for one that goes on.
@@ -172,19 +165,33 @@ class RunFolder:
                 f"run_dir {self.path} cannot be written: {reason}. Give a run_dir in a folder that can."
             ) from error
 
-    @contextmanager
-    def receiving(self, name: str, identity: Mapping[str, Any]) -> Iterator[Path]:
-        """Give the folder into which a checkpoint of another host is to be copied; the run then goes on from it."""
-        path = self._checkpoints / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def prepare(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder ready for the checkpoint of another disk; one of another run is refused."""
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         if self.resumed is None:
             self._make_way(identity)
-        with replaced(path) as part:
-            yield part
-        fault = fault_of(path)
-        if fault is not None:
-            raise CheckpointError(f"{path} was not copied as it is on the other host: {fault}.")
+
+    @contextmanager
+    def receiving(self, name: str, beside: Sequence[str]) -> Iterator[tuple[Path, list[Path]]]:
+        """Give where the files of a checkpoint of another disk are to be copied, and those beside it.
+
+        They are put in their places together; the run then goes on from that checkpoint.
+        """
+        path, copies = self._checkpoints / name, [path_beside(self.path / one) for one in beside]
+        try:
+            with replaced(path) as part:
+                yield part, copies
+            fault = fault_of(path)
+            if fault is not None:
+                raise CheckpointError(f"{path} was not copied as it is on the other host: {fault}.")
+            for old in self.path.glob(EPOCHS):
+                old.unlink()
+            for copy, one in zip(copies, beside, strict=True):
+                os.replace(copy, self.path / one)
+        finally:
+            for copy in copies:
+                copy.unlink(missing_ok=True)
         self.resumed = path
 
     def _make_way(self, identity: Mapping[str, Any]) -> None:
@@ -217,7 +224,7 @@ class RunFolder:
 
     def _set_aside(self) -> None:
         """Keep what a run that was cut short before its first checkpoint has left, in a folder of its own."""
-        if not self._holds_epochs():
+        if not _holds_epochs(self.path):
             return
         self.aside = free_name(self.path / "earlier")
         (self.aside / "best").mkdir(parents=True)
@@ -406,6 +413,20 @@ class RunFolder:
             message = f"Could not write {self.path / name}: {error}."
             warn(f"{message} The training goes on, and the next save tries again.", stacklevel=4)
         self._failing.add(name)
+
+
+def _holds_epochs(run_dir: Path) -> bool:
+    """Return whether there are results of a run, which a new one must not write over."""
+    history = run_dir / "history.jsonl"
+    return (run_dir / BEST).exists() or (history.is_file() and history.stat().st_size > 0)
+
+
+def holds_ended_run(run_dir: Path) -> bool:
+    """Return whether the history of a folder is that of a run that has come to its end."""
+    if _holds_epochs(run_dir) and not (run_dir / "preempted.json").exists():
+        with suppress(FileNotFoundError, ValueError):
+            return History.load(run_dir).stop_reason is not None
+    return False
 
 
 def epoch_path(run_dir: Path, epoch: int) -> Path:

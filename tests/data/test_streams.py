@@ -22,7 +22,11 @@ from accel_trainer.data.micro_batches import MicroBatchLoader
 from accel_trainer.devices import board
 from support import on_processes, quiet
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [  # `datasets` closes no loop of events
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 datasets.disable_progress_bars()
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # five seconds at the end of each shuffled pass
 SIZES = [31, 1, 26, 27, 40, 22, 13, 44]  # samples of the shards
@@ -57,6 +61,19 @@ def noisy_batch(rows):
     return {"inputs": [[value + random.random() for value in inputs] for inputs in rows["inputs"]]}
 
 
+async def noisy_later(row):
+    return noisy(row)
+
+
+def noisy_table(table):
+    target = (table["target"].to_numpy() + numpy.random.randint(0, 3)) % 3
+    return table.set_column(table.column_names.index("target"), "target", pyarrow.array(target))
+
+
+def is_kept(row):
+    return random.random() < 0.7
+
+
 def is_odd(row):
     return row["index"] % 2 == 1
 
@@ -84,6 +101,10 @@ PIPELINES = {  # and whether they go on without reading again
         lambda folder: parquet(folder).select_columns(["index", "inputs", "target"]).with_format("numpy"),
         True,
     ),
+    "drawn filter": (lambda folder: parquet(folder).filter(is_kept), False),
+    "async map": (lambda folder: parquet(folder).map(noisy_later), False),
+    "arrow map": (lambda folder: parquet(folder).with_format("arrow").map(noisy_table).with_format(None), False),
+    "repeated": (lambda folder: parquet(folder).with_format("torch").repeat(2), True),
 }
 
 
@@ -126,7 +147,7 @@ def fit(folder, pipeline, log=None, callbacks=(), num_workers=0, drop_last=False
     config = quiet(**{"num_epochs": 3, "num_micro_batches": 4, "bitwise": True, "stream_by_shards": True, **choices})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     trainer = Trainer(model, optimizer, compute_loss=compute_loss, config=config, callbacks=list(callbacks))
-    kept = {} if pipeline in ("torch", "filtered", "buffer") else {"collate_fn": collate}
+    kept = {} if pipeline in ("torch", "filtered", "buffer", "repeated") else {"collate_fn": collate}
     loader = DataLoader(dataset, 12, num_workers=num_workers, drop_last=drop_last, **kept)
     test = DataLoader(parquet(folder).with_format("torch"), 24)
     history = trainer.fit(loader, test)
@@ -155,12 +176,14 @@ def test_batches_and_bits_are_the_same_on_any_number_of_processes(tmp_path, fold
     for num_processes in (2, 3, 4) if pipeline == "torch" else (3,):
         log = tmp_path / f"log {num_processes}"
         assert on_processes(num_processes, fit, folder, pipeline, log) == [expected] * num_processes
-        assert samples_in(log) == batches
-    everything = list(range(NUM_SAMPLES)) if pipeline != "filtered" else list(range(1, NUM_SAMPLES, 2))
+        assert samples_in(log) == batches or pipeline == "repeated"
+    if pipeline == "repeated":  # twice in a pass
+        return
     per_epoch = len(batches) // 3
-    for epoch in range(3):
+    for epoch in range(3 if pipeline != "drawn filter" else 0):
         of_epoch = [batches[1 + epoch * per_epoch + number] for number in range(per_epoch)]
-        assert sorted(sample for batch in of_epoch for sample in batch) == everything
+        everything = range(1, NUM_SAMPLES, 2) if pipeline == "filtered" else range(NUM_SAMPLES)
+        assert sorted(sample for batch in of_epoch for sample in batch) == list(everything)
 
 
 @pytest.mark.distributed
@@ -174,6 +197,69 @@ def test_more_processes_than_micro_batches_and_loader_workers_change_nothing(fol
 def test_drop_last_leaves_out_every_smaller_batch(folder, tmp_path):
     fit(folder, "torch", tmp_path / "log", drop_last=True, num_epochs=1)
     assert {len(batch) for batch in samples_in(tmp_path / "log").values()} == {12}
+
+
+class Reckless:
+    """A loss that takes the batch apart, and writes into it."""
+
+    def __call__(self, model, batch):
+        target = batch.pop("target")
+        batch["inputs"].mul_(1e20)
+        return nn.functional.cross_entropy(model(batch["inputs"] / 1e20), target)
+
+
+def loss_of(model, batch):
+    return nn.functional.cross_entropy(model(batch["inputs"]), batch["target"])
+
+
+def train_on(dataset, compute_loss=loss_of, collate_fn=None, **choices):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    config = quiet(**{"num_micro_batches": 4, "stream_by_shards": True, **choices})
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.05), compute_loss=compute_loss, config=config)
+    kept = {} if collate_fn is None else {"collate_fn": collate_fn}
+    history = trainer.fit(DataLoader(dataset, 12, **kept), DataLoader(dataset, 12, **kept))
+    return history.train_losses, history.test_losses, trainer.state.num_skipped, trainer.state.step
+
+
+def reckless(folder):
+    return train_on(parquet(folder).with_format("torch"), Reckless())
+
+
+def with_a_hole(folder):
+    def pierce(row):
+        return {"inputs": [float("nan")] * 3} if row["index"] == 31 else row
+
+    return train_on(parquet(folder).map(pierce).with_format("torch"), on_nonfinite="skip")
+
+
+def some_left_out(folder):
+    def collate(rows):
+        return {name: torch.stack([row[name] for row in rows if row["index"] % 3]) for name in rows[0]}
+
+    return train_on(parquet(folder).filter(lambda row: row["index"] < 100).with_format("torch"), loss_of, collate)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", [reckless, with_a_hole, some_left_out])
+def test_what_a_process_without_samples_computes_counts_nothing(folder, case):
+    expected = case(folder)
+    for result in on_processes(4, case, folder):
+        assert result[:2] == tuple(pytest.approx(losses, rel=1e-5, nan_ok=True) for losses in expected[:2])
+        assert result[2:] == expected[2:]
+
+
+def other_files(folder):
+    files = [str(path) for path in sorted(folder.glob("*.parquet"), reverse=torch.distributed.get_rank() == 1)]
+    dataset = datasets.load_dataset(
+        "parquet", data_files=files, split="train", streaming=True, cache_dir=str(folder / "cache")
+    )
+    return refused(folder, dataset, ValueError, "train_loader has other samples on each process", num_micro_batches=4)
+
+
+@pytest.mark.distributed
+def test_files_in_another_order_on_a_process_are_refused(folder):
+    assert on_processes(2, other_files, folder) == [True, True]
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -241,9 +327,34 @@ def test_by_shards_or_not_and_the_number_of_groups_are_parts_of_the_run(tmp_path
     for other, told in (
         ({"stream_by_shards": False}, "stream_by_shards was 4 and is None"),
         ({"num_micro_batches": 3}, "stream_by_shards was 4 and is 3"),
+        ({"pipeline": "rows"}, r"stream was 'Arrow, 8 shards, \w+' and is 'Arrow .*> Mapped, 8 shards"),
+        ({"drop_last": True}, "drop_last was False and is True"),
     ):
         with pytest.raises(CheckpointError, match=told):
-            fit(folder, "torch", **kept, **other)
+            fit(folder, **{"pipeline": "torch", **kept, **other})
+
+
+def test_a_shuffle_without_a_seed_cannot_go_on(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(PIPELINES, "unseeded", (lambda folder: parquet(folder).shuffle(buffer_size=9), False))
+    kept = {"run_dir": tmp_path / "run", "resume": "auto"}
+    fit(folder, "unseeded", max_steps=2, **kept)
+    with pytest.raises(CheckpointError, match="stream was"):
+        fit(folder, "unseeded", **kept)
+
+
+def test_epochs_within_a_pass_read_nothing_again(folder, monkeypatch, tmp_path):
+    counts = tmp_path / "counts"
+
+    def counted(row):
+        with open(counts, "a") as file:
+            file.write("x\n")
+        return row
+
+    monkeypatch.setitem(
+        PIPELINES, "counted", (lambda folder: parquet(folder).map(counted).shuffle(seed=0, buffer_size=5), False)
+    )
+    fit(folder, "counted", num_epochs=5, steps_per_epoch=2)
+    assert len(counts.read_text().split()) < NUM_SAMPLES
 
 
 def samples_received():
@@ -296,6 +407,10 @@ def test_what_cannot_be_read_by_shards_is_refused_with_the_remedy(folder):
     refused(folder, few, ValueError, r"num_micro_batches=8; train_loader has 4. .* or dataset.reshard\(\)")
     refused(folder, parquet(folder), ValueError, "needs a batch_size of at least num_micro_batches=8", 4)
     refused(folder, parquet(folder).with_format("arrow"), ValueError, "gives whole tables")
+    refused(folder, parquet(folder).skip(3), ValueError, r"has a take\(\) or skip\(\)")
+    refused(
+        folder, split_dataset_by_node(parquet(folder), 0, 2), ValueError, "is a part of a stream", num_micro_batches=4
+    )
     with pytest.raises(ValueError, match="stream_by_shards needs num_micro_batches"):
         TrainConfig(stream_by_shards=True)
 
@@ -320,8 +435,13 @@ def test_micro_batches_are_those_that_a_loader_makes_of_the_rows(folder, kind):
     for index in range(4):
         shard = dataset.shard(4, index)
         loader = MicroBatchLoader(DataLoader(dataset, 12), Layout(index, 4, 4), 0, by_shards=True)
-        loader.sharded._sizes_of = lambda parts, index=index: [part.size for part in parts] + [0] * 3
-        loader.sharded._pad = lambda *_: None
+
+        def alone(parts, index=index):
+            (part,) = parts
+            return [[count if place == index else 0 for place in range(4)] for count in (part.num_rows, part.size)]
+
+        loader.sharded._everywhere = alone
+        loader.sharded._own = lambda parts, sizes: [part for part in parts if part.size]
         found = [micro_batch.data for micro_batch in loader.micro_batches(1)]
         expected = list(DataLoader(shard, 3))
         assert len(found) == len(expected)

@@ -21,6 +21,7 @@ from accel_trainer import Callback, ProcessFailedError, Trainer
 from accel_trainer.devices import board as board_module
 from accel_trainer.devices import hosts as hosts_module
 from accel_trainer.devices.board import Board
+from accel_trainer.devices.board import _Pulse as Pulse
 from accel_trainer.devices.circle import Circle, Leader, Vote, Votes
 from accel_trainer.devices.hosts import Place
 from accel_trainer.devices.stopping import StopRequest
@@ -192,6 +193,14 @@ def test_hundreds_of_processes_agree_in_seconds():
         seconds = seconds_to_stop(boards)
     print(f"{sum(sizes)} processes on {len(sizes)} hosts agreed in {seconds:.2f} s")
     assert seconds < 3.0
+
+
+def test_seconds_in_which_the_process_itself_was_stopped_are_no_silence_of_others():
+    pulse = Pulse(5.0)
+    assert all(pulse.silent([count, 1], 1.0) is None for count in range(1, 5))
+    assert pulse.silent([4, 1], 3600.0) is None  # a host that was suspended, as all were
+    assert pulse.silent([5, 2], 1.0) is None
+    assert [pulse.silent([5 + count, 2], 1.0) for count in range(6)][-1] == 1
 
 
 # --- real processes, which stand for hosts ----------------------------------------------------------------------------

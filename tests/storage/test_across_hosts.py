@@ -1,7 +1,11 @@
 """A run goes on whichever host has the main process, with disks that the hosts do not share."""
 
+import functools
+import itertools
 import json
 import os
+import shutil
+import signal
 from contextlib import nullcontext
 
 import pytest
@@ -128,6 +132,75 @@ def test_a_newer_checkpoint_of_another_run_is_an_error_that_names_both(disks):
         assert f"{first}/run/checkpoints/step_00000012 of process 1" in told and "seed was 0 and is 7" in told
         assert "the main process has none" in told
     assert not (second / "run/checkpoints").exists()
+
+
+def fit_wrongly(disks, error, message, **choices):
+    with pytest.raises(error, match=message):
+        fit_on(disks, **choices)
+    return True
+
+
+def refused(disks, error, message, **choices):
+    return on_processes(2, functools.partial(fit_wrongly, **choices), disks, error, message) == [True, True]
+
+
+def test_nothing_is_begun_anew_where_another_disk_shows_a_run(disks):
+    first, second, _ = disks
+    on_processes(2, fit_on, [first, second], 2)
+    for checkpoint in (first / "run/checkpoints").iterdir():
+        spoil(checkpoint / "model.safetensors")
+    told = (
+        f"No checkpoint in {first}/run of process 1 .*step_00000012: the checksum of model.safetensors does not match"
+    )
+    assert refused([second, first], CheckpointError, told)
+    shutil.rmtree(first / "run/checkpoints")
+    assert refused([second, first], FileExistsError, f"{first}/run of process 1 .* holds a run that has ended")
+    assert not (second / "run/history.jsonl").exists()
+
+
+def test_a_run_of_the_main_process_is_not_written_over_by_a_newer_one(disks):
+    first, second, third = disks
+    fit_on([second], 1, seed=7)
+    on_processes(2, fit_on, [first, third], 2)
+    told = f"{second}/run/checkpoints/step_00000006 of the main process is of another run: seed was 7"
+    assert refused([second, first], CheckpointError, told)
+    assert [path.name for path in (second / "run/checkpoints").iterdir()] == ["step_00000006"]
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_best_weights_that_are_damaged_or_gone_in_a_checkpoint_are_those_of_the_run_folder(disks, tmp_path, is_moved):
+    alone, _ = fit_on([tmp_path / "alone"])
+    first, second, _ = disks
+    on_processes(2, fit_on, [first, second], 2)
+    for checkpoint in (first / "run/checkpoints").iterdir():
+        (checkpoint / "best/model.safetensors").unlink()
+    results = on_processes(2, fit_on, [second, first] if is_moved else [first, second])
+    assert [outcome for outcome, _ in results] == [alone, alone]
+
+
+def die_while_receiving(disks, at):
+    real, count = across_hosts._receive, itertools.count(1)
+
+    def receive(*arguments):
+        if next(count) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*arguments)
+
+    across_hosts._receive = receive
+    fit_on(disks)
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 7, 8])
+def test_a_kill_in_the_middle_of_a_copy_is_made_good_by_the_next_start(disks, tmp_path, at):
+    alone, _ = fit_on([tmp_path / "alone"])
+    first, second, _ = disks
+    on_processes(2, fit_on, [first, second], 2)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        on_processes(2, die_while_receiving, [second, first], at)
+    results = on_processes(2, fit_on, [second, first])
+    assert [outcome for outcome, _ in results] == [alone, alone]
+    steps = [json.loads(line)["step"] for line in (second / "run/steps.jsonl").read_text().splitlines()]
+    assert steps == list(range(2, 25, 2)) and not list(second.rglob(".*.part"))
 
 
 def insist(disks):
