@@ -81,7 +81,7 @@ def test_the_source_distribution_holds_every_file_and_runs_a_test_of_its_own(tmp
     shutil.rmtree(tmp_path / "clone")
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (folder,) = tmp_path.glob("accel_trainer-*/")
     assert not [name for name in listed if not (folder / name).exists() and name != ".gitignore"]
     assert os.access(folder / "scripts" / "test", os.X_OK)

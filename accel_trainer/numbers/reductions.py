@@ -146,29 +146,31 @@ class TreeSum:
     """
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+        self._layout, self._run = layout, run_of(layout)
         self._nodes: list[_Node] = []
+        self._next = self._run.start  # micro-batch
 
     def add(self, index: int, tensors: list[Tensor | None]) -> None:
         """Add the tensors of a micro-batch, and keep them; a process adds its micro-batches in ascending order."""
-        self._fill(index, len(tensors))
+        if index > self._next:
+            self._fill(index, len(tensors))
         _push(self._nodes, _Node(index, 1, tensors))
+        self._next = index + 1
 
     def _fill(self, end: int, length: int) -> None:
-        """Add nothing for micro-batches before `end` that have no samples."""
-        run = run_of(self._layout)
-        start = self._nodes[-1].start + self._nodes[-1].size if self._nodes else run.start
-        for index in range(start, min(end, run.stop)):
+        """Add nothing for the micro-batches before `end` that have no samples."""
+        for index in range(self._next, min(end, self._run.stop)):
             _push(self._nodes, _Node(index, 1, [None] * length))
 
     def clear(self) -> None:
         """Forget what was added."""
-        self._nodes = []
+        self._nodes, self._next = [], self._run.start
 
     def total(self, num_micro_batches: int, like: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the sums over all processes, and begin anew."""
         self._fill(num_micro_batches, len(like))
-        nodes, self._nodes = self._nodes, []
+        nodes = self._nodes
+        self.clear()
         if self._layout.num_processes == 1:
             return _fold(nodes)
         mine = [any(node.tensors[index] is not None for node in nodes) for index in range(len(like))]

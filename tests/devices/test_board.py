@@ -197,10 +197,10 @@ def test_hundreds_of_processes_agree_in_seconds():
 
 def test_seconds_in_which_the_process_itself_was_stopped_are_no_silence_of_others():
     pulse = Pulse(5.0)
-    assert all(pulse.silent([count, 1], 1.0) is None for count in range(1, 5))
-    assert pulse.silent([4, 1], 3600.0) is None  # a host that was suspended, as all were
-    assert pulse.silent([5, 2], 1.0) is None
-    assert [pulse.silent([5 + count, 2], 1.0) for count in range(6)][-1] == 1
+    assert all(pulse.silent([count, count], 1.0) is None for count in range(1, 5))
+    assert pulse.silent([5, 4], 3600.0) is None  # all were suspended, and this one goes on first
+    assert pulse.silent([6, 5], 1.0) is None
+    assert [pulse.silent([6 + count, 5], 1.0) for count in range(1, 7)] == [None] * 4 + [1, 1]
 
 
 # --- real processes, which stand for hosts ----------------------------------------------------------------------------
