@@ -29,7 +29,8 @@ from .cut import Layout, Piece, cut, process_of, run_of
 from .randomness import DATA, SeededIterator, derive_seed, generators_kept, seed_all
 from .workers import init_worker, like_loader, read_from_workers, sheltered
 
-_TOGETHER = 64  # rows of a table that are read in one go, if a micro-batch has fewer
+_TOGETHER = 64  # rows of a table that are read in one go at first, if a micro-batch has fewer ...
+_TOGETHER_BYTES = 2**20  # ... and then as many as have this size, up to 16 times as many
 UNDIVIDED = "Do not divide the data over the processes (split_dataset_by_node): the trainer divides each batch."
 
 # --- read by the main process -----------------------------------------------------------------------------------------
@@ -227,6 +228,8 @@ class ShardedStream:
             return part
         if part.data is None:
             raise TypeError("The collate function of a stream has returned None in place of a batch.")
+        if self._reader.is_plain:
+            return part._replace(size=part.num_rows)
         size = count_samples(part.data, part.num_rows, self._may_be_pairs)
         return part._replace(size=part.num_rows if size is None else size)
 
@@ -258,11 +261,12 @@ class ShardedStream:
 
     def _everywhere(self, parts: list[Part]) -> tuple[list[int], list[int]]:
         """Return the rows and the samples of each micro-batch, of all processes."""
+        if self._layout.num_processes == 1:
+            return [part.num_rows for part in parts], [part.size for part in parts]
         counts = torch.zeros(2, self._layout.num_micro_batches, dtype=torch.int64)
         for part in parts:
             counts[0, part.place], counts[1, part.place] = part.num_rows, part.size
-        if self._layout.num_processes > 1:
-            torch.distributed.all_reduce(counts, group=host_group())
+        torch.distributed.all_reduce(counts, group=host_group())
         rows, sizes = counts.tolist()
         return rows, sizes
 
@@ -373,13 +377,31 @@ def _pieces_of(stream: Any, size: int, is_table: bool, state: Any) -> Iterator[t
         while piece := list(itertools.islice(rows, size)):
             yield piece, (stream.state_dict(), 0)
         return
-    for columns in stream.iter(batch_size=size * max(1, _TOGETHER // size)):
-        num_rows = len(next(iter(columns.values())))
-        for number, start in enumerate(range(0, num_rows, size)):
-            if number >= num_passed:
-                part = slice(start, start + size)
-                yield {name: column[part] for name, column in columns.items()}, (before, number + 1)
-        before, num_passed = stream.state_dict(), 0
+    for columns in _chunks_of(stream, size):
+        for number, start in enumerate(range(0, len(next(iter(columns.values()))), size), 1):
+            if num_passed:
+                num_passed -= 1
+                continue
+            part = slice(start, start + size)
+            yield {name: column[part] for name, column in columns.items()}, (before, number)
+        before = stream.state_dict()
+
+
+def _chunks_of(stream: Any, size: int) -> Iterator[dict[str, Any]]:
+    """Yield the columns of many rows at a time, a multiple of `size`: of more than the first time if they are small."""
+    number = max(1, _TOGETHER // size)
+    chunks = stream.iter(batch_size=size * number)
+    columns = next(chunks, None)
+    if columns is None:
+        return
+    yield columns
+    if all(isinstance(column, torch.Tensor) for column in columns.values()):
+        num_bytes = sum(column.nbytes for column in columns.values()) // number
+        larger = min(_TOGETHER_BYTES // max(1, num_bytes), 16 * number)
+        if larger > number:
+            stream.load_state_dict(stream.state_dict())
+            chunks = stream.iter(batch_size=size * larger)
+    yield from chunks
 
 
 def _collated(piece: list[Any] | dict[str, Any], collate: Callable[[Any], Any]) -> tuple[int, Any]:
