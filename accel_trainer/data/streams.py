@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from torch.utils.data._utils import worker as torch_worker
 
 from ..base.exchange import gather_objects, host_group, scatter_from_main, share_object
-from .collated import compact, count_samples, pinned, take
+from .collated import aligned, compact, count_samples, pinned, take
 from .cut import Layout, Piece, cut, process_of, run_of
 from .randomness import DATA, SeededIterator, derive_seed, generators_kept, seed_all
 from .workers import init_worker, like_loader, read_from_workers, sheltered
@@ -383,8 +383,12 @@ def _pieces_of(stream: Any, size: int, is_table: bool, state: Any) -> Iterator[t
                 num_passed -= 1
                 continue
             part = slice(start, start + size)
-            yield {name: column[part] for name, column in columns.items()}, (before, number)
+            yield {name: _rows_of(column, part) for name, column in columns.items()}, (before, number)
         before = stream.state_dict()
+
+
+def _rows_of(column: Any, part: slice) -> Any:
+    return aligned(column[part]) if isinstance(column, torch.Tensor) else column[part]
 
 
 def _chunks_of(stream: Any, size: int) -> Iterator[dict[str, Any]]:

@@ -447,6 +447,7 @@ def test_micro_batches_are_those_that_a_loader_makes_of_the_rows(folder, kind):
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             assert one.keys() == other.keys()
+            assert all(one[name].data_ptr() % 64 == 0 for name in one if isinstance(one[name], torch.Tensor))
             for name in one:
                 pairs = (
                     zip(one[name], other[name], strict=True)
