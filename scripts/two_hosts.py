@@ -84,7 +84,8 @@ def train(folder: Path, host: str, heartbeat_seconds: float) -> None:
 class Hosts:
     """Two namespaces with a cable between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_processes: int) -> None:
+        self.num_processes = num_processes  # of each
         self.names = [f"host{number}-{os.getpid()}" for number in range(2)]
         self.cables = [f"cable{number}-{os.getpid() % 10**6}"[:15] for number in range(2)]
         self.addresses = ["10.78.0.1", "10.78.0.2"]
@@ -120,7 +121,8 @@ class Hosts:
             how += [f"--node_rank={int(host != main)}"]
         command = [
             *("ip", "netns", "exec", self.names[host], sys.executable, "-m", "torch.distributed.run", *how),
-            *("--nnodes=2", "--nproc_per_node=2", f"--local_addr={self.addresses[host]}", "--monitor_interval=0.5"),
+            *("--nnodes=2", f"--nproc_per_node={self.num_processes}", "--monitor_interval=0.5"),
+            f"--local_addr={self.addresses[host]}",
             *(__file__, "--train", str(folder), "--host", str(host), "--heartbeat", str(heartbeat_seconds)),
         ]
         # Gloo might take an address that the other host cannot reach.
@@ -135,9 +137,9 @@ def ip(*arguments: str) -> None:
 
 
 @contextmanager
-def two_hosts() -> Iterator[Hosts]:
+def two_hosts(num_processes: int) -> Iterator[Hosts]:
     """Give two hosts, and remove them at the end."""
-    hosts = Hosts()
+    hosts = Hosts(num_processes)
     try:
         hosts.make()
         yield hosts
@@ -215,7 +217,7 @@ def let_happen(fault: str, job: Job) -> dict[str, float]:
     """Let a fault come upon a run; return the seconds until all had noticed, and until the next step."""
     pids, at = job.pids(), time.time()
     if fault == "worker":
-        os.kill(pids[3], signal.SIGKILL)  # its launcher starts the processes again
+        os.kill(pids[-1], signal.SIGKILL)  # its launcher starts the processes again
     elif fault == "launcher":
         os.kill(job.launchers[1].pid, signal.SIGKILL)  # its processes train on until the scheduler ends the job
         job.end()
@@ -274,6 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, help="which (default: all)")
     parser.add_argument("--heartbeat", type=float, default=30.0, help="heartbeat_seconds of the runs (default: 30)")
+    parser.add_argument("--processes", type=int, default=2, help="of each host (default: 2)")
     parser.add_argument("--folder", type=Path, help="keep all files here (default: a temporary folder)")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
@@ -284,7 +287,7 @@ def main() -> None:
         return
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         raise SystemExit("Needs Linux, root and ip (iproute2).")
-    with tempfile.TemporaryDirectory() as temporary, two_hosts() as hosts:
+    with tempfile.TemporaryDirectory() as temporary, two_hosts(options.processes) as hosts:
         results = compare(hosts, options.folder or Path(temporary), options.faults, options.heartbeat)
     print(json.dumps(results, indent=2))
     if options.write:

@@ -29,6 +29,8 @@ def pytest_addoption(parser):
 
 
 LONG = (
+    "test_no_fault_hangs_a_run",
+    "test_a_run_that_is_killed_goes_on_exactly",
     "test_every_part_of_what_a_gpu_is_asked",
     "test_random_small_models_have_the_same_bits",
     "test_sizes_that_divide_nothing",
