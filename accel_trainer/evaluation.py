@@ -13,6 +13,7 @@ from torch import nn
 from .base.console import warn
 from .data.collated import count_samples
 from .data.micro_batches import MicroBatch, MicroBatchLoader
+from .data.order import no_batch
 from .data.randomness import EVALUATION, derive_seed, draws_nothing, seed_all
 from .devices.gathering import Gathered, join, join_ragged, of_samples
 from .devices.memory import until_it_fits
@@ -84,10 +85,7 @@ def evaluate(
     if probe is not None:
         probe.settle(hardware.device, hardware.is_main)
     if stopping is not None and not totals.num_samples:
-        raise ValueError(
-            "test_loader yields no batch: its stream is empty, ends before a full batch with drop_last, or "
-            "can be read only once and is used up after a pass."
-        )
+        raise no_batch("test_loader")
     values = totals.metrics | metrics.merge(hardware.num_processes)
     if whole is not None:
         values |= whole.values(metrics)

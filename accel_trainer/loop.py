@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 
 from .data.micro_batches import Batch, MicroBatch
+from .data.order import no_batch
 from .data.randomness import TRAINING, derive_seed, seed_all
 from .evaluation import evaluate, evaluation_mode
 from .numbers.loss_table import Totals
@@ -237,10 +238,7 @@ def rest_of_pass(training: Training) -> Generator[MicroBatch]:
     for micro_batch in training.loader.micro_batches(state.data_pass, state.position):
         yield micro_batch
     if micro_batch is None and not starts_within:
-        raise ValueError(
-            "train_loader yields no batch: its stream is empty, ends before a full batch with drop_last, or "
-            "can be read only once and is used up after a pass."
-        )
+        raise no_batch("train_loader")
 
 
 def is_epoch_done(training: Training) -> bool:

@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import statistics
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,29 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return medians[50], medians[1949]
+
+
+def in_turns(readers: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Call each with the number of the round (1-based), in changing order; return what each has measured."""
+    found: dict[str, list[float]] = {name: [] for name in readers}
+    order = list(readers)
+    for number in range(1, rounds + 1):
+        random.Random(number).shuffle(order)
+        for name in order:
+            found[name].append(readers[name](number))
+    return found
+
+
+def rates_to(base: str, rates: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Print and return the median ratio of each rate, samples per second, to one of them within the rounds."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, own in rates.items():
+        ratios = [one / other for one, other in zip(own, rates[base], strict=True)]
+        median, (low, high) = statistics.median(ratios), interval(ratios)
+        found[name] = {"ratio": median, "interval": [low, high]}
+        spread = f"[{low:.2f}, {high:.2f}] ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"  {name:36} {median:.2f} {spread}, {statistics.median(own):,.0f} samples per second")
+    return found
 
 
 def peak_memory() -> float:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import datasets
 import numpy
 import torch
-from common import interval, write_results
+from common import in_turns, rates_to, write_results
 from torch.utils.data import DataLoader
 
 from accel_trainer.data.cut import Layout
@@ -69,20 +67,12 @@ def main() -> None:
         kept = ours(loader, keep=True)
         seconds_to_keep = time.perf_counter() - started
         readers = {PLAIN: lambda number: loader, KEPT: kept, READ: ours(loader, keep=False)}
-        rates: dict[str, list[float]] = {name: [] for name in readers}
-        order = list(readers)
-        for number in range(1, options.rounds + 1):
-            random.Random(number).shuffle(order)
-            for name in order:
-                rates[name].append(rate(readers[name](number)))
+        timed = {name: lambda number, read=read: rate(read(number)) for name, read in readers.items()}
+        rates = in_turns(timed, options.rounds)  # type: ignore[arg-type]
     results: dict[str, Any] = {"rows": options.rows, "seconds_to_keep": seconds_to_keep, "samples_per_second": rates}
     print(f"Kept in memory after {seconds_to_keep:.2f} s. Ratio to the {PLAIN}, median [95 % interval] (range):")
-    for name in (KEPT, READ):
-        ratios = [one / plain for one, plain in zip(rates[name], rates[PLAIN], strict=True)]
-        median, (low, high) = statistics.median(ratios), interval(ratios)
-        results[name] = {"ratio": median, "interval": [low, high]}
-        spread = f"[{low:.2f}, {high:.2f}] ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"  {name:36} {median:.2f} {spread}, {statistics.median(rates[name]):,.0f} samples per second")
+    ratios = rates_to(PLAIN, rates)
+    results |= {name: ratios[name] for name in (KEPT, READ)}
     if options.write:
         write_results("data.json", results)
 

@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -29,7 +26,7 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import torch
-from common import interval, write_results
+from common import in_turns, rates_to, write_results
 from torch.utils.data import DataLoader
 
 from accel_trainer.data.cut import Layout
@@ -77,36 +74,23 @@ def main() -> None:
         folder = Path(name)
         write_files(folder, options.samples)
 
-        def plain() -> Iterator[int]:
+        def plain(number: int) -> float:
             few = options.samples // BATCH_SIZE // 20
-            return (len(batch["index"]) for batch in itertools.islice(DataLoader(stream_of(folder), BATCH_SIZE), few))
+            return rate(
+                len(batch["index"]) for batch in itertools.islice(DataLoader(stream_of(folder), BATCH_SIZE), few)
+            )
 
-        readers: dict[str, Callable[[], Iterator[int]]] = {
-            ALONE: lambda: (len(batch["index"]) for batch in stream_of(folder).iter(batch_size=BATCH_SIZE)),
-            PLAIN: plain,
-        }
-        for number in (1, 4, 8):
-            told = f"accel_trainer, {number} group{'s' if number > 1 else ''} of shards"
-            readers[told] = lambda number=number: ours(folder, number)  # type: ignore[misc]
-        rates: dict[str, list[float]] = {name: [] for name in readers}
-        order = list(readers)
-        for number in range(options.rounds):
-            random.Random(number).shuffle(order)
-            for one in order:
-                rates[one].append(rate(readers[one]()))
-    results: dict[str, Any] = {
-        "samples": options.samples,
-        "files": NUM_FILES,
-        "samples_per_second": rates,
-        "ratios": {},
-    }
+        def alone(number: int) -> float:
+            return rate(len(batch["index"]) for batch in stream_of(folder).iter(batch_size=BATCH_SIZE))
+
+        readers: dict[str, Callable[[int], float]] = {ALONE: alone, PLAIN: plain}
+        for groups in (1, 4, 8):
+            told = f"accel_trainer, {groups} group{'s' if groups > 1 else ''} of shards"
+            readers[told] = lambda number, groups=groups: rate(ours(folder, groups))  # type: ignore[misc]
+        rates = in_turns(readers, options.rounds)
     print(f"Ratio to {ALONE}, median [95 % interval] (range):")
-    for name, own in rates.items():
-        ratios = [one / alone for one, alone in zip(own, rates[ALONE], strict=True)]
-        median, (low, high) = statistics.median(ratios), interval(ratios)
-        results["ratios"][name] = {"ratio": median, "interval": [low, high]}
-        spread = f"[{low:.2f}, {high:.2f}] ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"  {name:36} {median:.2f} {spread}, {statistics.median(own):,.0f} samples per second")
+    results = {"samples": options.samples, "files": NUM_FILES, "samples_per_second": rates}
+    results |= {"ratios": rates_to(ALONE, rates)}
     if options.write:
         write_results("streams.json", results)
 

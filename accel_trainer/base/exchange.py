@@ -58,8 +58,6 @@ def gather_on_main(mine: Any) -> list[Any]:
 
 def scatter_from_main(parts: list[Any]) -> Any:
     """Return this process's entry of the list of the main process, which has one for each; they travel pickled."""
-    if not torch.distributed.is_initialized():
-        return parts[0]
     received: list[Any] = [None]
     torch.distributed.scatter_object_list(received, parts, src=0, group=host_group())
     return received[0]

@@ -25,7 +25,7 @@ from .order import index_batches, is_stream, length_of, sampler_of
 from .randomness import FETCH, derive_seed
 from .sources import TensorSource, divide, mark_of, not_negative, tensor_source_of
 from .streams import UNDIVIDED, ShardedStream, description_of, divided, is_part, num_samples_in, read_by_main
-from .workers import Request, RequestSampler, SeededDataset, loader_of_requests, read_from_workers
+from .workers import Request, RequestSampler, SeededDataset, loader_of_parcels, read_from_workers
 
 _TOGETHER = 32  # micro-batches that are fetched in one go, at most ...
 _TOGETHER_BYTES = 2**20  # ... and their size together: all stay in memory as long as any of them is kept
@@ -134,7 +134,7 @@ class MicroBatchLoader:
         """The loader that asks workers; `None` if there are none."""
         if not self.data_loader.num_workers or (self.source is not None and self.source.in_memory):
             return None
-        return loader_of_requests(self.data_loader, self._dataset, self._requests, self._pin_memory)
+        return loader_of_parcels(self.data_loader, self._dataset, self._requests, self._pin_memory)
 
     @property
     def may_recut(self) -> bool:

@@ -125,6 +125,14 @@ def check_loader(loader: object, name: str, may_be_empty: bool = False) -> None:
         raise ValueError(f"{name} yields no batch: its dataset has {length}{rest}.")
 
 
+def no_batch(name: str) -> ValueError:
+    """Return the error for a loader that has come to its end without a batch."""
+    return ValueError(
+        f"{name} yields no batch: its stream is empty, ends before a full batch with drop_last, or can be read only "
+        "once and is used up after a pass."
+    )
+
+
 def num_steps(config: TrainConfig, train_loader: DataLoader[Any]) -> int | None:
     """Return the optimizer steps of the whole run; `None` where the loader cannot say."""
     per_epoch = config.steps_per_epoch or num_batches(train_loader)

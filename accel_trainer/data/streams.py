@@ -14,7 +14,6 @@ import os
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy
@@ -27,7 +26,7 @@ from ..base.exchange import gather_objects, host_group, scatter_from_main, share
 from .collated import aligned, compact, count_samples, pinned, take
 from .cut import Layout, Piece, cut, process_of, run_of
 from .randomness import DATA, SeededIterator, derive_seed, generators_kept, seed_all
-from .workers import init_worker, like_loader, read_from_workers, sheltered
+from .workers import loader_of_parcels, read_from_workers, sheltered
 
 _TOGETHER = 64  # rows of a table that are read in one go at first, if a micro-batch has fewer ...
 _TOGETHER_BYTES = 2**20  # ... and then as many as have this size, up to 16 times as many
@@ -70,12 +69,14 @@ def divided(held: list[Any], num_samples: int, layout: Layout) -> list[Any]:
     for process in range(layout.num_processes) if layout.process == 0 else ():
         pieces = cut(num_samples, layout._replace(process=process))
         parts.append([_part_of(held[0], piece, num_samples) for piece in pieces])
-    own: list[Any] = scatter_from_main(parts)
+    if layout.num_processes == 1:
+        return parts[0]
+    own: list[Any] = scatter_from_main(compact(parts))
     return own
 
 
 def _part_of(samples: Any, piece: Piece, num_samples: int) -> Any:
-    return samples if piece.is_whole else compact(take(samples, piece.start, piece.stop, num_samples))
+    return samples if piece.is_whole else take(samples, piece.start, piece.stop, num_samples)
 
 
 # --- read by shards ---------------------------------------------------------------------------------------------------
@@ -91,18 +92,7 @@ class Part(NamedTuple):
     size: int = 0  # samples, which a collate function may have made more or fewer than the rows
 
 
-class Portion:
-    """Parts of one batch, from one loader worker; torch's thread that pins memory calls its `pin_memory`."""
-
-    def __init__(self, parts: list[Part]) -> None:
-        self.parts = parts
-
-    def pin_memory(self) -> Portion:
-        """Return it with its data in page-locked memory, as far as possible."""
-        return Portion([part._replace(data=pinned(part.data)) for part in self.parts])
-
-
-class _Reader(IterableDataset[Portion]):
+class _Reader(IterableDataset[list[Part]]):
     """Read some parts of a stream, batch after batch, without an end; picklable, since loader workers run it."""
 
     def __init__(self, loader: DataLoader[Any], num_parts: int, indices: Sequence[int], seed: int) -> None:
@@ -124,13 +114,13 @@ class _Reader(IterableDataset[Portion]):
         """Read a pass (1-based) from a batch (0-based) on next; `states` has those of the parts there, if known."""
         self._epoch, self._first_batch, self._states = epoch, first_batch, states
 
-    def __iter__(self) -> Generator[Portion]:
+    def __iter__(self) -> Generator[list[Part]]:
         worker = get_worker_info()
         indices = self._indices if worker is None else self._indices[worker.id :: worker.num_workers]
         torch_worker._worker_info = None  # else `datasets` divides each part over the workers once more
         parts = [self._read(index) for index in indices]
         while True:
-            yield Portion([next(part) for part in parts])
+            yield [next(part) for part in parts]
 
     def _read(self, index: int) -> Generator[Part]:
         stream: Any = self._dataset.shard(num_shards=self._num_parts, index=index)
@@ -174,17 +164,10 @@ class ShardedStream:
         self._reader = _Reader(loader, layout.num_micro_batches, indices, seed)
         self._workers: DataLoader[Any] | None = None
         if loader.num_workers and indices:
-            self._workers = like_loader(
-                loader,
-                dataset=self._reader,
-                batch_size=None,
-                sampler=None,
-                collate_fn=_as_it_is,
-                pin_memory=pin_memory,
-                num_workers=min(loader.num_workers, len(indices)),
-                persistent_workers=False,  # they would go on with the pass before
-                worker_init_fn=partial(init_worker, loader.worker_init_fn),
-            )
+            number = min(loader.num_workers, len(indices))
+            # Persistent workers would go on with the pass before.
+            how = {"num_workers": number, "persistent_workers": False}
+            self._workers = loader_of_parcels(loader, self._reader, None, pin_memory, **how)
         self._states: dict[tuple[int, int], dict[int, Any]] = {}
         self._open: tuple[tuple[int, int], Generator[list[Part]]] | None = None  # left within a pass, and where
         self._least = (loader.batch_size or 1) if loader.drop_last else 1  # rows of a batch
@@ -236,28 +219,28 @@ class ShardedStream:
     def _own(self, parts: list[Part], sizes: list[int]) -> list[Part]:
         """Return the own micro-batches with samples; those of another process where there are none."""
         own, layout = [part for part in parts if part.size], self._layout
-        others = (layout._replace(process=process) for process in range(layout.num_processes))
-        if layout.num_processes > 1 and not all(any(sizes[index] for index in run_of(other)) for other in others):
-            first = next(index for index, size in enumerate(sizes) if size)
-            owner = process_of(first, layout)
-            given = own[0]._replace(data=compact(own[0].data)) if owner == layout.process else None
-            given = share_object(given, owner)
-            return own or [given]
-        return own
+        if all(sizes) and layout.num_processes <= len(sizes):
+            return own
+        owners = [process_of(index, layout) for index, size in enumerate(sizes) if size]
+        if len(set(owners)) == layout.num_processes:
+            return own
+        first = own[0]._replace(data=compact(own[0].data)) if owners[0] == layout.process else None
+        first = share_object(first, owners[0])
+        return own or [first]
 
     def _portions(self) -> Generator[list[Part]]:
         """Yield the own parts of each batch."""
         if self._workers is None:
-            portions = iter(self._reader)
+            read_here = iter(self._reader)
             while True:
                 with nullcontext() if self._reader.is_plain else generators_kept():
-                    parts = next(portions).parts
-                yield [part._replace(data=pinned(part.data)) for part in parts] if self._pin_memory else parts
+                    parts = next(read_here)
+                yield pinned(parts) if self._pin_memory else parts
         num_workers = self._workers.num_workers
-        with closing(read_from_workers(iter(self._workers))) as read:
+        with closing(read_from_workers(iter(self._workers))) as parcels:
             while True:
-                portions_of_batch = itertools.islice(read, num_workers)
-                yield sorted((part for portion in portions_of_batch for part in portion.parts), key=_index_of)
+                of_batch = itertools.islice(parcels, num_workers)
+                yield sorted((part for parcel in of_batch for part in parcel.data), key=lambda part: part.place)
 
     def _everywhere(self, parts: list[Part]) -> tuple[list[int], list[int]]:
         """Return the rows and the samples of each micro-batch, of all processes."""
@@ -422,14 +405,6 @@ def _collated(piece: list[Any] | dict[str, Any], collate: Callable[[Any], Any]) 
 def _state_of_generators() -> Any:
     _, keys, *others = numpy.random.get_state()
     return random.getstate(), bytes(keys), others, bytes(torch.get_rng_state().numpy())  # type: ignore[arg-type]
-
-
-def _index_of(part: Part) -> int:
-    return part.place
-
-
-def _as_it_is(portion: Portion) -> Portion:
-    return portion
 
 
 def description_of(loader: DataLoader[Any]) -> str | None:

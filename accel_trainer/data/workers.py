@@ -44,7 +44,7 @@ class SeededDataset(Dataset[Any]):
 
 
 class Parcel:
-    """A micro-batch from a loader worker; torch's thread that pins memory calls its `pin_memory`."""
+    """What a loader worker has made, such as a micro-batch; torch's thread that pins memory calls its `pin_memory`."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -91,10 +91,14 @@ def _leave_soon(signum: int, frame: object) -> None:
 _loaders: WeakSet[DataLoader[Any]] = WeakSet()  # with sheltered workers
 
 
-def loader_of_requests(
-    data_loader: DataLoader[Any], dataset: SeededDataset, requests: RequestSampler, pin_memory: bool
+def loader_of_parcels(
+    data_loader: DataLoader[Any],
+    dataset: Dataset[Any],
+    requests: RequestSampler | None,
+    pin_memory: bool,
+    **changes: Any,
 ) -> DataLoader[Any]:
-    """Return a loader whose workers, set up as the user's, answer requests."""
+    """Return a loader whose workers, set up as the user's, answer requests, or read a stream, in parcels."""
     loader: DataLoader[Any] = like_loader(
         data_loader,
         dataset=dataset,
@@ -103,6 +107,7 @@ def loader_of_requests(
         collate_fn=Parcel,
         pin_memory=pin_memory,
         worker_init_fn=partial(init_worker, data_loader.worker_init_fn),
+        **changes,
     )
     _loaders.add(loader)
     return loader

@@ -91,7 +91,7 @@ class Board:
             if self._leader is not None:
                 is_voting = self._leader.lead() or is_voting
             if self._talk is not None:
-                self._talk.wait(elapsed, is_voting)
+                self._talk.note(elapsed, is_voting)
             failure = self._local.failure() or self._found()
         except (RuntimeError, OSError) as error:
             is_voting, failure = False, Failure(f"What the processes of a host share cannot be read: {error}")
@@ -109,7 +109,7 @@ class Board:
             return None
         if self._local.fail(Failure(message)) and neighbour is not None and self._hosts is not None:
             # Not by the leader, which may be the one that has ended; in a thread, since the way may be blocked.
-            Thread(target=_tell, args=(self._hosts, Failure(message)), daemon=True).start()
+            Thread(target=_tell_if_possible, args=(self._hosts, Failure(message)), daemon=True).start()
         return self._local.failure()
 
     def _look_at(self, other: _Neighbour) -> str | None:
@@ -186,7 +186,7 @@ class _Talk:
         self._thread = _Repeated(self._step)
         self._thread.start()
 
-    def wait(self, elapsed: float, is_voting: bool) -> None:
+    def note(self, elapsed: float, is_voting: bool) -> None:
         """Note that time has passed, and whether the processes of this host have begun to vote."""
         self._silence += min(elapsed, 1.0)
         if is_voting and not self._is_voting:
@@ -233,7 +233,6 @@ class _Talk:
                 self._hosts.leave()
                 if self._told is not None and self._hosts.member == 0:  # its process may hold the store
                     _wait_for(self._hosts.have_left, 2 * _BEAT_SECONDS)
-                self._hosts.release()
 
 
 def _tell(hosts: Circle, failure: Failure) -> bool:
@@ -242,6 +241,11 @@ def _tell(hosts: Circle, failure: Failure) -> bool:
     if is_first:
         hosts.ring()
     return is_first
+
+
+def _tell_if_possible(hosts: Circle, failure: Failure) -> None:
+    with suppress(RuntimeError, OSError):  # the store may have gone with its process
+        _tell(hosts, failure)
 
 
 class _Pulse:

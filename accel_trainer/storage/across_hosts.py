@@ -25,7 +25,7 @@ from ..devices.hosts import place_of
 from ..errors import CheckpointError
 from .checkpoints import BEST, EPOCHS, fault_of, files_of, read_json, steps_in
 from .files import flush
-from .run_folder import RunFolder, holds_ended_run
+from .run_folder import RunFolder, ended_run, holds_ended_run
 
 _BLOCK = 2**26  # bytes that are sent at once
 _BESIDE = ("steps.jsonl", "trackers.json", BEST, EPOCHS)  # what a run that goes on needs of the run folder
@@ -128,10 +128,7 @@ def _check_none_is_lost(offers: Sequence[_Offer]) -> None:
                 "begin anew, remove the folder."
             )
         if other.has_ended:
-            raise FileExistsError(
-                f"run_dir {where} holds a run that has ended, without a checkpoint to go on from. Give another "
-                "run_dir, or remove the folder."
-            )
+            raise ended_run(where)
 
 
 def _files_in(path: Path) -> list[str]:

@@ -107,7 +107,8 @@ class RunFolder:
             raise CheckpointError(
                 f"No checkpoint in {self._checkpoints} can be used ({faults}). To begin anew, remove the folder."
             )
-        self._check_unfinished()
+        if holds_ended_run(self.path):
+            raise ended_run(self.path)
         if self._resume is True:
             raise FileNotFoundError(f'run_dir {self.path} has no checkpoint to go on from. resume="auto" begins anew.')
         return None
@@ -129,14 +130,6 @@ class RunFolder:
         raise FileExistsError(
             f"run_dir {self.path} holds {found}, which the run would write over. Give it a folder of its own."
         )
-
-    def _check_unfinished(self) -> None:
-        """Refuse to begin anew where a run has come to its end, though its checkpoints were removed."""
-        if holds_ended_run(self.path):
-            raise FileExistsError(
-                f"run_dir {self.path} holds a run that has ended, without a checkpoint to go on from. Give another "
-                "run_dir, or remove the folder."
-            )
 
     def open(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """Make the folder ready to write: empty for a new run, as it was then for one that goes on.
@@ -427,6 +420,14 @@ def holds_ended_run(run_dir: Path) -> bool:
         with suppress(FileNotFoundError, ValueError):
             return History.load(run_dir).stop_reason is not None
     return False
+
+
+def ended_run(run_dir: Path | str) -> FileExistsError:
+    """Return the error where a run has come to its end, and its checkpoints were removed."""
+    return FileExistsError(
+        f"run_dir {run_dir} holds a run that has ended, without a checkpoint to go on from. Give another run_dir, or "
+        "remove the folder."
+    )
 
 
 def epoch_path(run_dir: Path, epoch: int) -> Path:
