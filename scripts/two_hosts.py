@@ -51,7 +51,7 @@ def train(folder: Path, host: str, heartbeat_seconds: float) -> None:
         def on_step_end(self, trainer: Trainer) -> None:
             with open(folder / f"steps of {rank}", "a") as file:
                 file.write(f"{time.time()} {trainer.state.step}\n")
-            time.sleep(0.02 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0)
+            time.sleep(0.01 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0)
 
     torch.manual_seed(0)
     inputs = torch.randn(1800, 64)
@@ -121,7 +121,7 @@ class Hosts:
             how += [f"--node_rank={int(host != main)}"]
         command = [
             *("ip", "netns", "exec", self.names[host], sys.executable, "-m", "torch.distributed.run", *how),
-            *("--nnodes=2", f"--nproc_per_node={self.num_processes}", "--monitor_interval=0.5"),
+            *("--nnodes=2", f"--nproc_per_node={self.num_processes}", "--monitor_interval=0.1"),
             f"--local_addr={self.addresses[host]}",
             *(__file__, "--train", str(folder), "--host", str(host), "--heartbeat", str(heartbeat_seconds)),
         ]

@@ -238,7 +238,7 @@ def train_while(folder, hosts, stopped, seconds):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("hosts, stopped", [("aabb", 2)])
+@pytest.mark.parametrize("hosts, stopped", [("aa", 0), ("aabb", 2)])
 def test_a_stopped_process_is_waited_for_and_told_once(tmp_path, hosts, stopped):
     undisturbed = fit_tiny(quiet(num_epochs=4))
     losses, said = zip(*on_processes(len(hosts), train_while, tmp_path, hosts, stopped, 8.0), strict=True)
