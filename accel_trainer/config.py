@@ -45,6 +45,10 @@ class TrainConfig:
             memory is cut finer.
         bitwise: Let not one bit of losses and weights depend on the number of processes: fixed order of sums,
             deterministic kernels. `num_micro_batches` is then 8 unless given.
+        sharding: Divide the model over the processes, where it is too large for one device: weights, gradients and
+            optimizer state over all of them (`full`), or over those of each host, with a replica on each (`hybrid`).
+            `None` does what `accelerate launch --use_fsdp --fsdp_version 2` says, else nothing. Needs
+            `num_micro_batches` (or `bitwise`). The model stays divided after `fit`.
         num_threads: Threads inside one operation on the CPU, at least 1, for the length of the run; `None` keeps
             the present number, or takes 1 with `bitwise`, whose bits depend on it.
         mixed_precision: `no`, `bf16`, `fp16` or `fp8`; `None` takes what `accelerate launch` says, else `no`.
@@ -102,6 +106,7 @@ class TrainConfig:
     mode: Literal["min", "max"] | None = None
     num_micro_batches: int | None = None
     bitwise: bool = False
+    sharding: Literal["full", "hybrid"] | None = None
     num_threads: int | None = None
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
     compile: Literal[True, False, "regional"] = False
@@ -148,6 +153,17 @@ class TrainConfig:
         for name, is_set in in_folder.items():
             if is_set and self.run_dir is None:
                 raise ValueError(f"{name} needs a run_dir, where checkpoints and weights are.")
+
+
+def check_with_sharding(config: TrainConfig) -> None:
+    """Refuse (ValueError) what a model that is divided over the processes cannot be trained with."""
+    if config.num_micro_batches is None and not config.bitwise:
+        raise ValueError(
+            "With sharding num_micro_batches must be given: no process can try smaller micro-batches where memory runs "
+            "out, since the others wait for it. Set it to the number of processes, or a multiple of it."
+        )
+    if config.compile is True:
+        raise ValueError("With sharding only the repeated blocks can be compiled: use compile='regional'.")
 
 
 def _as_python(value: Any) -> Any:
@@ -208,6 +224,7 @@ _REQUIREMENTS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = 
     (("compile",), *_one_of(True, False, "regional")),
     (("data_in_memory", "resume"), *_one_of(True, False, "auto")),
     (("mode",), *_one_of("min", "max", None)),
+    (("sharding",), *_one_of("full", "hybrid", None)),
     (("mixed_precision",), *_one_of("no", "fp16", "bf16", "fp8", None)),
     (("schedule_every",), *_one_of("step", "epoch")),
     (("on_nonfinite",), *_one_of("raise", "skip", "ignore")),

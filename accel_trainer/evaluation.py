@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -66,18 +66,18 @@ def evaluate(
                     if stopping is not None and stopping.interrupts():
                         return None
                     losses.start_batch(micro_batch.batch.number, micro_batch.batch)
-                # No forward exchanges anything, so nobody needs padding.
-                if not micro_batch.piece.is_padding and not memory.exceeded:
+                if not memory.exceeded and _is_computed(prepared, micro_batch):
                     if not is_certain:
                         seed_all(derive_seed(loader.seed, EVALUATION, *micro_batch.position), hardware.generators)
                     with memory.trying(micro_batch):
                         forward = evaluated(prepared, objective, micro_batch, is_even)
-                        losses.add(micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))
-                        for one in collecting:
-                            one.add(micro_batch, forward)
-                        if probe is not None:
-                            uncompiled = partial(prepared.forward_mode, is_full=False)
-                            probe.look(objective, metrics, prepared.model, uncompiled, micro_batch, forward)
+                        if not micro_batch.piece.is_padding:
+                            losses.add(micro_batch, forward, metrics.totals(forward, micro_batch.num_samples))
+                            for one in collecting:
+                                one.add(micro_batch, forward)
+                            if probe is not None:
+                                uncompiled = _forwards_of_one(prepared)
+                                probe.look(objective, metrics, prepared.model, uncompiled, micro_batch, forward)
                         del forward  # two outputs in memory are one too many
                 for one in collecting:
                     one.after(micro_batch)
@@ -90,6 +90,16 @@ def evaluate(
     if whole is not None:
         values |= whole.values(metrics)
     return {"loss": totals.loss, **metrics.in_order(values), **totals.scalars}
+
+
+def _is_computed(prepared: Prepared, micro_batch: MicroBatch) -> bool:
+    """Return whether a micro-batch runs: padding only where the others wait, since a divided model is gathered."""
+    return prepared.is_divided or not micro_batch.piece.is_padding
+
+
+def _forwards_of_one(prepared: Prepared) -> Callable[[], AbstractContextManager[Any]] | None:
+    """Return the context of forwards that this process alone runs; `None` where no process can run one alone."""
+    return partial(prepared.forward_mode, is_full=False) if not prepared.is_divided else None
 
 
 class _WholeOutputs(Gathered):
@@ -126,12 +136,14 @@ def predict(prepared: Prepared, loader: MicroBatchLoader, ragged: float | Litera
         gathered.start()
         with evaluation_pass(prepared, loader) as micro_batches:
             for micro_batch in micro_batches:
-                if not micro_batch.piece.is_padding and not memory.exceeded:
+                if not memory.exceeded and _is_computed(prepared, micro_batch):
                     seed_all(derive_seed(loader.seed, EVALUATION, *micro_batch.position), hardware.generators)
                     with memory.trying(micro_batch):
                         outputs = predicted(prepared, micro_batch, left_out)
-                        gathered.add(micro_batch, outputs if ragged is None else (outputs, mask_of(micro_batch.data)))
-                        del outputs  # two outputs in memory are one too many
+                        kept = outputs if ragged is None else (outputs, mask_of(micro_batch.data))
+                        if not micro_batch.piece.is_padding:
+                            gathered.add(micro_batch, kept)
+                        del outputs, kept  # two outputs in memory are one too many
                 gathered.after(micro_batch)
     parts = gathered.parts()
     if left_out and hardware.is_main:
@@ -148,6 +160,8 @@ def predicted(prepared: Prepared, micro_batch: MicroBatch, left_out: set[str]) -
     model, inputs = prepared.user_model, predicted_from(prepared.user_model, micro_batch.data)
     with prepared.forward_mode(micro_batch.batch.is_full):
         outputs = without_caches(model, call_model(prepared.model, inputs))
+    if micro_batch.piece.is_padding:
+        return None
     num_samples = micro_batch.num_samples
     if micro_batch.num_held is not None:  # which goes by the targets
         num_samples = count_samples(inputs, num_samples) or 0
@@ -200,5 +214,9 @@ def evaluation_pass(
             buffers.restore()
 
     model = prepared.model  # with its wrapper on several processes, which compute_loss may ask for its mode
-    with evaluation_mode(model), torch.no_grad(), closing(loader.micro_batches(1)) as micro_batches:
-        yield each()
+    try:
+        with evaluation_mode(model), torch.no_grad(), closing(loader.micro_batches(1)) as micro_batches:
+            yield each()
+    finally:
+        if prepared.shards is not None:
+            prepared.shards.give_up()

@@ -33,6 +33,7 @@ from .numbers.metrics import Metrics
 from .numbers.objective import Objective
 from .numbers.reductions import ChainSum, TreeSum, check_same_weights, share_from_main
 from .numbers.schedules import Schedule
+from .numbers.sharded_gradients import ShardedGradients, ShardedTreeGradients
 from .state import TrainState
 
 if TYPE_CHECKING:  # what keeps and tells of a run stands above it
@@ -113,8 +114,9 @@ class Training:
     def end_epoch(self) -> None:
         """Give all processes the same buffers, and find weights that differ; all processes call it together."""
         self.buffers.share()
-        if self.hardware.num_processes > 1:
-            check_same_weights(self.prepared.user_model)
+        shards = self.prepared.shards
+        if self.hardware.num_processes > 1 and (shards is None or shards.replicas is not None):
+            check_same_weights(self.prepared.user_model, None if shards is None else shards.replicas)
 
     def _is_evenly_weighted(self) -> bool:
         return self.objective.weighs_evenly(self.loader.source, self.loader.may_hold_others)
@@ -174,13 +176,13 @@ def together(
     hardware: Hardware,
     bitwise: bool = False,
     num_threads: int | None = None,
-    before_leaving: Callable[[str], object] = lambda cause: None,
+    before_leaving: Callable[[str, bool], object] = lambda cause, is_lost: None,
     heartbeat_seconds: float = 30.0,
 ) -> Iterator[Any]:
     """Let the processes share a failure, compute alike, and leave generators and settings as they were.
 
-    `before_leaving` is called with the cause before a process is ended because another has failed. Yields where the
-    processes agree on a stop; `None` with one process.
+    `before_leaving` is called before a process is ended because another has failed, with the cause, and whether that
+    one is lost. Yields where the processes agree on a stop; `None` with one process.
     """
     with (
         shared_failure(hardware.process, hardware.num_processes, before_leaving, heartbeat_seconds) as votes,
@@ -217,7 +219,7 @@ def make_training(
         gradients=_gradients_of(config, prepared, loader),
         buffers=Buffers([model, *objective.modules], changes, hardware.num_processes, hardware.any_process),
         memory=TrainingMemory(hardware, loader),
-        finite=FiniteCheck(model, config.on_nonfinite),
+        finite=FiniteCheck(model, config.on_nonfinite, is_divided=prepared.is_divided),
         schedule=schedule,
         stopping=stopping,
         callbacks=callbacks,
@@ -235,6 +237,10 @@ def make_training(
 
 def _gradients_of(config: TrainConfig, prepared: Prepared, loader: MicroBatchLoader) -> LocalGradients | TreeGradients:
     model, accelerator, copies = prepared.user_model, prepared.hardware.accelerator, prepared.reuses_memory
+    if prepared.shards is not None:
+        if config.bitwise:
+            return ShardedTreeGradients(model, accelerator, prepared.shards, loader.layout)
+        return ShardedGradients(model, accelerator, prepared.shards, config.find_unused_parameters)
     if config.bitwise:
         return TreeGradients(model, accelerator, copies, loader.layout, prepared.is_compiled)
     if loader.layout.num_processes == 1:

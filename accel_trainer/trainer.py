@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from .base.exchange import meet
 from .base.tracebacks import ends_in_users_lines
 from .callbacks import Callback, Callbacks
-from .config import TrainConfig
+from .config import TrainConfig, check_with_sharding
 from .data.micro_batches import MicroBatchLoader
 from .data.order import check_loader, num_batches, num_steps
 from .data.streams import can_be_sharded, check_by_shards
@@ -46,6 +46,7 @@ from .storage.identity import identity_of
 from .storage.resume import begin, check_states, find
 from .storage.run_folder import RunFolder
 from .storage.saver import Saver, finish_writes, seconds_between_saves
+from .storage.shared_folder import SharedFolder, wait_for_nobody
 from .storage.weights import checked_state, left_out_of
 from .view.described import described
 from .view.gathered_answers import GatheredAnswers
@@ -120,7 +121,7 @@ class Trainer:
         self.config = TrainConfig() if config is None else config
         if not isinstance(self.config, TrainConfig):
             raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}.")
-        check_model(model, self.config.bitwise)
+        check_model(model, self.config.bitwise, may_be_divided=self.config.sharding is not None)
         if optimizer is not None:
             check_optimizer(optimizer, model)
             check_scheduler(scheduler, optimizer)
@@ -263,7 +264,7 @@ class Trainer:
         tests = {name: make(loader, name=argument_of(name)) for name, loader in test_loaders.items()}
         checked_state(self.model)
         warn_of_ignored(hardware.accelerator)
-        prepared = Prepared(hardware, self.model, optimizer, config.compile)
+        prepared = Prepared(hardware, self.model, optimizer, config.compile, config.seed)
         in_vain = () if tests else self._metrics.names
         for line in start_lines(hardware, self.model, train_loader, config, in_vain):
             announce(line)
@@ -275,7 +276,8 @@ class Trainer:
         shown = self._all_callbacks(hardware, train_loader, found.folder)
         callbacks = Callbacks([reporter, *shown], self, stopping.request)
         on_checkpoint = functools.partial(callbacks.call, "on_checkpoint")
-        saver = Saver(config, found.folder, hardware.is_main, self.history, identity, self._callbacks, on_checkpoint)
+        saving = self.history, identity, self._callbacks, on_checkpoint
+        saver = Saver(config, self._kept_in(found.folder, prepared), hardware.is_main, *saving, prepared.is_divided)
         parts = prepared, self._objective, schedule, stopping, callbacks, self.state, micro_batches
         training = make_training(config, *parts, saver if config.run_dir is not None else None, self._probe)
         outcome = self._metrics, self.history, found.folder, saver, reporter, self._probe
@@ -287,6 +289,12 @@ class Trainer:
             choices |= described(self.model, optimizer)  # type: ignore[arg-type]
             reporter.report_start(choices, describe_environment(hardware.describe()))
         return run
+
+    def _kept_in(self, folder: RunFolder | None, prepared: Prepared) -> RunFolder | SharedFolder | None:
+        """Return what the saver writes to: of a divided model a folder that all processes write to together."""
+        if self.config.run_dir is None or not prepared.is_divided:
+            return folder
+        return SharedFolder.seen_by_all(self.config.run_dir, folder, prepared.hardware)
 
     def _schedule(self, train_loader: DataLoader[Any]) -> Schedule | None:
         if self._scheduler is None:
@@ -461,7 +469,9 @@ class Trainer:
     @contextmanager
     def _session(self) -> Iterator[tuple[Hardware, Any]]:
         config = self.config
-        hardware = Hardware(config.mixed_precision, self._make_accelerator, config.bitwise)
+        hardware = Hardware(config.mixed_precision, self._make_accelerator, config.bitwise, config.sharding)
+        if hardware.sharding is not None:
+            check_with_sharding(config)
         self.is_main_process = hardware.is_main
         outer = self._reporter  # of a run whose callback evaluates
         try:
@@ -477,15 +487,17 @@ class Trainer:
         finally:
             self._reporter = outer
 
-    def _leave(self, cause: str) -> None:
-        """See the last write through before the error of another process ends this one."""
+    def _leave(self, cause: str, is_lost: bool) -> None:
+        """See the last write through before another process ends this one; not one that would wait for it."""
+        if is_lost:
+            wait_for_nobody()
         finish_writes(timeout=20.0)
         report_failure(self._reporter, ProcessFailedError.__name__, cause)
 
     @contextmanager
     def _evaluating(self) -> Iterator[Prepared]:
         with self._session() as (hardware, _):
-            prepared = Prepared(hardware, self.model, compile=self.config.compile)
+            prepared = Prepared(hardware, self.model, None, self.config.compile, self.config.seed)
             with prepared.attached():
                 yield prepared
 

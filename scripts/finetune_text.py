@@ -1,11 +1,13 @@
 """Fine-tune a transformers encoder to classify texts: a template to copy.
 
 accelerate launch scripts/finetune_text.py --data reviews.csv --model distilbert-base-uncased --num_epochs 3
+accelerate launch scripts/finetune_text.py --sharding full ...    (a model that is too large for one device)
 """
 
 import difflib
 import json
 import os
+from dataclasses import replace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
 
@@ -24,6 +26,7 @@ from transformers import (
 from accel_trainer import Trainer
 from accel_trainer.tools.options import OptionParser, refusals_in_one_line
 
+NUM_MICRO_BATCHES = 8  # of a divided model: the largest number of processes that it may be divided over
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -101,6 +104,8 @@ def main() -> None:
     parser.add_config(num_epochs=3, max_grad_norm=1.0, run_dir="runs/text")
     options = parser.parse_args()
     config = parser.config_of(options)
+    if config.sharding is not None and config.num_micro_batches is None:
+        config = replace(config, num_micro_batches=NUM_MICRO_BATCHES)
     try:
         rows = load_texts(options.data, options.text_column, options.label_column)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -144,8 +149,10 @@ def main() -> None:
     if trainer.is_main_process:
         print(f"Final evaluation: loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.4f}")
         if config.run_dir is not None:
-            folder = os.path.join(config.run_dir, "model")
-            model.save_pretrained(folder)
+            folder = os.path.join(config.run_dir, "best")  # where a divided model is, in parts, with its config
+            if config.sharding is None:
+                folder = os.path.join(config.run_dir, "model")
+                model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             print(f"For from_pretrained: {folder}")
 

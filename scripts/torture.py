@@ -4,7 +4,8 @@ python scripts/torture.py --kills 100 --write
 
 SIGKILL, SIGTERM and SIGINT come at random instants - in steps, evaluations, saves and renames - to one process or all.
 Each time the run goes on with 1 to 4 processes and another num_micro_batches (a fixed one with bitwise, half of the
-runs); in a tenth of the cases its newest checkpoint is damaged first. Exit code 0: nothing was lost.
+runs), in half of its lives with a model that is divided over them, also in two replicas; in a tenth of the cases its
+newest checkpoint is damaged first. Exit code 0: nothing was lost.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import History, ProcessFailedError, TrainConfig, Trainer
+from accel_trainer.base.dtensors import whole
 from accel_trainer.devices.environment import describe_environment
 from accel_trainer.storage.checkpoints import fault_of, steps_in
 from accel_trainer.tools.launching import run_on_processes
@@ -37,7 +39,22 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "torture.jso
 BATCH_SIZE = 60
 
 
-def train(run_dir: str, log: str, bitwise: bool, num_epochs: int, num_micro_batches: int | None, kill_at: int) -> bool:
+TWO_REPLICAS = {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
+
+
+def train(
+    run_dir: str,
+    log: str,
+    bitwise: bool,
+    num_epochs: int,
+    num_micro_batches: int | None,
+    kill_at: int,
+    sharding: str | None = None,
+) -> bool:
     """Go on with the run, or begin it, in one of its processes; return whether it came to its end."""
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
@@ -68,6 +85,7 @@ def train(run_dir: str, log: str, bitwise: bool, num_epochs: int, num_micro_batc
         keep_checkpoints=3,
         num_micro_batches=4 if bitwise else num_micro_batches,
         bitwise=bitwise,
+        sharding=sharding,
         restore_best=False,
         verbose=False,
     )
@@ -80,8 +98,8 @@ def train(run_dir: str, log: str, bitwise: bool, num_epochs: int, num_micro_batc
     )
     history = trainer.fit(DataLoader(data, BATCH_SIZE, shuffle=True), DataLoader(test, 100))
     finished = history.num_epochs == num_epochs
+    torch_free = {name: whole(tensor).tolist() for name, tensor in model.state_dict().items()}
     if finished and trainer.is_main_process:
-        torch_free = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
         Path(f"{log}.weights").write_text(json.dumps(torch_free))
     return finished
 
@@ -113,15 +131,20 @@ class Life:
 
     def live(self, dice: random.Random, kind: str) -> str:
         """Start it and end it in this way; return how it ended: finished, interrupted, killed, terminated."""
-        self.num_processes = dice.randint(1, 4)
-        cuts = [None, *range(self.num_processes, 9)]
+        self.num_processes, environment = dice.randint(1, 4), {}
+        sharding = dice.choice([None, "full"]) if self.num_processes > 1 else None
+        if sharding is not None and self.num_processes == 4 and dice.random() < 0.5:
+            sharding, environment = "hybrid", TWO_REPLICAS
+        self.layout = f"{'2x2' if environment else self.num_processes}{'' if sharding is None else ' divided'}"
+        cuts = [*([None] if sharding is None else []), *range(self.num_processes, 9)]
         arguments = (str(self.run_dir), str(self.log), self.bitwise, self.num_epochs, dice.choice(cuts))
         kill_at = dice.randint(1, 120) if kind == "SIGKILL in a write" else 0
         outcome: list[Any] = []
 
         def run() -> None:
             try:
-                outcome.extend(run_on_processes(self.num_processes, train, *arguments, kill_at, timeout=1800))
+                how = {"environment": environment, "timeout": 1800}
+                outcome.extend(run_on_processes(self.num_processes, train, *arguments, kill_at, sharding, **how))
             except ProcessFailedError as error:
                 outcome.append(str(error))
 
@@ -233,11 +256,9 @@ def torture(folder: Path, bitwise: bool, kills: int, num_epochs: int, dice: rand
         life = Life(folder / "run", folder / "logs" / f"life{len(logs):04d}", bitwise, num_epochs)
         logs.append(life.log)
         end = life.live(dice, kind)
-        layouts[life.num_processes] += 1
+        layouts[life.layout] += 1
         step = next((step for step, _ in steps_in(folder / "run" / "checkpoints")), 0)
-        tell(
-            f"bitwise={bitwise} {sum(kinds.values()):4d} {kind:20s} {life.num_processes} processes: {end}, step {step}"
-        )
+        tell(f"bitwise={bitwise} {sum(kinds.values()):4d} {kind:20s} {life.layout} processes: {end}, step {step}")
         if end == "finished":
             break
         kinds[kind] += 1
@@ -249,7 +270,7 @@ def torture(folder: Path, bitwise: bool, kills: int, num_epochs: int, dice: rand
         "bitwise": bitwise,
         "kills": dict(kinds),
         "damaged_checkpoints": damaged,
-        "starts_by_processes": {str(number): count for number, count in sorted(layouts.items())},
+        "starts_by_processes": dict(sorted(layouts.items())),
         "epochs": num_epochs,
         "greatest_relative_difference": difference,
     }

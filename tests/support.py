@@ -25,6 +25,14 @@ from accel_trainer import TrainConfig, Trainer
 
 ROOT = Path(__file__).parent.parent
 
+# Processes, `sharding` and variables of the layouts of a divided model, two replicas among them.
+TWO_BY_TWO = {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
+LAYOUTS = {"2": (2, "full", {}), "3": (3, "full", {}), "4": (4, "full", {}), "2x2": (4, "hybrid", TWO_BY_TWO)}
+
 
 def _call_and_keep(function, folder, *args):
     result = function(*args)
@@ -41,6 +49,17 @@ def on_processes(num_processes, function, *args):
             return [function(*args)]
         debug_launcher(_call_and_keep, (function, folder, *args), num_processes)
         return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(num_processes)]
+
+
+def on_fork(function):
+    """Return what a function gives in a fork: one process alone makes a group, which others would inherit."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=lambda: results.put(function()))
+    process.start()
+    result = results.get(timeout=60)
+    process.join()
+    return result
 
 
 def _begin(main, output, errors, argv, env, cwd):

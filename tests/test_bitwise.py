@@ -1,6 +1,7 @@
 """Not one bit differs between any numbers of processes: random small models, and the places where bits get lost."""
 
 import hashlib
+import os
 import random
 import time
 
@@ -12,19 +13,20 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import TrainConfig, Trainer
+from accel_trainer.base.dtensors import whole
 from accel_trainer.data.cut import Layout, process_of, run_of
 from accel_trainer.devices.arithmetic import fixed_arithmetic
-from accel_trainer.numbers.reductions import TreeSum, _Node, _nodes_of, _plan_of, _push
-from support import Items, correct, loader_of, make_data, make_model, on_processes, quiet
+from accel_trainer.numbers.reductions import Node, TreeSum, _nodes_of, _plan_of, push
+from support import LAYOUTS, Items, correct, loader_of, make_data, make_model, on_fork, on_processes, quiet
 
 pytestmark = pytest.mark.timeout(300)
 NUM_PROCESSES = (2, 3, 4, 5, 8)
 
 
 def bits(tensors):
-    """Return a digest of the exact bits of named tensors."""
+    """Return a digest of the exact bits of named tensors; of one that is divided over the processes, of the whole."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted((name, whole(tensor)) for name, tensor in tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -114,7 +116,7 @@ def by_tokens(batch):
     return batch[1].sum() + 1.5  # weights that no power of two divides
 
 
-def random_case(seed):
+def random_case(seed, sharding=None):
     """Train a random small model on random data in a random way; return all its bits."""
     AcceleratorState._reset_state()  # the precision may change
     draw = random.Random(seed)
@@ -152,6 +154,7 @@ def random_case(seed):
         num_epochs=2,
         max_grad_norm=draw.choice([None, 0.3]),
         mixed_precision="bf16" if dtype == torch.float32 and draw.random() < 0.3 else "no",
+        sharding=sharding,
     )
     trainer = Trainer(
         model,
@@ -182,6 +185,26 @@ def test_random_small_models_have_the_same_bits_on_any_number_of_processes(reque
         for results in on_processes(num_processes, random_cases, chosen):
             for seed, result in zip(chosen, results, strict=True):
                 assert result == references[seed], f"case {seed} differs on {num_processes} processes"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(3600)
+@pytest.mark.filterwarnings("ignore:loss_fn is no mean")
+def test_random_small_models_have_the_same_bits_divided_over_processes(request):
+    seeds = range(request.config.getoption("--cases") * 2 // 5)
+
+    def divided(chosen, sharding, environment):
+        os.environ.update(environment)
+        return [random_case(seed, sharding) for seed in chosen]
+
+    references = on_fork(lambda: divided(seeds, "full", {}))  # not divided but in bf16, where torch rounds more of it
+    assert sum(one == random_case(seed) for seed, one in zip(seeds, references, strict=True)) > 0.7 * len(seeds)
+    for place, (layout, (number, *how)) in enumerate(LAYOUTS.items()):
+        # Every case runs in one of the layouts; the first ones in all.
+        chosen = [seed for seed in seeds if seed < 4 or place == seed % 4]
+        for results in on_processes(number, divided, chosen, *how):
+            for seed, result in zip(chosen, results, strict=True):
+                assert result == references[seed], f"case {seed} differs on {layout} processes"
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
@@ -262,9 +285,9 @@ def test_what_is_missing_leaves_no_trace_in_the_sum():
 
 def test_a_process_sends_as_much_as_a_ring_where_its_part_is_a_subtree():
     for num_processes in (1, 2, 4, 8):
-        assert [len(nodes) for nodes in _plan_of(num_processes, 8, 8)] == [1] * num_processes
-    assert [len(nodes) for nodes in _plan_of(3, 8, 8)] == [2, 2, 1]
-    assert [len(nodes) for nodes in _plan_of(8, 8, 3)] == [1, 1, 1, 0, 0, 0, 0, 0]
+        assert [len(nodes) for nodes in _plan_of(Layout(0, num_processes, 8), 8)] == [1] * num_processes
+    assert [len(nodes) for nodes in _plan_of(Layout(0, 3, 8), 8)] == [2, 2, 1]
+    assert [len(nodes) for nodes in _plan_of(Layout(0, 8, 8), 3)] == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_a_plan_is_what_the_counter_adds_up_and_takes_no_time_for_thousands_of_processes():
@@ -272,12 +295,12 @@ def test_a_plan_is_what_the_counter_adds_up_and_takes_no_time_for_thousands_of_p
         for stop in range(start, 70):
             nodes = []
             for index in range(start, stop):
-                _push(nodes, _Node(index, 1, []))
+                push(nodes, Node(index, 1, []))
             assert [(node.start, node.size) for node in nodes] == _nodes_of(start, stop)
     _plan_of.cache_clear()
     started = time.perf_counter()
     for _ in range(200):  # buckets of a step, the first of which makes the plan
-        _plan_of(2048, 4096, 4096)
+        _plan_of(Layout(0, 2048, 4096), 4096)
     assert (time.perf_counter() - started) / 200 < 1e-3
     for num_processes in (1, 2, 3, 7, 64):
         for number in range(num_processes, 200, 11):

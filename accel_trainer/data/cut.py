@@ -8,19 +8,24 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """How the work is divided: this process, of how many, and the micro-batches of a batch."""
+    """How the work is divided: this process, of how many, and the micro-batches of a batch.
+
+    Micro-batches are dealt in contiguous runs, or `in_rounds`: one to each process, then the next one to each, and so
+    on. Every process then takes part in every round, as a model that is divided over the processes needs.
+    """
 
     process: int
     num_processes: int
     num_micro_batches: int
+    in_rounds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """The samples `start:stop` of a batch as one micro-batch of this process.
 
-    A process that has no samples of its own gets padding: it takes part in the collectives with the batch's first
-    micro-batch, whose loss and gradient then have the weight 0.
+    A process that has no samples of its own, in a batch or in a round, gets padding: it takes part in the collectives
+    with the batch's first micro-batch, whose loss and gradient then have the weight 0.
     """
 
     index: int  # of the micro-batch in the batch, over all processes
@@ -37,15 +42,19 @@ def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
     """Return the micro-batches of this process for a batch of so many samples.
 
     The batch is cut into contiguous pieces whose sizes differ by at most one sample, larger pieces first; each process
-    gets a contiguous run of pieces, with sizes by the same rule.
+    gets a contiguous run of pieces, with sizes by the same rule, or one in each round.
 
     Example:
         >>> [(piece.start, piece.stop) for piece in cut(10, Layout(process=0, num_processes=2, num_micro_batches=3))]
         [(0, 4), (4, 7)]
+        >>> rounds = Layout(process=0, num_processes=2, num_micro_batches=3, in_rounds=True)
+        >>> [(piece.start, piece.stop) for piece in cut(10, rounds)]
+        [(0, 4), (7, 10)]
     """
     number = layout.num_micro_batches
     mine = [(index, *_bounds(num_samples, number, index), False) for index in run_of(layout) if index < num_samples]
-    mine = mine or [(0, *_bounds(num_samples, number, 0), True)]
+    padding = (0, *_bounds(num_samples, number, 0), True)
+    mine += [padding] * (num_forwards(min(num_samples, number), layout) - len(mine))
     last = len(mine) - 1
     return tuple(
         Piece(*piece, number == 0, number == last, piece[2] - piece[1] == num_samples)
@@ -53,13 +62,22 @@ def cut(num_samples: int, layout: Layout) -> tuple[Piece, ...]:
     )
 
 
+def num_forwards(num_filled: int, layout: Layout) -> int:
+    """Return how many micro-batches of a batch each process computes at least, if so many of them have samples."""
+    return -(-num_filled // layout.num_processes) if layout.in_rounds else 1
+
+
 def run_of(layout: Layout) -> range:
     """Return the micro-batches that this process computes."""
+    if layout.in_rounds:
+        return range(layout.process, layout.num_micro_batches, layout.num_processes)
     return range(*_bounds(layout.num_micro_batches, layout.num_processes, layout.process))
 
 
 def process_of(index: int, layout: Layout) -> int:
     """Return the process that computes a micro-batch."""
+    if layout.in_rounds:
+        return index % layout.num_processes
     size, num_larger = divmod(layout.num_micro_batches, layout.num_processes)
     beyond = index - num_larger * (size + 1)  # those of the larger runs
     return index // (size + 1) if beyond < 0 else num_larger + beyond // size

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Subset, default_collate
 
 from ..base.exchange import gather_objects, share_object
 from .collated import count_samples, pinned
-from .cut import Layout, Piece, cut, run_of
+from .cut import Layout, Piece, cut
 from .order import index_batches, is_stream, length_of, sampler_of
 from .randomness import FETCH, derive_seed
 from .sources import TensorSource, divide, mark_of, not_negative, tensor_source_of
@@ -332,8 +332,7 @@ class MicroBatchLoader:
         for number, sizes, parts in stream.batches(epoch, first_batch):
             size, starts = sum(sizes), [0, *itertools.accumulate(sizes)]
             batch = Batch(number, size, self.layout, size == self.data_loader.batch_size, tuple(sizes))
-            for place, part in enumerate(parts):
+            for place, (part, is_padding) in enumerate(parts):
                 bounds = starts[part.place], starts[part.place + 1]
-                is_padding = part.place not in run_of(self.layout)
                 piece = Piece(part.place, *bounds, is_padding, place == 0, place == len(parts) - 1, part.size == size)
                 yield MicroBatch(part.data, piece, batch)

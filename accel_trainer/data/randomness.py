@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 # The uses of a seed: the second number of every path, so that no two uses share a stream.
-ORDER, DATA, FETCH, TRAINING, EVALUATION = range(5)
+ORDER, DATA, FETCH, TRAINING, EVALUATION, WEIGHTS = range(6)
 _packers = [struct.Struct(f"<{length}q").pack for length in range(8)]
 
 

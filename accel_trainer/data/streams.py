@@ -24,7 +24,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from ..base.exchange import gather_objects, host_group, scatter_from_main, share_object
 from .collated import aligned, compact, count_samples, pinned, take
-from .cut import Layout, Piece, cut, process_of, run_of
+from .cut import Layout, Piece, cut, num_forwards, process_of, run_of
 from .randomness import DATA, SeededIterator, derive_seed, generators_kept, seed_all
 from .workers import loader_of_parcels, read_from_workers, sheltered
 
@@ -172,11 +172,11 @@ class ShardedStream:
         self._open: tuple[tuple[int, int], Generator[list[Part]]] | None = None  # left within a pass, and where
         self._least = (loader.batch_size or 1) if loader.drop_last else 1  # rows of a batch
 
-    def batches(self, epoch: int, first_batch: int) -> Generator[tuple[int, list[int], list[Part]]]:
+    def batches(self, epoch: int, first_batch: int) -> Generator[tuple[int, list[int], list[tuple[Part, bool]]]]:
         """Yield number, samples of each micro-batch, and the own micro-batches that have any; all processes iterate.
 
-        A process without samples gets those of another, as the first micro-batch that has any: they are to count
-        nothing.
+        A process without samples, in a batch or in a round, gets those of the first micro-batch that has any; the flag
+        says that they are padding, which counts nothing.
         """
         portions, number = self._portions_from(epoch, first_batch), first_batch
         while True:
@@ -216,17 +216,23 @@ class ShardedStream:
         size = count_samples(part.data, part.num_rows, self._may_be_pairs)
         return part._replace(size=part.num_rows if size is None else size)
 
-    def _own(self, parts: list[Part], sizes: list[int]) -> list[Part]:
-        """Return the own micro-batches with samples; those of another process where there are none."""
-        own, layout = [part for part in parts if part.size], self._layout
-        if all(sizes) and layout.num_processes <= len(sizes):
-            return own
-        owners = [process_of(index, layout) for index, size in enumerate(sizes) if size]
-        if len(set(owners)) == layout.num_processes:
-            return own
-        first = own[0]._replace(data=compact(own[0].data)) if owners[0] == layout.process else None
-        first = share_object(first, owners[0])
-        return own or [first]
+    def _own(self, parts: list[Part], sizes: list[int]) -> list[tuple[Part, bool]]:
+        """Return the own micro-batches with samples, and padding where a process has none, each with whether it is."""
+        layout, own = self._layout, {part.place: part for part in parts if part.size}
+        filled = [index for index, size in enumerate(sizes) if size]
+        number = num_forwards(filled[-1] + 1, layout)
+        if layout.in_rounds:
+            places = [place * layout.num_processes + layout.process for place in range(number)]
+            needs_padding = len(filled) < number * layout.num_processes
+        else:
+            places = sorted(own) or [-1]
+            needs_padding = len({process_of(index, layout) for index in filled}) < layout.num_processes
+        if not needs_padding:
+            return [(own[place], False) for place in places]
+        owner = process_of(filled[0], layout)
+        first = own[filled[0]] if owner == layout.process else None
+        sent = share_object(None if first is None else first._replace(data=compact(first.data)), owner)
+        return [(own.get(place, sent), place not in own) for place in places]
 
     def _portions(self) -> Generator[list[Part]]:
         """Yield the own parts of each batch."""

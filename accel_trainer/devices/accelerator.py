@@ -13,25 +13,17 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from ..errors import HardwareError
+from .sharding import is_set, unknown_to_accelerate
 
-_PLUGINS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
+_PLUGINS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def check_environment() -> None:
     """Refuse requests of the launch that would be ignored."""
     _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
     for variable, plugin in _PLUGINS.items():
-        if _is_set(variable):
+        if is_set(variable):
             _refuse_plugin(plugin)
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
 def _check_accumulation(steps: int | str) -> None:
@@ -44,15 +36,22 @@ def _check_accumulation(steps: int | str) -> None:
 
 def _refuse_plugin(plugin: str) -> None:
     raise HardwareError(
-        f"The launch asks for {plugin}, which this version does not support (and which Accelerate silently ignores on "
-        "CPU). Launch without it: one process per device, each with the whole model."
+        f"The launch asks for {plugin}, which is not supported (and which Accelerate silently ignores on CPU). Launch "
+        "without it: one process per device, each with the whole model, or divide a model that is too large over the "
+        "processes: --use_fsdp --fsdp_version 2, or sharding='full' in TrainConfig."
     )
 
 
 def build_accelerator(mixed_precision: str | None, factory: Callable[[], Accelerator] | None) -> Accelerator:
     """Return the `Accelerator` of this process: from the user's function, or one for the hardware found."""
     if factory is not None:
+        had_plugin = is_set("ACCELERATE_USE_FSDP")
         accelerator = factory()
+        if is_set("ACCELERATE_USE_FSDP") and not had_plugin and accelerator.distributed_type != DistributedType.FSDP:
+            raise HardwareError(
+                "The Accelerator was given an FSDP plugin, which Accelerate drops here. Set sharding='full' in "
+                "TrainConfig, or launch with --use_fsdp --fsdp_version 2."
+            )
         if not isinstance(accelerator, Accelerator):
             raise TypeError(f"accelerator must be a function that returns an Accelerator, got {accelerator!r}.")
         return accelerator
@@ -65,7 +64,8 @@ def build_accelerator(mixed_precision: str | None, factory: Callable[[], Acceler
     # Without an accelerator Accelerate would start as many separate trainings as there are processes.
     cpu = int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available()
     _check_precision(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+    with unknown_to_accelerate():
+        return Accelerator(mixed_precision=mixed_precision, cpu=cpu)
 
 
 _OF_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
@@ -99,7 +99,7 @@ def check_accelerator(accelerator: Accelerator, mixed_precision: str | None) -> 
         )
     _check_accumulation(accelerator.gradient_accumulation_steps)
     check_environment()  # Accelerate sets a variable for each plugin that the user's function has given it
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         _refuse_plugin(str(accelerator.distributed_type.value))
     if mixed_precision is not None and accelerator.mixed_precision != mixed_precision:
         raise HardwareError(
@@ -121,7 +121,7 @@ def possible_precisions(device_type: str) -> list[str]:
 def _check_precision(precision: str, device_type: str | None = None) -> None:
     if device_type is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device_type = "cpu" if found is None or _is_set("ACCELERATE_USE_CPU") else found.type
+        device_type = "cpu" if found is None or is_set("ACCELERATE_USE_CPU") else found.type
     possible = possible_precisions(device_type)
     if precision not in possible:
         raise HardwareError(
@@ -143,6 +143,6 @@ def precision_source(mixed_precision: str | None, factory: object) -> str:
 
 def device_source(device: torch.device) -> str:
     """Return why this device was chosen, in words."""
-    if _is_set("ACCELERATE_USE_CPU"):
+    if is_set("ACCELERATE_USE_CPU"):
         return "asked for by ACCELERATE_USE_CPU"
     return "no accelerator found" if device.type == "cpu" and not torch.accelerator.is_available() else "found"

@@ -41,7 +41,8 @@ class Board:
         local: The processes of its host.
         hosts: The hosts; `None` if there is one.
         heartbeat_seconds: How long a host may be silent.
-        before_leaving: Called with the cause before this process is ended because of another.
+        before_leaving: Called before this process is ended because of another, with the cause, and whether that other
+            process is lost, rather than failed by an error of its own.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Board:
         local: Circle,
         hosts: Circle | None,
         heartbeat_seconds: float,
-        before_leaving: Callable[[str], object] = lambda cause: None,
+        before_leaving: Callable[[str, bool], object] = lambda cause, is_lost: None,
     ) -> None:
         self.place, self._local, self._hosts = place, local, hosts
         self._before_leaving = before_leaving
@@ -130,7 +131,7 @@ class Board:
         """End this process, unless its main thread, which may wait for one that has ended, does so in time."""
         self.votes.fail(failure)
         if failure.process != self.place.process and not self._watch.closed.wait(seconds):
-            self._before_leaving(str(failure))
+            self._before_leaving(str(failure), failure.process is None)
             complain(f"accel_trainer: {self.place.name} ends. {failure}")
             if seconds:
                 self._local.release()  # this process's file would stay
@@ -311,7 +312,7 @@ class _Neighbour:
 def shared_failure(
     process: int,
     num_processes: int,
-    before_leaving: Callable[[str], object] = lambda cause: None,
+    before_leaving: Callable[[str, bool], object] = lambda cause, is_lost: None,
     heartbeat_seconds: float = 30.0,
 ) -> Iterator[Votes | None]:
     """Let an error of one process end the block on all of them, with one message that names it.
@@ -336,7 +337,7 @@ def shared_failure(
         board.close()
 
 
-def _board_of(process: int, heartbeat_seconds: float, before_leaving: Callable[[str], object]) -> Board:
+def _board_of(process: int, heartbeat_seconds: float, before_leaving: Callable[[str, bool], object]) -> Board:
     """Return the board of a run. All processes make the same calls, so that one number names the same run on all."""
     place, number = place_of(process), next(_numbers)
     store = PrefixStore(f"accel_trainer/{number}", distributed_c10d._get_default_store())

@@ -10,9 +10,13 @@ import torch.distributed
 from torch import nn
 from torch.optim import Optimizer
 
+from ..base.dtensors import is_cut
 
-def check_model(model: object, bitwise: bool = False) -> None:
+
+def check_model(model: object, bitwise: bool = False, may_be_divided: bool = False) -> None:
     """Refuse a model that cannot be trained; with `bitwise`, one whose bits depend on the number of processes.
+
+    `may_be_divided` says that it may be divided over the processes, by a run before.
 
     Raises:
         TypeError: Not a module, or one that is wrapped for several processes already.
@@ -28,6 +32,10 @@ def check_model(model: object, bitwise: bool = False) -> None:
         )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise TypeError(f"model is wrapped in {type(model).__name__}. Give the plain model: the trainer wraps it.")
+    if any(map(is_cut, model.parameters())) and not may_be_divided:
+        raise TypeError(
+            "model is divided over the processes already. Give the plain model, or set sharding='full' in TrainConfig."
+        )
     several = bitwise or int(os.environ.get("WORLD_SIZE") or 1) > 1
     if several and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise ValueError(

@@ -23,6 +23,7 @@ from .accelerator import (
 )
 from .arithmetic import tf32_message
 from .hosts import meeting_anew
+from .sharding import Kind, Sharding, asked_for
 
 
 class Hardware:
@@ -32,9 +33,11 @@ class Hardware:
         mixed_precision: The user's choice; `None` to take the launch's.
         factory: The user's own function that builds the `Accelerator`.
         bitwise: Whether not one bit may depend on the number of processes.
+        sharding: The user's choice; `None` to take the launch's.
 
     Attributes:
         process: Index of this process, 0-based.
+        sharding: How models are to be divided over the processes; `None` for models that are whole on each.
 
     Raises:
         HardwareError: The launch or the arguments ask for something that would not happen here.
@@ -45,8 +48,10 @@ class Hardware:
         mixed_precision: str | None = None,
         factory: Callable[[], Accelerator] | None = None,
         bitwise: bool = False,
+        sharding: Kind | None = None,
     ) -> None:
         check_environment()
+        asked_for(sharding)  # before anything is built
         self.bitwise = bitwise
         self._precision_source = precision_source(mixed_precision, factory)
         with without_blank_variables(), meeting_anew():
@@ -54,11 +59,20 @@ class Hardware:
         check_accelerator(self.accelerator, mixed_precision)
         self.device: torch.device = self.accelerator.device
         self.process, self.num_processes = int(self.accelerator.process_index), int(self.accelerator.num_processes)
-        self.is_main = self.process == 0
         self.precision = str(self.accelerator.mixed_precision)
+        asked = asked_for(sharding, self.accelerator)
+        is_worthwhile = asked is not None and asked.is_worthwhile(self.num_processes, self.precision)
+        self.sharding: Sharding | None = asked if is_worthwhile else None
+        if asked is not None:
+            asked.check_precision(self.precision)
         self.generators = torch_generators(self.device)
         if self.num_processes > 1:
             host_group()  # made here, where all processes call it
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the main process."""
+        return self.process == 0
 
     @property
     def compiler(self) -> str:
@@ -72,7 +86,8 @@ class Hardware:
     def layout(self, num_micro_batches: int | None) -> Layout:
         """Return the layout; without a number with one micro-batch per process, or 8 with `bitwise`."""
         default = 8 if self.bitwise else self.num_processes
-        return Layout(self.process, self.num_processes, num_micro_batches or default)
+        in_rounds = self.sharding is not None
+        return Layout(self.process, self.num_processes, num_micro_batches or default, in_rounds)
 
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Run a function on the main process only and return its result, or raise its error, on all."""
@@ -93,7 +108,8 @@ class Hardware:
         unverified = "" if self.device.type in ("cpu", "cuda") else ", not verified by this package"
         launch = "launcher" if os.environ.get("WORLD_SIZE") else "default"
         processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''} ({launch})"
+        divided = "" if self.sharding is None else f", model divided ({self.sharding.kind}, {self.sharding.source})"
         return (
-            f"{name} ({device_source(self.device)}{unverified}), {processes}, "
+            f"{name} ({device_source(self.device)}{unverified}), {processes}{divided}, "
             f"precision {self.precision} ({self._precision_source}){tf32_message(self.device)}"
         )

@@ -11,11 +11,13 @@ from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, recursively_apply, send_to_device
 from torch import nn
 from torch.optim import Optimizer
 
 from ..data.collated import aligned, leaves_of, tensors_in
+from ..numbers.clipping import clip, norm_by_rows, norm_over
 from ..numbers.reductions import share_from_main
 from .compiled import (
     autocast_of,
@@ -28,6 +30,7 @@ from .compiled import (
     uses_cuda_graphs,
 )
 from .hardware import Hardware
+from .sharding import Shards, check_can_be_materialised, divide, materialise, train_instead
 
 _TRACES = ("forward", "_original_forward", "_is_accelerate_prepared", "_is_torch_compile")
 _NOTHING = nullcontext()
@@ -39,30 +42,53 @@ class Prepared:
 
     The user's model stays the same object. The attributes that a run gives it are there only inside `attached()`.
     Without an optimizer it only evaluates. `compile` compiles the model, or its repeated blocks (`regional`), also if
-    the launch does not ask for it.
+    the launch does not ask for it. `seed` decides the first weights of a model on the meta device.
 
     Attributes:
         user_model: The user's model.
+        shards: How it is divided over the processes, which it stays; `None` where each has the whole.
         model: The function to call in its place.
         to_device: Returns a micro-batch on the device.
     """
 
     def __init__(
-        self, hardware: Hardware, model: nn.Module, optimizer: Optimizer | None = None, compile: _Compile = False
+        self,
+        hardware: Hardware,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        compile: _Compile = False,
+        seed: int = 0,
     ) -> None:
         self.hardware, self.user_model, self.optimizer = hardware, model, optimizer
         self.to_device = Placement(hardware.device, hardware.bitwise)
+        is_on_meta = hardware.device.type != "meta" and any(map(_is_on_meta, (*model.parameters(), *model.buffers())))
+        if is_on_meta:
+            hardware.from_main(lambda: check_can_be_materialised(model))
         before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
-        wrapped, self._accelerated = _accelerated(hardware, model, optimizer)
-        autocast = autocast_of(hardware.accelerator)
-        if autocast is not None:
-            model.__dict__["forward"] = cast_forward(model.forward, autocast)
+        self.shards: Shards | None = None
+        if hardware.sharding is not None:
+            self.shards = divide(model, hardware.sharding, hardware.accelerator, seed, optimizer, hardware.bitwise)
+            wrapped, scaled = model, _scaled(hardware, optimizer)
+        else:
+            if is_on_meta:
+                _materialise_whole(model, optimizer, seed)
+            wrapped, scaled = _accelerated(hardware, model, optimizer)
+            autocast = autocast_of(hardware.accelerator)
+            if autocast is not None:
+                model.__dict__["forward"] = cast_forward(model.forward, autocast)
+        self._updates = _Updates(optimizer, scaled)
         self._compiled = _Compiled(hardware, model, wrapped, compile)
         self.model = self._compiled.model
-        self._last_rate: float | torch.Tensor = _rate_of(optimizer)
         self._attached = {model: _exchanged(model, _TRACES, before)}
         for block, compiled_call in self._compiled.blocks.items():
             self._attached.setdefault(block, {})["_compiled_call_impl"] = compiled_call
+        for block, recomputing in ({} if self.shards is None else self.shards.recomputed).items():
+            self._attached.setdefault(block, {})["forward"] = recomputing
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether each process has some rows of the weights only."""
+        return self.shards is not None
 
     @property
     def is_compiled(self) -> bool:
@@ -82,11 +108,11 @@ class Prepared:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the last update (first group of parameters); nan where the optimizer has none."""
-        return float(self._last_rate)
+        return float(self._updates.last_rate)
 
     def note_learning_rate(self, rate: float | None = None) -> None:
         """Take a learning rate as that of the last update; `None` for the one that the optimizer has now."""
-        self._last_rate = _rate_of(self.optimizer) if rate is None else rate
+        self._updates.note_rate(rate)
 
     def joined(self, loss_fn: Callable[[Any, Any], torch.Tensor], form: Hashable) -> Callable[..., torch.Tensor] | None:
         """Return the model and a loss as one compiled function `(targets, *arguments, **named) -> loss`.
@@ -129,7 +155,19 @@ class Prepared:
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Scale the gradients down to a global norm and return their norm before."""
-        norm: torch.Tensor = self.hardware.accelerator.clip_grad_norm_(parameters, max_norm)
+        accelerator = self.hardware.accelerator
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients or (self.shards is None and not self.hardware.bitwise):
+            norm: torch.Tensor = accelerator.clip_grad_norm_(parameters, max_norm)
+            return norm
+        if self._updates.scaled is not None:
+            accelerator.unscale_gradients(self._updates.scaled)
+        group = None if self.shards is None else self.shards.group
+        if self.hardware.bitwise or group is None:
+            norm = norm_by_rows(gradients, self.hardware.device, group)
+        else:
+            norm = norm_over(gradients, self.hardware.device, group)
+        clip(gradients, max_norm, norm)
         return norm
 
     def step(self) -> bool:
@@ -137,11 +175,30 @@ class Prepared:
 
         Whether they did is known on the device, so fp16 costs one read-back, which torch makes for most optimizers.
         """
-        optimizer: Optimizer = self.optimizer  # type: ignore[assignment]
+        return self._updates.step()
+
+
+class _Updates:
+    """The updates of an optimizer, and the learning rate of the last one.
+
+    `scaled` is the optimizer where Accelerate has to step it, with a scaler or on XLA; else `None`.
+    """
+
+    def __init__(self, optimizer: Optimizer | None, scaled: Any) -> None:
+        self._optimizer, self.scaled = optimizer, scaled
+        self.last_rate: float | torch.Tensor = _rate_of(optimizer)
+
+    def note_rate(self, rate: float | None) -> None:
+        """Take a learning rate as that of the last update; `None` for the one that the optimizer has now."""
+        self.last_rate = _rate_of(self._optimizer) if rate is None else rate
+
+    def step(self) -> bool:
+        """Update the weights; see `Prepared.step`."""
+        optimizer: Optimizer = self._optimizer  # type: ignore[assignment]
         rate = _rate_of(optimizer)
-        if self._accelerated is None:
+        if self.scaled is None:
             optimizer.step()
-            self._last_rate = rate
+            self.last_rate = rate
             return True
         updates: list[bool] = []
 
@@ -150,8 +207,8 @@ class Prepared:
             updates.append(found is None or not found.item())
 
         with optimizer.register_step_pre_hook(note):
-            self._accelerated.step()
-        self._last_rate = rate if any(updates) else self._last_rate
+            self.scaled.step()
+        self.last_rate = rate if any(updates) else self.last_rate
         return any(updates)
 
 
@@ -239,6 +296,26 @@ def _accelerated(hardware: Hardware, model: nn.Module, optimizer: Optimizer | No
     if optimizer is not None and not moves_state:
         place_state(optimizer)
     return wrapped, accelerated if accelerator.scaler is not None or moves_state else None
+
+
+def _scaled(hardware: Hardware, optimizer: Optimizer | None) -> Any:
+    """Return the optimizer of a divided model where a scaler has to step it, `None` elsewhere."""
+    scaler = hardware.accelerator.scaler
+    if optimizer is None or scaler is None:
+        return None
+    return AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+
+
+def _materialise_whole(model: nn.Module, optimizer: Optimizer | None, seed: int) -> None:
+    """Give a model on the meta device memory and first weights."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    materialise(model, model, seed)
+    if optimizer is not None:
+        train_instead(optimizer, names, dict(model.named_parameters()))
+
+
+def _is_on_meta(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta
 
 
 def place_state(optimizer: Optimizer) -> None:

@@ -97,7 +97,7 @@ class LocalGradients(_Gradients):
             return forward.loss
         weight = usable(forward.weight)
         self._weight = self._weight + weight
-        return _weighted(forward.loss, weight)
+        return weighted(forward.loss, weight)
 
     def finish(self) -> None:
         """Make the gradients those of the mean over the batch, on every process."""
@@ -106,7 +106,7 @@ class LocalGradients(_Gradients):
     def _divisor(self) -> float | Tensor:
         if self._is_unweighted:
             return self._batch.layout.num_micro_batches
-        return self._batch.size if self._weight_is_num_samples else _never_zero(self._total_weight())
+        return self._batch.size if self._weight_is_num_samples else never_zero(self._total_weight())
 
     def _total_weight(self) -> Tensor:
         return self._as_weight(self._weight)
@@ -234,7 +234,7 @@ class TreeGradients(_Gradients):
         if micro_batch.piece.is_padding:
             return
         weight = usable(forward.weight)
-        self._run_backward(_weighted(forward.loss, weight), micro_batch)
+        self._run_backward(weighted(forward.loss, weight), micro_batch)
         leaf: list[Tensor | None] = [parameter.grad for parameter in self.parameters]
         for name, gradient in zip(self._names, leaf, strict=True):
             if gradient is not None and gradient.layout != torch.strided:
@@ -253,7 +253,10 @@ class TreeGradients(_Gradients):
         if not self._weight_is_num_samples:
             like.append(self._as_weight(0))
         total = self._sum.total(self._batch.num_micro_batches, like)
-        weight = self._batch.size if self._weight_is_num_samples else _never_zero(total.pop())  # type: ignore[arg-type]
+        weight = self._batch.size if self._weight_is_num_samples else never_zero(total.pop())  # type: ignore[arg-type]
+        found = [gradient for gradient in total if gradient is not None]
+        if found:
+            torch._foreach_add_(found, 0.0)  # a zero has one sign, whether others were left out of the sum or added
         for parameter, gradient in zip(self.parameters, total, strict=True):
             parameter.grad = gradient
         self._divide(weight)
@@ -281,12 +284,13 @@ def _trainable(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
     return [name for name, _ in named], [parameter for _, parameter in named]
 
 
-def _weighted(loss: Tensor, weight: Any) -> Tensor:
+def weighted(loss: Tensor, weight: Any) -> Tensor:
     """Return weight x loss; a loss of weight 0 may be nan without harm."""
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, loss * weight)
     return loss * weight if weight else torch.nan_to_num(loss) * 0
 
 
-def _never_zero(total: Tensor) -> Tensor:
+def never_zero(total: Tensor) -> Tensor:
+    """Return what a sum of gradients is divided by: 1 where nothing weighs."""
     return torch.where(total == 0, 1, total)  # a batch of weight 0 has a gradient of zeros

@@ -65,14 +65,14 @@ class MeanProbe:
         objective: Objective,
         metrics: Metrics,
         model: nn.Module,
-        uncompiled: Callable[[], AbstractContextManager[Any]],
+        uncompiled: Callable[[], AbstractContextManager[Any]] | None,
         micro_batch: MicroBatch,
         forward: Forward,
     ) -> None:
         """Look at loss and metrics over a micro-batch of an evaluation, which is on the device.
 
         `compute_loss` is called with the model for one micro-batch only, since it costs forwards, and `uncompiled`,
-        since halves are not worth a graph.
+        since halves are not worth a graph; never where that is `None`.
         """
         if self.is_done or micro_batch.num_samples < 2 or self._num_looks == self._NUM_LOOKS:
             return
@@ -81,7 +81,7 @@ class MeanProbe:
             self._look_at_loss(objective, micro_batch, forward)
         else:
             self._look_at_labels(micro_batch, forward)
-            if self._num_looks == 1 and not may_leave_traces(objective.compute_loss):
+            if uncompiled is not None and self._num_looks == 1 and not may_leave_traces(objective.compute_loss):
                 with uncompiled():
                     self._measure(
                         _COMPUTED, None, lambda _, part, answers: objective(model, part, False), micro_batch, forward

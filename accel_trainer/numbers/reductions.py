@@ -17,6 +17,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..base.dtensors import local
 from ..base.exchange import any_process
 from ..data.cut import Layout, run_of
 
@@ -43,28 +44,30 @@ def share_from_main(tensors: Iterable[Tensor], group: torch.distributed.ProcessG
     """
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        torch.distributed.broadcast(_bytes(flat), src=0, group=group)
+        torch.distributed.broadcast(as_bytes(flat), src=0, group=group)
         _unflatten(flat, bucket)
 
 
-def are_same_everywhere(numbers: Tensor) -> list[bool]:
+def are_same_everywhere(numbers: Tensor, group: torch.distributed.ProcessGroup | None = None) -> list[bool]:
     """Return for each whole number of a vector on the device whether all processes have the same: one read-back."""
     extremes = torch.cat([numbers, ~numbers])  # the least is the inverse of the greatest inverse
-    torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group)
     greatest, inverse_of_least = extremes.chunk(2)
     same: list[bool] = (greatest == ~inverse_of_least).tolist()
     return same
 
 
-def check_same_weights(model: nn.Module) -> None:
+def check_same_weights(model: nn.Module, replicas: torch.distributed.ProcessGroup | None = None) -> None:
     """Find processes whose weights differ: they would train different models from here on.
+
+    `replicas` are those that have the same rows of a divided model.
 
     Raises:
         RuntimeError: With the first parameter that differs.
     """
     named = list(model.named_parameters())
-    sums = torch.stack([sum_of_bits(parameter) for _, parameter in named])
-    for (name, _), is_same in zip(named, are_same_everywhere(sums), strict=True):
+    sums = torch.stack([sum_of_bits(local(parameter)) for _, parameter in named])
+    for (name, _), is_same in zip(named, are_same_everywhere(sums, replicas), strict=True):
         if not is_same:
             raise RuntimeError(
                 f"The weights differ between the processes, first in {name}. Call the model that compute_loss is "
@@ -130,7 +133,7 @@ class ChainSum:
         return [*filled]
 
 
-class _Node(NamedTuple):
+class Node(NamedTuple):
     """The sum over the micro-batches `start` to `start + size`; `size` is a power of two that divides `start`."""
 
     start: int
@@ -147,24 +150,26 @@ class TreeSum:
 
     def __init__(self, layout: Layout) -> None:
         self._layout, self._run = layout, run_of(layout)
-        self._nodes: list[_Node] = []
-        self._next = self._run.start  # micro-batch
+        self.clear()
 
     def add(self, index: int, tensors: list[Tensor | None]) -> None:
         """Add the tensors of a micro-batch, and keep them; a process adds its micro-batches in ascending order."""
-        if index > self._next:
-            self._fill(index, len(tensors))
-        _push(self._nodes, _Node(index, 1, tensors))
-        self._next = index + 1
+        self._fill(index, len(tensors))
+        push(self._nodes, Node(index, 1, tensors))
+        self._num_added += 1
 
     def _fill(self, end: int, length: int) -> None:
-        """Add nothing for the micro-batches before `end` that have no samples."""
-        for index in range(self._next, min(end, self._run.stop)):
-            _push(self._nodes, _Node(index, 1, [None] * length))
+        """Add nothing for the micro-batches of this process before `end` that have no samples."""
+        for index in self._run[self._num_added :]:
+            if index >= end:
+                break
+            push(self._nodes, Node(index, 1, [None] * length))
+            self._num_added += 1
 
     def clear(self) -> None:
         """Forget what was added."""
-        self._nodes, self._next = [], self._run.start
+        self._nodes: list[Node] = []
+        self._num_added = 0  # micro-batches of this process, those without samples included
 
     def total(self, num_micro_batches: int, like: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the sums over all processes, and begin anew."""
@@ -172,7 +177,7 @@ class TreeSum:
         nodes = self._nodes
         self.clear()
         if self._layout.num_processes == 1:
-            return _fold(nodes)
+            return fold(nodes)
         mine = [any(node.tensors[index] is not None for node in nodes) for index in range(len(like))]
         present = any_process(mine)
         # The result has the strides of what was added, so that a norm over it adds in the same order everywhere.
@@ -190,7 +195,7 @@ class TreeSum:
         ring all-reduce where it has one node, that is where its micro-batches are a whole subtree.
         """
         num_processes = self._layout.num_processes
-        plan = _plan_of(num_processes, self._layout.num_micro_batches, num_micro_batches)
+        plan = _plan_of(self._layout._replace(process=0), num_micro_batches)
         reals = [_real(target) for target in targets]
         width = -(-sum(real.numel() for real in reals) // num_processes)
         sent = [_flat(part, reals, width * num_processes).view(num_processes, width) for part in parts]
@@ -198,29 +203,34 @@ class TreeSum:
         received = slices.new_empty(sum(map(len, plan)), width)
         bytes_per_node = width * received.element_size()
         torch.distributed.all_to_all_single(
-            _bytes(received),
-            _bytes(slices),
+            as_bytes(received),
+            as_bytes(slices),
             [len(nodes) * bytes_per_node for nodes in plan],
             [len(parts) * bytes_per_node] * num_processes,
         )
-        nodes: list[_Node] = []
-        for (start, size), values in zip([node for nodes in plan for node in nodes], received, strict=True):
-            _push(nodes, _Node(start, size, [values]))
-        (mine,) = _fold(nodes)
+        nodes: list[Node] = []
+        known = [node for nodes in plan for node in nodes]
+        for row in sorted(range(len(known)), key=known.__getitem__):
+            push(nodes, Node(*known[row], [received[row]]))
+        (mine,) = fold(nodes)
         total = slices.new_empty(num_processes, width)
-        torch.distributed.all_gather(list(_bytes(total).chunk(num_processes)), _bytes(mine))  # type: ignore[arg-type]
+        torch.distributed.all_gather(list(as_bytes(total).chunk(num_processes)), as_bytes(mine))  # type: ignore[arg-type]
         _unflatten(total.view(-1)[: sum(real.numel() for real in reals)], reals)
 
 
-def _push(nodes: list[_Node], node: _Node) -> None:
+def push(nodes: list[Node], node: Node) -> None:
     """Append the next node to the right, and add up siblings as a binary counter carries."""
     nodes.append(node)
-    while len(nodes) > 1 and nodes[-2].size == nodes[-1].size and nodes[-2].start % (2 * nodes[-2].size) == 0:
+    while len(nodes) > 1 and _are_siblings(*nodes[-2:]):
         right, left = nodes.pop(), nodes.pop()
-        nodes.append(_Node(left.start, 2 * left.size, _added(left.tensors, right.tensors)))
+        nodes.append(Node(left.start, 2 * left.size, _added(left.tensors, right.tensors)))
 
 
-def _fold(nodes: list[_Node]) -> list[Tensor | None]:
+def _are_siblings(left: Node, right: Node) -> bool:
+    return left.size == right.size and left.start + left.size == right.start and left.start % (2 * left.size) == 0
+
+
+def fold(nodes: list[Node]) -> list[Tensor | None]:
     """Return the root: what stands alone at the right end of the tree is added from the right."""
     total = nodes[-1].tensors
     for node in reversed(nodes[:-1]):
@@ -239,9 +249,11 @@ def _added(left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor
 
 
 @lru_cache(maxsize=16)  # full batches and smaller ones, of a few loaders
-def _plan_of(num_processes: int, num_micro_batches: int, num_full: int) -> list[list[tuple[int, int]]]:
+def _plan_of(layout: Layout, num_full: int) -> list[list[tuple[int, int]]]:
     """Return start and size of the nodes of each process; the first `num_full` micro-batches have samples."""
-    runs = (run_of(Layout(process, num_processes, num_micro_batches)) for process in range(num_processes))
+    runs = (run_of(layout._replace(process=process)) for process in range(layout.num_processes))
+    if layout.in_rounds and layout.num_processes > 1:
+        return [[(index, 1) for index in run if index < num_full] for run in runs]
     return [_nodes_of(run.start, min(run.stop, num_full)) for run in runs]
 
 
@@ -256,7 +268,7 @@ def _nodes_of(start: int, stop: int) -> list[tuple[int, int]]:
     return nodes
 
 
-def _first(nodes: list[_Node], index: int, like: Tensor) -> Tensor:
+def _first(nodes: list[Node], index: int, like: Tensor) -> Tensor:
     parts = (node.tensors[index] for node in nodes)
     found = next((part for part in parts if part is not None), None)
     return torch.empty_like(like, requires_grad=False) if found is None else found
@@ -276,6 +288,6 @@ def _flat(part: list[Tensor | None], reals: list[Tensor], length: int) -> Tensor
     return torch.cat([*flats, flats[0].new_zeros(missing)])
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
     """Return the memory of a contiguous tensor: every backend can send bytes, not every one bfloat16 or complex."""
     return tensor.view(-1).view(torch.uint8)

@@ -23,12 +23,18 @@ from ..base.exchange import gather_objects, meet, share_object
 from ..devices.hardware import Hardware
 from ..devices.hosts import place_of
 from ..errors import CheckpointError
-from .checkpoints import BEST, EPOCHS, fault_of, files_of, read_json, steps_in
+from .checkpoints import EPOCHS, fault_of, files_of, read_json, steps_in
 from .files import flush
 from .run_folder import RunFolder, ended_run, holds_ended_run
 
 _BLOCK = 2**26  # bytes that are sent at once
-_BESIDE = ("steps.jsonl", "trackers.json", BEST, EPOCHS)  # what a run that goes on needs of the run folder
+_BESIDE = (
+    "steps.jsonl",
+    "trackers.json",
+    "best/model*.safetensors*",
+    EPOCHS,
+    f"{EPOCHS}.index.json",
+)  # what a run that goes on needs of the run folder
 
 Check = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 

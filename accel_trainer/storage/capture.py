@@ -22,6 +22,7 @@ from ..run import Training
 from ..state import TrainState
 from .checkpoints import MODEL, OPTIMIZER, PROGRESS, Snapshot
 from .optimizer_state import optimizer_state, restore_optimizer
+from .shards import own_shard
 from .weights import FrozenWeights, buffers_beside, checked_state, copy_into, plain_name, split_aliases, without
 
 _CHOICES = ("num_micro_batches", "bitwise", "mixed_precision", "compile", "num_threads", "patience", "min_delta")
@@ -37,8 +38,9 @@ def capture(
 ) -> Snapshot | None:
     """Return what a checkpoint of this moment holds, no copies; `None` where weights are not finite.
 
-    All processes call it between two batches; only the main process's result counts. `beside` holds the buffers of the
-    best epoch that the file of the best weights leaves out; `frozen` what the files leave out of the weights.
+    All processes call it between two batches; only the main process's result counts, unless the model is divided.
+    `beside` holds the buffers of the best epoch that the file of the best weights leaves out; `frozen` what the files
+    leave out of the weights.
     """
     state, model = training.state, training.prepared.user_model
     if not training.finite.is_sound():
@@ -48,10 +50,11 @@ def capture(
     losses = training.losses.sums() if state.epoch > history.num_epochs else None
     stream = training.loader.sharded
     stream_states = None if stream is None else stream.states_at(state.data_pass, state.position)
-    if not training.hardware.is_main:
+    is_divided = training.prepared.is_divided
+    if not (training.hardware.is_main or is_divided):
         return None
     left_out = frozen.digests(model)
-    weights, aliases = split_aliases(without(checked_state(model), left_out))
+    weights, aliases = split_aliases(without(checked_state(model), left_out), model)
     progress = buffers_beside(model, training.objective.modules)
     progress |= {f"best/{name}": buffer for name, buffer in beside.items()}
     scaler = training.hardware.accelerator.scaler
@@ -79,7 +82,10 @@ def capture(
     if progress:
         tensors[PROGRESS] = progress
     metadata = {"aliases": aliases, "step": state.step, "epoch": state.epoch, "left_out": left_out}
-    return Snapshot(state.step, tensors, metadata, packed)
+    shard = None
+    if is_divided:
+        tensors, shard = own_shard(tensors, training.hardware.process)
+    return Snapshot(state.step, tensors, metadata, packed, shard)
 
 
 def schedule_state(training: Training) -> dict[str, Any]:

@@ -71,6 +71,11 @@ def check_kind(path: Path, is_kind: Callable[[int], bool]) -> None:
         raise ValueError(f"{path.name} is not a {'file' if is_kind is stat.S_ISREG else 'folder'}, or is a link")
 
 
+def check_is_file(path: Path) -> None:
+    """Refuse anything but a file, such as a link that leads elsewhere."""
+    check_kind(path, stat.S_ISREG)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link (not what it leads to) or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

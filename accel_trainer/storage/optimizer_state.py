@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..base.codec import pack, same_bits, unpack
+from ..base.dtensors import is_cut
 from ..devices.prepared import counts_on_device
 from ..errors import CheckpointError
+from .shards import Parts, fill, whole
 from .weights import plain_name
 
 
@@ -84,7 +86,7 @@ def _restore_torchs_form(optimizer: Optimizer, model: nn.Module, state: dict[str
         for name, parameter in zip(names, group["params"], strict=True):
             if name in state:
                 optimizer.state[parameter] = {
-                    key: recursively_apply(_placed, value, parameter, key != "step" or on_device)
+                    key: recursively_apply(_placed, value, parameter, key != "step" or on_device, test_type=_is_tensor)
                     for key, value in state[name].items()
                 }
 
@@ -102,11 +104,22 @@ def _restore_own_form(optimizer: Optimizer, saved: Any, tensors: Mapping[str, Te
         )
 
 
-def _placed(tensor: Tensor, parameter: Tensor, on_device: bool) -> Tensor:
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, (Tensor, Parts))
+
+
+def _placed(value: Tensor | Parts, parameter: Tensor, on_device: bool) -> Tensor:
     """Return a copy of a tensor of the state on the device where the optimizer keeps it.
 
-    One of the parameter's shape also gets its strides, which decide in what order a norm of it adds.
+    One of the parameter's shape also gets its strides, which decide in what order a norm of it adds, and is divided
+    over the processes if the parameter is.
     """
-    like = parameter.detach() if parameter.shape == tensor.shape else tensor
-    device = parameter.device if on_device else tensor.device
-    return torch.empty_like(like, dtype=tensor.dtype, device=device).copy_(tensor)
+    if parameter.shape == value.shape and is_cut(parameter):
+        placed = torch.empty_like(parameter.detach(), dtype=value.dtype)
+    else:
+        value = whole(value)
+        like = parameter.detach() if parameter.shape == value.shape else value
+        device = parameter.device if on_device else value.device
+        placed = torch.empty_like(like, dtype=value.dtype, device=device)
+    fill(placed, value)
+    return placed

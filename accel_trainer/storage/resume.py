@@ -17,7 +17,7 @@ from ..data.order import is_stream
 from ..devices.hardware import Hardware
 from ..errors import CheckpointError
 from ..history import History
-from ..run import Run
+from ..run import Run, Training
 from .across_hosts import at_hand, bring_newest
 from .capture import buffer_owners, layout_and_choices, restore, schedule_state, stateful, under
 from .checkpoints import MODEL, PROGRESS, Snapshot, read_checkpoint, read_json, understood
@@ -25,6 +25,7 @@ from .identity import check_identity
 from .optimizer_state import names_by_group, optimizer_state
 from .run_folder import RunFolder
 from .saver import finish_writes
+from .shards import whole
 from .weights import FrozenWeights, check_fit, check_left_out, checked_digests, plain_name, plain_state
 
 
@@ -88,9 +89,7 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     if snapshot is not None:
         with understood(source):
             left_out = checked_digests(unpack(snapshot.state.get("left_out", {})))
-    # As the user's program has made them; only the main process writes.
-    keeps = training.hardware.is_main and (training.config.run_dir is not None or training.config.restore_best)
-    frozen = FrozenWeights(training.prepared.user_model if keeps else None, left_out)
+    frozen = FrozenWeights(training.prepared.user_model if _keeps_weights(training) else None, left_out)
     if snapshot is not None:
         with understood(source):
             _check_parts(run, snapshot, left_out)
@@ -100,7 +99,8 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
             changes = [f"{name} {before[name]} -> {new}" for name, new in now.items() if before.get(name, new) != new]
             if changes:
                 run.announce(f"Changed since the checkpoint: {', '.join(changes)}.")
-            states = dict(unpack(snapshot.state["callbacks"], snapshot.tensors.get(PROGRESS, {})))
+            progress = {name: whole(value) for name, value in snapshot.tensors.get(PROGRESS, {}).items()}
+            states = dict(unpack(snapshot.state["callbacks"], progress))
         _restore_callbacks(states, callbacks)
     pack(schedule_state(training), {}, "scheduler")
     if training.config.run_dir is not None:
@@ -126,6 +126,12 @@ def begin(run: Run, found: Found, identity: Mapping[str, Any], callbacks: Sequen
     if folder is not None:
         _check_room(run, folder)
     run.saver.start(training, beside, frozen)
+
+
+def _keeps_weights(training: Training) -> bool:
+    """Return whether this process keeps weights: the frozen ones then, as the user's program has made them."""
+    takes_part = training.hardware.is_main or training.prepared.is_divided
+    return takes_part and (training.config.run_dir is not None or training.config.restore_best)
 
 
 def check_states(callbacks: Sequence[Callback]) -> None:
@@ -169,7 +175,10 @@ def _check_parts(run: Run, snapshot: Snapshot, left_out: Mapping[str, str]) -> N
     try:
         known = {name: tensor for name, tensor in weights.items() if tensor is not None}
         check_fit(known, model, "The checkpoint", left_out)
-        run.training.hardware.from_main(lambda: check_left_out(left_out, plain_state(model), "The checkpoint"))
+        if run.training.prepared.is_divided:  # all processes compute the digests
+            check_left_out(left_out, plain_state(model), "The checkpoint")
+        else:
+            run.training.hardware.from_main(lambda: check_left_out(left_out, plain_state(model), "The checkpoint"))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     optimizer: Optimizer = run.training.prepared.optimizer  # type: ignore[assignment]
@@ -185,8 +194,9 @@ def _check_parts(run: Run, snapshot: Snapshot, left_out: Mapping[str, str]) -> N
 
 def _check_room(run: Run, folder: RunFolder) -> None:
     """Warn beforehand of a disk that is too small; the size of the optimizer's state is a guess."""
-    parameters = sum(parameter.nbytes for parameter in run.training.gradients.parameters)
-    weights = sum(tensor.nbytes for tensor in plain_state(run.training.prepared.user_model).values())
+    parameters = sum(one.numel() * one.element_size() for one in run.training.gradients.parameters)
+    state = plain_state(run.training.prepared.user_model)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     try:
         folder.check_room((weights + 2 * parameters) * (run.training.config.keep_checkpoints + 1))
     except OSError as error:

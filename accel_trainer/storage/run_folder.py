@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import stat
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,19 +21,31 @@ from ..errors import CheckpointError
 from ..history import History
 from .checkpoints import (
     BEST,
-    EPOCHS,
     UNREADABLE,
+    Files,
     Snapshot,
     add_checkpoint,
     clean_checkpoints,
-    copy_once,
+    epoch_path,
+    epochs_in,
     fault_of,
     read_json,
     replaced,
     steps_in,
+    write_tensors,
 )
-from .files import check_kind, flush, free_name, path_beside, put_in_place, remove, write_whole
-from .tensor_files import check_seal, metadata_of, save_tensors
+from .files import flush, free_name, path_beside, remove, write_whole
+from .weight_files import (
+    check,
+    clean,
+    copy_weights,
+    exist,
+    files_of,
+    index_of,
+    metadata_of,
+    remove_weights,
+    save_weights,
+)
 
 if os.name == "posix":
     import fcntl
@@ -43,6 +54,8 @@ _NOTES = ("preempted.json", "nonfinite.json", "failed.json")  # how a run has en
 _RECORDS = ("config.json", "environment.json", "history.jsonl", "steps.jsonl", "trackers.json", "report.html")
 _OF_EVALUATIONS = ("evaluations.json", "classification.png", "regression.png", "wrong_samples.png")
 _FILES = (*_RECORDS, *_OF_EVALUATIONS, "losses.png", *_NOTES, BEST)  # all that a run writes, beside its checkpoints
+_INDEX = index_of(Path(BEST)).as_posix()  # of best weights in parts
+SaveWeights = Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], None]
 _LOCK_SECONDS = 10.0  # to wait for the end of another run, which a signal may have ended just now
 
 
@@ -119,7 +132,7 @@ class RunFolder:
 
     def _check_files(self, *folders: str) -> None:
         """Refuse to write over files of a run, or over these folders."""
-        found = next((name for name in (*_FILES, *folders) if os.path.lexists(self.path / name)), None)
+        found = next((name for name in (*_FILES, _INDEX, *folders) if os.path.lexists(self.path / name)), None)
         if found is None:
             return
         if self._is_begun():
@@ -178,8 +191,8 @@ class RunFolder:
             fault = fault_of(path)
             if fault is not None:
                 raise CheckpointError(f"{path} was not copied as it is on the other host: {fault}.")
-            for old in self.path.glob(EPOCHS):
-                old.unlink()
+            for old in epochs_in(self.path).values():
+                remove_weights(old)
             for copy, one in zip(copies, beside, strict=True):
                 os.replace(copy, self.path / one)
         finally:
@@ -221,11 +234,12 @@ class RunFolder:
             return
         self.aside = free_name(self.path / "earlier")
         (self.aside / "best").mkdir(parents=True)
-        for name in ("config.json", "environment.json", "history.jsonl", "steps.jsonl", BEST, *_NOTES):
+        for name in ("config.json", "environment.json", "history.jsonl", "steps.jsonl", *_NOTES):
             if (self.path / name).exists():
                 os.rename(self.path / name, self.aside / name)
-        for path in self.path.glob(EPOCHS):
-            os.rename(path, self.aside / "best" / path.name)
+        for weights in (self.best_path, *epochs_in(self.path).values()):
+            for path in files_of(weights):
+                os.rename(path, self.aside / "best" / path.name)
 
     def _take_lock(self) -> None:
         """Let no second run write here; the system gives the lock back when this process ends, however that is."""
@@ -265,6 +279,8 @@ class RunFolder:
         with suppress(OSError):
             for name in _FILES:
                 path_beside(self.path / name).unlink(missing_ok=True)
+            for path in (self.best_path, *epochs_in(self.path).values()):
+                clean(path)
             for path in self.best_path.parent.glob(".tmp??????") if self._is_begun() else ():
                 path.unlink()
         clean_checkpoints(self._checkpoints)
@@ -283,10 +299,10 @@ class RunFolder:
         self.history = (checkpoint / "history.jsonl").read_bytes()
         best = self._best_for(checkpoint)
         if best is None:
-            remove(self.best_path)
+            remove_weights(self.best_path)
         elif best != self.best_path:
             self.best_path.parent.mkdir(exist_ok=True)
-            put_in_place(self.best_path, lambda beside: copy_once(best, beside, ()))
+            copy_weights(best, self.best_path)
         for name in (*_NOTES, *_OF_EVALUATIONS):  # they are about weights that are not the last any more
             remove(self.path / name)
         return None if best is None else metadata_of(self.best_path)
@@ -300,8 +316,7 @@ class RunFolder:
         older: dict[Path, int] = {}
         for path in dict.fromkeys(paths):
             with suppress(*UNREADABLE):
-                check_kind(path, stat.S_ISREG)
-                check_seal(path)
+                check(path)
                 epoch = int(metadata_of(path)["epoch"])
                 if epoch == best_epoch:
                     return path
@@ -316,31 +331,41 @@ class RunFolder:
             numbers = f"{num_bytes / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free"
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {numbers}")
 
-    def save_best(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    def save_best(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], save: SaveWeights = save_weights
+    ) -> None:
         """Write the best weights, or raise an `OSError`."""
         self.best_path.parent.mkdir(parents=True, exist_ok=True)
-        put_in_place(self.best_path, lambda beside: save_tensors(beside, tensors, metadata, sealed=True))
-        flush(self.best_path.parent)
+        save(self.best_path, tensors, metadata)
 
-    def save_epoch(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], epochs: Iterable[int]) -> None:
+    def save_epoch(
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        epochs: Iterable[int],
+        save: SaveWeights = save_weights,
+    ) -> None:
         """Write the weights of an epoch, and remove those of epochs that are not among these; or raise an `OSError`."""
         self.best_path.parent.mkdir(parents=True, exist_ok=True)
         wanted = [epoch_path(self.path, epoch) for epoch in epochs]
-        path = epoch_path(self.path, metadata["epoch"])
-        put_in_place(path, lambda beside: save_tensors(beside, tensors, metadata, sealed=True))
-        for other in self.path.glob(EPOCHS):
+        save(epoch_path(self.path, metadata["epoch"]), tensors, metadata)
+        for other in epochs_in(self.path).values():
             if other not in wanted:
-                other.unlink()
-        flush(path.parent)
+                remove_weights(other)
+        flush(self.best_path.parent)
 
-    def save_checkpoint(self, snapshot: Snapshot, history: bytes) -> Path:
+    def save_checkpoint(
+        self, snapshot: Snapshot, history: bytes, write: Callable[[Path, Snapshot], Files] = write_tensors
+    ) -> Path:
         """Write a checkpoint, remove those that are too many, and return its folder.
 
-        After an `OSError` the others are untouched.
+        After an `OSError` the others are untouched. `write` writes the tensors.
         """
         self._checkpoints.mkdir(parents=True, exist_ok=True)
-        self.check_room(sum(tensor.nbytes for tensors in snapshot.tensors.values() for tensor in tensors.values()))
-        return add_checkpoint(self._checkpoints, snapshot, history, self.best_path, self._keep)
+        num_shards = 1 if snapshot.shard is None else snapshot.shard.number
+        here = sum(tensor.nbytes for tensors in snapshot.tensors.values() for tensor in tensors.values())
+        self.check_room(here * num_shards)  # the first shard is the largest
+        return add_checkpoint(self._checkpoints, snapshot, history, self.best_path, self._keep, write)
 
     def append_history(self, row: dict[str, Any]) -> None:
         """Append a line to `history.jsonl`, and what could not be written before."""
@@ -377,6 +402,11 @@ class RunFolder:
         text = json.dumps(with_checksum(encode(content)), indent=2) + "\n"
         self.attempt(name, lambda: write_whole(self.path / name, text.encode()))
 
+    @property
+    def holds_best(self) -> bool:
+        """Whether the best weights are on the disk."""
+        return exist(self.best_path)
+
     def older_best(self) -> str:
         """Return a sentence on the best weights that are on the disk, in place of newer ones; empty without any."""
         with suppress(OSError, ValueError, KeyError):
@@ -411,7 +441,7 @@ class RunFolder:
 def _holds_epochs(run_dir: Path) -> bool:
     """Return whether there are results of a run, which a new one must not write over."""
     history = run_dir / "history.jsonl"
-    return (run_dir / BEST).exists() or (history.is_file() and history.stat().st_size > 0)
+    return exist(run_dir / BEST) or (history.is_file() and history.stat().st_size > 0)
 
 
 def holds_ended_run(run_dir: Path) -> bool:
@@ -428,11 +458,6 @@ def ended_run(run_dir: Path | str) -> FileExistsError:
         f"run_dir {run_dir} holds a run that has ended, without a checkpoint to go on from. Give another run_dir, or "
         "remove the folder."
     )
-
-
-def epoch_path(run_dir: Path, epoch: int) -> Path:
-    """Return the file of the weights of an epoch, 1-based, among the best ones."""
-    return run_dir / EPOCHS.replace("*", f"{epoch:08d}")
 
 
 def _line_of(row: Mapping[str, Any]) -> bytes:

@@ -8,14 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.console import warn
-from ..base.exchange import share_object
+from ..base.dtensors import is_cut, local
+from ..base.exchange import gather_objects, share_object
 from ..callbacks import Callback
 from ..config import TrainConfig
 from ..devices.environment import free_memory
@@ -26,7 +27,9 @@ from ..state import TrainState
 from .capture import capture
 from .checkpoints import BEST, EPOCHS, Snapshot
 from .run_folder import RunFolder
-from .tensor_files import check_seal, read_weights
+from .shards import Tensors
+from .shared_folder import SharedFolder, gathered
+from .weight_files import check, read_weights
 from .weights import (
     FrozenWeights,
     buffers_beside,
@@ -34,15 +37,30 @@ from .weights import (
     check_left_out,
     copy_beside,
     copy_into,
+    copy_rows_into,
     left_out_of,
     plain_state,
     split_aliases,
     without,
 )
 
-_Tensors = dict[str, dict[str, Tensor]]
 _Moment = tuple[int, int, str | None]
-_Best = tuple[dict[str, Tensor], dict[str, Any]]  # weights, and the metadata of their file
+
+
+class _Best(NamedTuple):
+    """Weights that are kept.
+
+    Attributes:
+        weights: In host memory, to go back to: of a divided model the own rows.
+        file: What this process writes of them.
+        metadata: Of the file.
+    """
+
+    weights: dict[str, Tensor]
+    file: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
 _CHECKPOINT = "checkpoints"
 _in_flight: set[Future[Any]] = set()  # writes of this process, those of a run left by a second Ctrl-C too
 
@@ -50,9 +68,9 @@ _in_flight: set[Future[Any]] = set()  # writes of this process, those of a run l
 class Saver:
     """Save the best weights and checkpoints of a run.
 
-    All processes call its methods at the same places; the main process writes. At most one write is under way. One
-    that fails is a warning at the next save, which tries again. `folder` is `None` without a run folder, and on the
-    other processes.
+    All processes call its methods at the same places; the main process writes, or all do where the model is divided.
+    At most one write is under way. One that fails is a warning at the next save, which tries again. `folder` is `None`
+    without a run folder, and on processes that do not write.
 
     Attributes:
         next_step: The step after which the next checkpoint is due; infinity if that does not depend on steps.
@@ -63,17 +81,19 @@ class Saver:
     def __init__(
         self,
         config: TrainConfig,
-        folder: RunFolder | None,
+        folder: RunFolder | SharedFolder | None,
         is_main: bool,
         history: History,
         identity: Mapping[str, Any],
         callbacks: Sequence[Callback],
         on_checkpoint: Callable[[Path], None] = lambda path: None,
+        is_divided: bool = False,
     ) -> None:
         self.next_step, self._num_saved = math.inf, 0
         self.lost: str | None = None
         self.beside: dict[str, Tensor] = {}
         self._folder, self._is_main, self._history = folder, is_main, history
+        self._takes_part = is_main or is_divided
         self._identity, self._callbacks, self._on_checkpoint = identity, callbacks, on_checkpoint
         self._enabled = config.run_dir is not None
         self._keeps_best = self._enabled or config.restore_best
@@ -144,7 +164,7 @@ class Saver:
         model = training.prepared.user_model
         beside = buffers_beside(model, training.objective.modules)
         self.beside = {name: buffer.detach().clone() for name, buffer in beside.items()}
-        if not self._is_main:
+        if not self._takes_part:
             return
         with training.clock.measured("saving_seconds"):
             self._finish(BEST)
@@ -152,8 +172,9 @@ class Saver:
                 self._finish(_CHECKPOINT)
             weights, parts = self._weights_of(model)
             copies = self._best_buffers.copy({BEST: weights})
-            kept = copies[BEST] if copies else {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-            self._best, self._best_is_on_disk = (kept, metadata | parts), False
+            kept = copies[BEST] if copies else {name: local(one).cpu().clone() for name, one in weights.items()}
+            file = kept if self._folder is None else self._to_write(weights, kept)
+            self._best, self._best_is_on_disk = _Best(kept, file, metadata | parts), False
             if self._folder is not None:
                 self._hand_over(BEST, partial(self._write_best, self._folder, self._best), at_once=copies is None)
 
@@ -165,15 +186,19 @@ class Saver:
             self._finish(EPOCHS)
             weights, parts = self._weights_of(training.prepared.user_model)
             copies = self._epoch_buffers.copy({EPOCHS: weights})
-            kept = (copies or {EPOCHS: weights})[EPOCHS]
+            kept = self._to_write(weights, (copies or {EPOCHS: weights})[EPOCHS])
             write = partial(self._folder.save_epoch, kept, metadata | parts, epochs)
             self._hand_over(EPOCHS, write, at_once=copies is None)
 
     def _weights_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the weights that are saved, no copies, and what their file says of tied and frozen ones."""
         left_out = self._frozen.digests(model)
-        weights, aliases = split_aliases(without(plain_state(model), left_out))
+        weights, aliases = split_aliases(without(plain_state(model), left_out), model)
         return weights, {"aliases": aliases, "left_out": left_out}
+
+    def _to_write(self, weights: Mapping[str, Tensor], copies: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what this process writes of the weights, of which it has copies: whole tensors that it is dealt."""
+        return gathered(weights) if isinstance(self._folder, SharedFolder) else copies
 
     def _hand_over(self, name: str, write: Callable[[], Path | None], at_once: bool) -> None:
         """Let the thread write; with `at_once` wait for it."""
@@ -185,14 +210,14 @@ class Saver:
         if at_once:
             self.finish()
 
-    def _write_best(self, folder: RunFolder, best: _Best) -> None:
-        folder.save_best(*best)
+    def _write_best(self, folder: RunFolder | SharedFolder, best: _Best) -> None:
+        folder.save_best(best.file, best.metadata)
         self._best_is_on_disk = self._best is best
 
     def _write_checkpoint(
-        self, folder: RunFolder, snapshot: Snapshot, history: bytes, moment: Any, best: _Best | None
-    ) -> Path:
-        is_there = self._best_is_on_disk and folder.best_path.exists()  # read before the next line: that may be newer
+        self, folder: RunFolder | SharedFolder, snapshot: Snapshot, history: bytes, moment: Any, best: _Best | None
+    ) -> Path | None:
+        is_there = self._best_is_on_disk and folder.holds_best  # read before the next line: that may be newer
         if best is not None and self._best is best and not is_there:
             self._write_best(folder, best)  # a checkpoint with an older best would go back to that
         path = folder.save_checkpoint(snapshot, history)
@@ -230,29 +255,38 @@ class Saver:
         Where they were removed, or do not fit any more, the model keeps what it has, and a warning says so.
         """
         self.finish()
-        is_there = True
-        if self._is_main:
-            try:
-                if self._best is None:
-                    path = self._folder.best_path  # type: ignore[union-attr]
-                    check_seal(path)
-                    best, left_out = read_weights(path), left_out_of(path)
-                    check_left_out(left_out, self._frozen.values, "Its file")
-                else:
-                    best, metadata = self._best
-                    best = best | {name: best[kept] for name, kept in metadata["aliases"].items()}
-                    left_out = metadata["left_out"]
-                check_fit(best, model, "What was best", left_out)
-                copy_into(model, best | {name: self._frozen.values[name] for name in left_out})
-            except (OSError, ValueError, SafetensorError) as error:
-                is_there = False
-                warn(f"The best weights cannot be restored, the model keeps the last ones: {error}", stacklevel=2)
-        if num_processes > 1:
+        fault = self._put_best_into(model) if self._takes_part else None
+        if any(map(is_cut, model.parameters())):
+            fault = next(filter(None, gather_objects(fault)), None)
+        elif num_processes > 1:
             share_from_main(model.state_dict().values())
-            is_there = share_object(is_there)
-        if is_there:
+            fault = share_object(fault)
+        if fault is None:
             copy_beside(model, losses, self.beside)
-        return is_there
+        elif self._is_main:
+            warn(f"The best weights cannot be restored, the model keeps the last ones: {fault}", stacklevel=2)
+        return fault is None
+
+    def _put_best_into(self, model: nn.Module) -> str | None:
+        """Give the model the best weights, of a divided one the own rows, and return why that cannot be."""
+        try:
+            if self._best is None:
+                path = self._folder.best_path  # type: ignore[union-attr]
+                check(path)
+                best: dict[str, Any] = read_weights(path)
+                left_out = left_out_of(path)
+                check_left_out(left_out, self._frozen.values, "Its file")
+                check_fit(best, model, "What was best", left_out)
+                copy_into(model, best)
+            else:
+                aliases, left_out = self._best.metadata["aliases"], self._best.metadata["left_out"]
+                best = self._best.weights | {name: self._best.weights[kept] for name, kept in aliases.items()}
+                check_fit(best, model, "What was best", left_out, local)
+                copy_rows_into(model, best)
+            copy_rows_into(model, {name: self._frozen.values[name] for name in left_out})
+        except (OSError, ValueError, SafetensorError) as error:
+            return str(error)
+        return None
 
     def close(self, at_once: bool = False) -> None:
         """End the thread, after the writes under way, and leave the folder to others.
@@ -288,9 +322,13 @@ class _HostBuffers:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     @torch.no_grad()
-    def copy(self, tensors: _Tensors) -> _Tensors | None:
-        """Return copies in host memory, overwritten by the next call; `None` if there is no room for them."""
-        flat = {(file, name): tensor.detach() for file, content in tensors.items() for name, tensor in content.items()}
+    def copy(self, tensors: Tensors) -> Tensors | None:
+        """Return copies in host memory, overwritten by the next call; `None` if there is no room for them.
+
+        Of tensors that are divided over the processes only the own rows are copied.
+        """
+        named = ((file, name, tensor) for file, content in tensors.items() for name, tensor in content.items())
+        flat = {(file, name): local(tensor).detach() for file, name, tensor in named}
         forms = {key: (buffer.shape, buffer.dtype) for key, buffer in self._buffers.items()}
         fresh = {key: tensor for key, tensor in flat.items() if forms.get(key) != (tensor.shape, tensor.dtype)}
         if fresh and sum(tensor.nbytes for tensor in fresh.values()) > 0.9 * free_memory():

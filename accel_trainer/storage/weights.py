@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.console import printable
+from ..base.dtensors import added_over_parts, is_cut, local, locals_of, own_rows
 from ..base.tracebacks import ends_in_users_lines
 from ..numbers.objective import unwrapped
-from .checkpoints import BEST, EPOCHS
-from .tensor_files import check_seal, is_utf8, metadata_of, read_weights
+from .checkpoints import BEST, epoch_path, epochs_in
+from .shards import fill
+from .tensor_files import is_utf8
+from .weight_files import check, exist, metadata_of, read_weights
 
 
 def plain_name(name: str) -> str:
@@ -62,16 +65,21 @@ def checked_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _addresses(tensors: Iterable[Tensor]) -> set[int]:
     """Return where these tensors are in memory; sparse and empty ones are left out."""
-    return {tensor.data_ptr() for tensor in tensors if tensor.layout == torch.strided and tensor.numel()}
+    return {one.data_ptr() for one in locals_of(tensors) if one.layout == torch.strided and one.numel()}
 
 
-def split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def split_aliases(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return each tensor once, and for every other name of a tied tensor the name that was kept."""
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
+    # A divided tensor has no address: some processes have no row of it.
+    divided = {plain_name(name): one for name, one in model.named_parameters(remove_duplicate=False) if is_cut(one)}
     for name, tensor in state.items():
-        bits = tensor.is_conj(), tensor.is_neg()
-        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), bits)
+        if name in divided:
+            memory: tuple[Any, ...] = (id(divided[name]),)
+        else:
+            bits = tensor.is_conj(), tensor.is_neg()
+            memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), bits)
         kept = first.setdefault(memory, name) if tensor.numel() else name
         if kept != name:
             aliases[name] = kept
@@ -98,13 +106,14 @@ class FrozenWeights:
     A callback may unfreeze weights, or write to frozen ones, as to those of a teacher; these are saved like others.
 
     Attributes:
-        values: What they were, in host memory, by name: best weights without them are whole with these.
+        values: What they were, in host memory, by name: best weights without them are whole with these. Of a model that
+            is divided over the processes, the rows of this one.
     """
 
     def __init__(self, model: nn.Module | None = None, left_out: Collection[str] = ()) -> None:
         """Take the frozen weights of a model, and those that a checkpoint leaves out; none without a model."""
         frozen = {} if model is None else _frozen(model, left_out)
-        self.values = {name: one.detach().to("cpu", copy=True) for name, one in frozen.items()}
+        self.values = {name: local(one).detach().to("cpu", copy=True) for name, one in frozen.items()}
         self._digests = _digests_of(frozen)
 
     def digests(self, model: nn.Module) -> dict[str, str]:
@@ -114,11 +123,15 @@ class FrozenWeights:
 
 
 def _digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return a digest of type, shape and all bits of each tensor, by name; one read-back if there are any."""
+    """Return a digest of type, shape and all bits of each tensor, by name; one read-back if there are any.
+
+    Of a model that is divided over the processes, all call it.
+    """
     if not tensors:
         return {}
     totals = [_fingerprint(one) for one in tensors.values()]
-    read = torch.stack([total.to(totals[0].device) for total in totals]).tolist()
+    joined = torch.stack([total.to(totals[0].device) for total in totals])
+    read = added_over_parts(joined, list(tensors.values())).tolist()
     return {
         name: f"{one.dtype} {tuple(one.shape)} {total % 2**64:016x}"
         for (name, one), total in zip(tensors.items(), read, strict=True)
@@ -128,13 +141,16 @@ def _digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _fingerprint(tensor: Tensor) -> Tensor:
     """Return a sum over the elements, modulo 2**64, of their bits and places, mixed as by SplitMix64.
 
-    It is computed on the device of the tensor, and the same on any.
+    It is computed on the device of the tensor, and the same on any; of a divided one it is the sum over the own rows.
     """
-    elements = tensor.detach().contiguous().view(-1).view(_WHOLE.get(tensor.element_size(), torch.int64))
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    mine = local(tensor).detach()
+    first = own_rows(tensor)[0] * (mine[0].numel() if len(mine) else 0) if tensor.ndim else 0
+    first = first * mine.element_size() // min(8, mine.element_size())  # complex numbers are two
+    elements = mine.contiguous().view(-1).view(_WHOLE.get(tensor.element_size(), torch.int64))
+    total = torch.zeros((), dtype=torch.int64, device=mine.device)
     for start in range(0, len(elements), _AT_A_TIME):
         part = elements[start : start + _AT_A_TIME].long()
-        places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
+        places = torch.arange(first + start + 1, first + start + 1 + len(part), device=part.device)
         mixed = part * -0x61C8864680B583EB + places * -0x3D4D51C2D82B14B1
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
             mixed = (mixed ^ (mixed >> shift)) * factor
@@ -154,7 +170,7 @@ def _frozen(model: nn.Module, others: Collection[str] = ()) -> dict[str, Tensor]
         name: one
         for name, one in named.items()
         if (name in others or not one.requires_grad) and one.layout == torch.strided and one.numel() and name in state
-        and state[name].data_ptr() == one.data_ptr()
+        and local(state[name]).data_ptr() == local(one).data_ptr()
     }  # fmt: skip
 
 
@@ -172,12 +188,18 @@ def check_left_out(left_out: Mapping[str, str], state: Mapping[str, Tensor], sou
         )
 
 
-def check_fit(state: Mapping[str, Tensor], model: nn.Module, source: str, left_out: Collection[str] = ()) -> None:
+def check_fit(
+    state: Mapping[str, Any],
+    model: nn.Module,
+    source: str,
+    left_out: Collection[str] = (),
+    of_process: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> None:
     """Refuse weights of another architecture with a `ValueError` that names every difference.
 
-    `left_out` are the names that the weights do without.
+    `left_out` are the names that the weights do without, `of_process` what they have of each tensor of the model.
     """
-    expected = without(plain_state(model), left_out)
+    expected = {name: of_process(tensor) for name, tensor in without(plain_state(model), left_out).items()}
     problems = [f"missing {name}" for name in expected if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]
     problems += [
@@ -190,11 +212,19 @@ def check_fit(state: Mapping[str, Tensor], model: nn.Module, source: str, left_o
 
 
 @torch.no_grad()
-def copy_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def copy_into(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Give a model the weights of these names, in place."""
     for name, tensor in plain_state(model).items():
         if name in state:
-            tensor.copy_(state[name])
+            fill(tensor, state[name])
+
+
+@torch.no_grad()
+def copy_rows_into(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
+    """Give a model, of which this process has these rows only, their values, in place; all rows of one not divided."""
+    for name, tensor in plain_state(model).items():
+        if name in rows:
+            local(tensor).copy_(rows[name])
 
 
 def buffers_beside(model: nn.Module, losses: Iterable[nn.Module] = ()) -> dict[str, Tensor]:
@@ -247,14 +277,14 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str], epoch: int | No
     if epoch is not None and (type(epoch) is not int or epoch < 1):
         raise ValueError(f"epoch must be a whole number of at least 1, or None, got {epoch!r}.")
     folder = Path(run_dir).expanduser()
-    path = folder / (BEST if epoch is None else EPOCHS.replace("*", f"{epoch:08d}"))
-    if not path.is_file():
-        others = ", ".join(str(int(one.stem.removeprefix("epoch_"))) for one in sorted(folder.glob(EPOCHS)))
+    path = folder / BEST if epoch is None else epoch_path(folder, epoch)
+    if not exist(path):
+        others = ", ".join(map(str, epochs_in(folder)))
         hint = "" if epoch is None else f" There are those of the epochs {others or '(none; see keep_best)'}."
         raise FileNotFoundError(f"No best weights in {Path(run_dir)}: {path} does not exist.{hint}")
     inner = unwrapped(model)
     try:
-        check_seal(path)
+        check(path)
         state, left_out = read_weights(path), left_out_of(path)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error

@@ -182,7 +182,7 @@ def _trained(options: Namespace) -> tuple[Trainer, DataLoader[Any], str, RunFile
 
 
 def _evaluate(options: Namespace) -> int:
-    from ..storage.tensor_files import metadata_of
+    from ..storage.weight_files import metadata_of
 
     trainer, loader, name, record = _trained(options)
     scores = trainer.evaluate(loader, options.report, name=name.replace("_loader", ""), run_dir=record.path)

@@ -18,7 +18,7 @@ from ..base.codec import encode, flattened
 from ..config import TrainConfig
 from ..data.test_sets import argument_of, parts_of
 from ..storage.checkpoints import BEST
-from ..storage.tensor_files import check_seal, metadata_of
+from ..storage.weight_files import check, exist, files_of, metadata_of
 from ..storage.weights import load_best
 from ..view.report import RunFiles
 
@@ -51,7 +51,7 @@ def export(
     best = record.path / BEST
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"{output} is there already: give another --output, or remove it.")
-    if not best.is_file():
+    if not exist(best):
         raise FileNotFoundError(f"{record.path} has no best weights to export.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
@@ -84,7 +84,7 @@ def _copy_weights(best: Path, folder: Path) -> str:
     from safetensors.torch import load_file, save_file
 
     try:
-        check_seal(best)
+        check(best)
     except ValueError as error:
         raise ValueError(f"{best} is damaged: {error}.") from error
     left_out = metadata_of(best).get("left_out")
@@ -99,6 +99,10 @@ def _copy_weights(best: Path, folder: Path) -> str:
             "them no model can be loaded. Give the run function, whose model has them: accel_trainer export "
             f"my_module:make_run {best.parent.parent}"
         )
+    if len(parts := files_of(best)) > 1:  # of a model that was divided, which may be too large for this machine
+        for part in parts:
+            shutil.copyfile(part, folder / part.name)
+        return "load_best(model, ...)  # from accel_trainer; or from_pretrained of the library that the model is from"
     save_file(load_file(best), folder / WEIGHTS, metadata={"format": "pt"})
     return f'load_model(model, "{WEIGHTS}")  # from safetensors.torch'
 

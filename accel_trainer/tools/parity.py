@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,6 +37,7 @@ class Case:
     bitwise: bool = False
     precision: str = "no"  # or `bf16`
     gpu: int | str | None = None  # index of the GPU, `all`, or `None` for the CPU
+    sharding: str | None = None  # `full` for a model that is divided over the processes
     # What is compared with the reference: `bits`, `rounding`, `precision`, `device` (another kind of hardware), `cut`
     # (rounding, unless the model or its data look at the micro-batch or at chance), or `none`.
     promise: str = "none"
@@ -47,7 +49,8 @@ class Case:
         """The layout in words."""
         number = self.num_micro_batches
         cut = "1 micro-batch per process" if number is None else _counted(number, "micro-batch")
-        notes = {"bitwise": self.bitwise, "bf16": self.precision == "bf16", "again": self.is_again}
+        notes = {"divided": self.sharding is not None, "bitwise": self.bitwise}
+        notes |= {"bf16": self.precision == "bf16", "again": self.is_again}
         return ", ".join([_counted(self.num_processes, "process"), cut, *(note for note in notes if notes[note])])
 
     @property
@@ -114,7 +117,7 @@ def plan(name: str | None, num_processes: Iterable[int], num_micro_batches: int,
 
 
 def _with_fixed_cut(first: Case, numbers: list[int], gpu_of_several: str | None) -> list[Case]:
-    """Return the cases of one kind of device: both strengths on one and several processes, and bf16."""
+    """Return the cases of one kind of device: both strengths on one and several processes, divided too, and bf16."""
     rounding = replace(first, promise="rounding", reference=first)
     exact = replace(rounding, bitwise=True)
     low = replace(exact, precision="bf16", promise="precision")
@@ -124,11 +127,12 @@ def _with_fixed_cut(first: Case, numbers: list[int], gpu_of_several: str | None)
 
     as_exact = replace(exact, promise="bits", reference=exact)
     cases = [first, *on(numbers, rounding), exact, replace(as_exact, is_again=True), *on(numbers, as_exact)]
+    cases += [*on(numbers[:1], replace(rounding, sharding="full")), *on(numbers, replace(as_exact, sharding="full"))]
     return [*cases, low, *on(numbers[:1], replace(low, promise="bits", reference=low))]
 
 
 # What is set whatever the config of the run function says: by each case, and for all of them.
-_OF_CASE = ("num_micro_batches", "bitwise", "mixed_precision")
+_OF_CASE = ("num_micro_batches", "bitwise", "mixed_precision", "sharding")
 _OF_ALL = ("num_epochs", "max_steps", "seed", "restore_best", "run_dir", "verbose")
 
 
@@ -183,7 +187,9 @@ class Parity:
             except ProcessFailedError as error:
                 if not results:
                     raise
-                yield Row(case, False, "FAILED", str(error))
+                reason = _REFUSED.search(str(error)) if case.sharding is not None else None
+                found = (False, "FAILED", str(error)) if reason is None else (None, _NOT_DIVIDED, reason[1])
+                yield Row(case, *found)
                 continue
             first = next(results[other] for other in results if other.run == case.run)
             row = Row(
@@ -203,7 +209,8 @@ class Parity:
     def run(self, case: Case, recording: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the result of the main process of a case, with the traces of all processes."""
         choices: dict[str, Any] = {"num_micro_batches": case.num_micro_batches, "bitwise": case.bitwise}
-        config = replace(self.config, **choices, mixed_precision=case.precision)  # type: ignore[arg-type]
+        choices |= {"mixed_precision": case.precision, "sharding": case.sharding}
+        config = replace(self.config, **choices)
         environment = {"ACCELERATE_USE_CPU": "true"} if case.gpu is None else {}
         if isinstance(case.gpu, int):
             environment["CUDA_VISIBLE_DEVICES"] = str(case.gpu)
@@ -318,6 +325,8 @@ class Parity:
         return next((found for found in differences if found[1] > _SAME_STEP[other["is_double"]]), None)
 
 
+_REFUSED = re.compile(r"\b(?:ValueError|HardwareError): (.*)")  # of a model or an optimizer that cannot be divided
+_NOT_DIVIDED = "cannot be divided"
 _NUM_STEPS = 8  # that are made again from equal weights
 _SAME_STEP = 2e-6, 1e-14  # gradients at equal weights, in single and in double precision
 _MULTIPLIED = "from equal weights both make the same step, but the run multiplies rounding"

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from ..base.codec import pack, same_bits
 from ..base.console import is_first_rank, show
+from ..base.dtensors import is_cut, local
 from ..callbacks import Callback
 from ..config import TrainConfig
 from ..data.order import is_stream, num_batches
 from ..devices.environment import free_memory
+from ..devices.sharding import units_of
 from ..trainer import Trainer
 from ..view.report import duration
 from .run_functions import call_run_function
@@ -72,7 +74,7 @@ def check(name: str, config: TrainConfig) -> int:
         files = _line_of_files(_tensors(trainer), again.at_start)
         disk = _line_of_disk(Path(written), config.keep_checkpoints, Path(config.run_dir or "."))
         seconds = _line_of_time(trainer, loaders, first.clock, config)
-        return _print([*_lines_of_run(trainer), files, _line_of_memory(), disk, seconds])
+        return _print([*_lines_of_run(trainer), files, _line_of_model(trainer), _line_of_memory(), disk, seconds])
 
 
 def _fit(name: str, config: TrainConfig, files: dict[str, Any], watch: _Watch) -> tuple[Trainer, dict[str, Any]]:
@@ -104,11 +106,11 @@ def _first_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """Return copies of all tensors of model and optimizer by name."""
+    """Return copies of all tensors of model and optimizer by name, of divided ones of the own rows."""
     found: dict[str, Tensor] = {}
     pack(trainer.model.state_dict(), found, "model")
     pack(trainer.optimizer.state_dict(), found, "optimizer")  # type: ignore[union-attr]
-    return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+    return {name: local(tensor).detach().cpu().clone() for name, tensor in found.items()}
 
 
 def _lines_of_run(trainer: Trainer) -> list[_Line]:
@@ -129,6 +131,40 @@ def _line_of_files(saved: dict[str, Tensor], loaded: dict[str, Tensor]) -> _Line
     wrong = [name for name in saved if not same_bits(saved[name], loaded.get(name))]
     text = f"{len(saved)} tensors of model and optimizer come back bit for bit"
     return not wrong, "save, load", text if not wrong else f"{', '.join(wrong[:3])} came back different"
+
+
+def _line_of_model(trainer: Trainer) -> _Line:
+    """Say what model, gradients and optimizer take on each process, with the whole model and with a part of it."""
+    model, optimizer = trainer.model, trainer.optimizer
+    state: dict[str, Tensor] = {}
+    pack(optimizer.state_dict(), state, "optimizer")  # type: ignore[union-attr]
+    gradients = sum(_num_bytes(weight) for weight in model.parameters() if weight.requires_grad)
+    parts = {"weights": sum(map(_num_bytes, model.parameters())), "gradients": gradients}
+    parts[type(optimizer).__name__] = sum(map(_num_bytes, state.values()))
+    total, number = sum(parts.values()), torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    largest = max(_bytes_by_unit(model))  # its weights and gradients are gathered
+    named = ", ".join(f"{name} {size / _MEBI:,.1f}" for name, size in parts.items())
+    is_divided = any(map(is_cut, model.parameters()))
+    divided = "; ".join(
+        f"{(total / several + 2 * largest) / _MEBI:,.1f} on each of {several}"
+        for several in ((number,) if number > 1 else (2, 4, 8))
+    )
+    here = total / number + 2 * largest if is_divided else total
+    room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else free_memory() + here
+    text = f"{named}: {total / _MEBI:,.1f} MiB whole, without activations; with sharding='full' {divided}"
+    return here < 0.9 * room, "model", f"{text}{' (as here)' if is_divided else ''}"
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor, of a divided one the whole."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _bytes_by_unit(model: nn.Module) -> list[int]:
+    """Return the bytes of the weights that are gathered together, of each unit of a divided model."""
+    *blocks, _ = units_of(model)
+    sizes = [sum(map(_num_bytes, block.parameters())) for block in blocks]
+    return [*sizes, sum(map(_num_bytes, model.parameters())) - sum(sizes)]
 
 
 def _line_of_memory() -> _Line:

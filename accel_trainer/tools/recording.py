@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..base.codec import flattened
+from ..base.dtensors import whole
 from ..callbacks import Callback
 from ..data.collated import tensors_in
 from ..data.micro_batches import MicroBatch
@@ -66,6 +67,7 @@ def digest(state: Mapping[str, Any]) -> str:
 
 def _on_host(tensor: Tensor) -> Tensor:
     """Return a dense, contiguous copy of a tensor on the CPU, of its own storage."""
+    tensor = whole(tensor)
     dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
     return dense.cpu().clone(memory_format=torch.contiguous_format)
 

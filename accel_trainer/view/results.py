@@ -14,7 +14,7 @@ from ..data.order import dataset_order, index_batches, is_stream
 from ..data.randomness import EVALUATION, derive_seed, seed_all
 from ..devices.hardware import Hardware
 from ..storage.checkpoints import BEST
-from ..storage.tensor_files import metadata_of
+from ..storage.weight_files import metadata_of
 from .answers import KINDS
 from .assessment import Details, assess, check_library, show_wrong
 from .gathered_answers import GatheredAnswers

@@ -441,7 +441,7 @@ def test_micro_batches_are_those_that_a_loader_makes_of_the_rows(folder, kind):
             return [[count if place == index else 0 for place in range(4)] for count in (part.num_rows, part.size)]
 
         loader.sharded._everywhere = alone
-        loader.sharded._own = lambda parts, sizes: [part for part in parts if part.size]
+        loader.sharded._own = lambda parts, sizes: [(part, False) for part in parts if part.size]
         found = [micro_batch.data for micro_batch in loader.micro_batches(1)]
         expected = list(DataLoader(shard, 3))
         assert len(found) == len(expected)

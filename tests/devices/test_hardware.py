@@ -30,7 +30,8 @@ def fit(**arguments):
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP, which this version does not support"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1, which is not supported. Launch with --fsdp_version 2"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism config without FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "Precision 'fp16' is impossible on CPU.*can do: no, bf16"),
@@ -86,7 +87,7 @@ def test_a_plugin_of_ones_own_accelerator_that_would_be_ignored_is_refused(monke
     from accelerate import FullyShardedDataParallelPlugin
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # restored afterwards; Accelerate sets it
-    with pytest.raises(HardwareError, match="asks for FSDP"):
+    with pytest.raises(HardwareError, match="Accelerate drops here. Set sharding='full'"):
         fit(accelerator=lambda: Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin()))
 
 

@@ -98,6 +98,21 @@ def test_two_processes_are_one(files, monkeypatch, capsys):
     assert History.load("one").train_losses == pytest.approx(History.load("two").train_losses, rel=1e-4)
 
 
+@pytest.mark.distributed
+def test_a_divided_model_has_the_losses_of_one_process_and_transformers_reads_it(files, monkeypatch, capsys):
+    more = ["--num_epochs", "2", "--num_micro_batches", "8", "--bitwise"]
+    _, alone = run(monkeypatch, capsys, *more, "--run_dir", "one")
+    done = torchrun(SCRIPT, *OPTIONS, "--sharding", "full", *more[:2], "--bitwise", "--run_dir", "two", forks=True)
+    assert done.returncode == 0, done.stderr
+    assert accuracy_in(done.stdout) == accuracy_in(alone)
+    one, two = History.load("one"), History.load("two")
+    assert one.train_losses == two.train_losses and one.test_losses == two.test_losses
+    assert "For from_pretrained: two/best" in done.stdout and len(list((files / "two/best").glob("model-*"))) == 2
+    whole, parts = (AutoModelForSequenceClassification.from_pretrained(path) for path in ("one/model", "two/best"))
+    assert all(torch.equal(weight, parts.state_dict()[name]) for name, weight in whole.state_dict().items())
+    assert AutoTokenizer.from_pretrained("two/best") is not None
+
+
 def test_a_run_that_has_ended_does_not_go_on_with_other_labels(files, monkeypatch, capsys):
     more = ["--num_epochs", "1", "--max_steps", "2", "--run_dir", "run"]
     assert run(monkeypatch, capsys, *more)[0] == 0

@@ -130,9 +130,10 @@ def test_check_tells_on_one_page_and_on_two_processes(module, tmp_path, capsys):
     assert main(["check", module, "--num_epochs", "7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[1].strip() or line for line in lines]
-    assert [line.split()[0] for line in lines] == ["ok"] * 7
+    assert [line.split()[0] for line in lines] == ["ok"] * 8
     assert "16 tensors of model and optimizer come back bit for bit" in lines[3]
-    assert re.search(r"about [\d.]+ m?s an epoch of 3 steps", lines[6])
+    assert re.search(r"about [\d.]+ m?s an epoch of 3 steps", lines[7])
+    assert re.search(r"model  .* MiB whole, .* with sharding='full' .* on each of 2; .* of 4; .* of 8", lines[4])
     assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
     done = torchrun("accel_trainer", "check", module, options=["-m"], cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr
