@@ -84,6 +84,7 @@ FIRST = [
         Part("after_product", 60),
         Part("waits", 150),
         Part("two_processes", 120),
+        Part("divided", 150),
         Part("graphs", 150),
         Part("tests", 150, (*PYTEST, "--deselect", f"tests/{OUT_OF_MEMORY}", *TESTS)),
         Part("parity", 150, (sys.executable, "-m", "accel_trainer", *PARITY)),

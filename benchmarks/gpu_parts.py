@@ -409,6 +409,34 @@ def two_processes(find: Finder) -> None:
     find.check("two processes and one: the same bits", lambda: run(True))
 
 
+def _divided(number: int, bitwise: bool) -> Any:
+    """Train a divided model in one of the processes that share a GPU; a world of one is a group too."""
+    if number == 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    how: dict[str, Any] = {"num_micro_batches": 4, "num_epochs": 2, "max_grad_norm": 1.0, "bitwise": bitwise}
+    how["sharding"] = "full"
+    if number > 1:
+        handler = InitProcessGroupKwargs(backend="gloo")
+        on_cpu = not torch.cuda.is_available()
+        how["accelerator"] = lambda: Accelerator(cpu=on_cpu, kwargs_handlers=[handler])
+    return outcome(model=functools.partial(make_model, kind="batchnorm"), data=make_data(64), batch_size=16, **how)
+
+
+def divided(find: Finder) -> None:
+    """A model that is divided over a world of one, and over two processes on one GPU, is one that is not."""
+
+    def run(number: int, bitwise: bool) -> Any:
+        how: dict[str, Any] = {"timeout": 100, "environment": {"LOCAL_RANK": "0"}}  # the same GPU
+        found = run_on_processes(number, _divided, number, bitwise, **how)[0]
+        alone = run_on_processes(1, _one_of, False, bitwise, timeout=100)[0]
+        return alone == found if bitwise else apart(alone[1], found[1])
+
+    for number in (1, 2):
+        find.check(f"divided over {number}: difference of the losses", lambda: run(number, False), _within(1e-5))  # noqa: B023
+        find.check(f"divided over {number}: the same bits", lambda: run(number, True))  # noqa: B023
+
+
 def graphs(find: Finder) -> None:
     """Compiled code: no more graphs than two, and the memory of CUDA graphs is copied in time."""
 

@@ -25,7 +25,7 @@ def test_every_part_of_what_a_gpu_is_asked_runs_to_its_end(tmp_path):
     lines = [(tmp_path / "gpu" / f"{half}.jsonl").read_text().splitlines() for half in ("first", "second")]
     found = [json.loads(line) for half in lines for line in half]
     ended = [one["part"] for one in found if one["name"] == "comes to its end" and one["right"]]
-    assert len(ended) == 18 and len({one["part"] for one in found}) == 18
+    assert len(ended) == 19 and len({one["part"] for one in found}) == 19
     assert any(one["part"] == "bits" and one["found"] is True for one in found if "found" in one)
 
     (tmp_path / "peers.json").write_text((BENCHMARKS / "results" / "peers.json").read_text())

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 from zlib import crc32
 
 import psutil
@@ -301,6 +302,7 @@ class Shards:
         A unit is gathered where it is called, so all processes must call the same ones in the same order.
         """
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def compare(name: str, *_: Any) -> None:
             names = gather_objects(name)
             if len(set(names)) > 1:
@@ -326,16 +328,25 @@ class Shards:
             unit.reshard()
 
     def watch_gradients(self, note: Callable[[str], object]) -> None:
-        """Call a function with the name of each parameter that gets a gradient in a backward of this process."""
+        """Call a function with the name of each parameter that gets a gradient in a backward of this process.
+
+        It takes the place of another one that was called so far. All processes call it.
+        """
         names = {id(unit): name for name, unit in self.model.named_modules()}
+        hooks = _watching.setdefault(self.model, [])
+        while hooks:
+            hooks.pop().remove()
         for unit in self.units:
             unit.unshard()
             prefix = names[id(unit)]
             for name, weight in unit.named_parameters():
                 if weight.requires_grad and not is_cut(weight):
                     full_name = f"{prefix}.{name}" if prefix else name
-                    weight.register_post_accumulate_grad_hook(partial(_note_name, note, full_name))
+                    hooks.append(weight.register_post_accumulate_grad_hook(partial(_note_name, note, full_name)))
             unit.reshard()
+
+
+_watching: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # the hooks of each divided model
 
 
 def _note_name(note: Callable[[str], object], name: str, _: Tensor) -> None:
@@ -420,10 +431,11 @@ def _divide_unit(
 ) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    device = accelerator.device
     materialise(unit, model, seed)
-    share_from_main(_undivided(unit), host_group() if device.type != "cpu" else None)
-    pinned = device.type == "cuda"
+    whole = _undivided(unit)
+    share_from_main((tensor for tensor in whole if tensor.device.type == "cpu"), host_group())
+    share_from_main(tensor for tensor in whole if tensor.device.type != "cpu")
+    pinned = accelerator.device.type == "cuda"
     fully_shard(
         unit,
         mesh=mesh,
@@ -434,7 +446,7 @@ def _divide_unit(
 
 
 def _undivided(unit: nn.Module) -> list[Tensor]:
-    """Return the tensors of a unit that are still whole, in host memory."""
+    """Return the tensors of a unit that are still whole."""
     tensors = (*unit.parameters(), *unit.buffers())
     return [tensor for tensor in tensors if not is_cut(tensor) and tensor.layout == torch.strided]
 

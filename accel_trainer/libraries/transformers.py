@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..base.dtensors import is_cut
 from ..data.collated import TARGET_NAMES, take
 from ..numbers.forward import Loss
 from ..numbers.objective import inputs_of, target_name_of, unwrapped
@@ -117,7 +118,8 @@ def save_beside(model: Any, best: Path, is_whole: bool) -> None:
     That is an adapter (peft), or the config of a model whose weights are all in the file.
     """
     if hasattr(model, "peft_config") and hasattr(model, "save_pretrained"):
-        model.save_pretrained(best.parent)
+        if not any(map(is_cut, model.parameters())):  # of a divided model no process has an adapter to save
+            model.save_pretrained(best.parent)
     elif is_whole and hasattr(_config_of(model), "save_pretrained"):
         model.config.save_pretrained(best.parent)
 

@@ -61,18 +61,18 @@ class ShardedGradients(LocalGradients):
         super().__init__(model, accelerator)
         self._shards, self._may_vary = shards, may_vary
         self._used: set[str] = set()  # parameters that have had a gradient in this batch, on this process
+        self._watched: list[str] = []
         self._prepare()
-        shards.watch_gradients(self._used.add)
 
     def _prepare(self) -> None:
         self._shards.use_sums()
 
     def start_epoch(self) -> None:
         """Drop old gradients, and find which parameters are trained now."""
-        names = self._names
         super().start_epoch()
-        if names != self._names:
-            self._are_all_used = None
+        if self._watched != self._names:
+            self._watched, self._are_all_used = self._names, None
+            self._shards.watch_gradients(self._used.add)
 
     def start_batch(self, batch: Batch, weight_is_num_samples: bool) -> None:
         """Begin to add up; `weight_is_num_samples` says that every process knows the weight of the batch."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from ..base.dtensors import cut_like, is_cut, local
 from ..callbacks import Callback
 from .scalars import not_finite
 
@@ -60,6 +61,10 @@ class WeightAverage(Callback):
         if not self._is_loaded:
             self._average, self._counts, self._epoch = {}, {}, 0
         self._is_loaded, self._put_aside = False, []
+        weights = dict(trainer.model.named_parameters())
+        for name, average in self._average.items():  # a checkpoint gives them whole
+            if name in weights and is_cut(weights[name]) and not is_cut(average):
+                self._average[name] = cut_like(average, weights[name])
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Take in the weights of this step."""
@@ -116,8 +121,8 @@ class WeightAverage(Callback):
                 continue
             self._average[name] = average = average.to(tensor.device)
             averages, values = known.setdefault(self._counts[name], ([], []))
-            averages.append(average)
-            values.append(tensor.detach().to(average.dtype))
+            averages.append(local(average))
+            values.append(local(tensor).detach().to(average.dtype))
             self._counts[name] += 1
         update: Any = get_swa_multi_avg_fn if self._decay is None else partial(get_ema_multi_avg_fn, self._decay)
         for count, (averages, values) in known.items():

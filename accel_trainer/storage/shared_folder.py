@@ -211,12 +211,15 @@ class _Talk:
         self._begin()
         self._wait_for("open", "end")
         if not self._has("end"):
-            told: tuple[str, Any] = "", None
+            fault, told = None, None
             try:
-                told = "", write()
-            except (OSError, SafetensorError) as error:
-                told = str(error) or type(error).__name__, None
-            self._set(f"of {self._process}", json.dumps(told))
+                told = write()
+            except Exception as error:  # whatever it is, the main process must not wait
+                fault = error
+            text = "" if fault is None else str(fault) or type(fault).__name__
+            self._set(f"of {self._process}", json.dumps([text, told]))
+            if fault is not None and not isinstance(fault, (OSError, SafetensorError)):
+                raise fault
         error_of_any = self._wait_for("end")
         if error_of_any:
             raise OSError(error_of_any)

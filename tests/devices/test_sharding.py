@@ -379,6 +379,33 @@ def test_an_average_of_divided_weights():
     assert on_processes(3, train_average, "full")[0] == train_average(None)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own insides
+def test_compiled_blocks_have_the_losses_of_one_process():
+    """Compiled dropout draws other numbers than that of the undivided model does without a compiler."""
+    expected = train({}, bitwise=True, compile="regional")
+    assert bits_of(train_on("2", bitwise=True, compile="regional")[0]) == bits_of(expected)
+
+
+class Thaw(Callback):
+    """Train from the second epoch on what was frozen, as gradual unfreezing does."""
+
+    def on_epoch_start(self, trainer):
+        if trainer.state.epoch == 2:
+            trainer.model.blocks[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_weights_may_be_unfrozen_between_epochs(bitwise):
+    how = {"num_epochs": 3, "bitwise": bitwise, "callbacks": [Thaw()]}
+    expected, found = train({}, torch.float64, **how), train_on("2", torch.float64, **how)[0]
+    for before, after in zip(expected["losses"], found["losses"], strict=True):
+        assert after == (before if bitwise else pytest.approx(before, rel=1e-12))
+    start = train({}, torch.float64, num_epochs=1, bitwise=bitwise)["weights"]["blocks.0.wide.weight"]
+    assert not torch.equal(found["weights"]["blocks.0.wide.weight"], start)
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 import accel_trainer.storage.checkpoints as checkpoints
 import accel_trainer.storage.shared_folder as shared_folder
 import accel_trainer.storage.weight_files as weight_files
-from accel_trainer import Callback, load_best
+from accel_trainer import Callback, WeightAverage, load_best
 from accel_trainer.base.dtensors import rows_of
 from accel_trainer.storage.checkpoints import fault_of, steps_in
 from accel_trainer.storage.shards import Parts, deal, fill
@@ -115,6 +115,15 @@ def test_tensors_are_dealt_in_order_and_evenly():
         assert set(owners.values()) == set(range(len({*owners.values()})))
         loads = [sum(sizes[name] for name, owner in owners.items() if owner == one) for one in {*owners.values()}]
         assert max(loads) <= sum(sizes.values()) / number + max(sizes.values())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("writer, reader", [("3", "2"), ("2", "1"), ("1", "3")])
+def test_an_average_of_the_weights_goes_on_in_any_layout(writer, reader, tmp_path):
+    average = [WeightAverage(0.9)]
+    expected = run(tmp_path / "alone", callbacks=average)
+    run_on(writer, tmp_path / "run", average, max_steps=10)
+    assert run_on(reader, tmp_path / "run", average, resume=True) == expected
 
 
 # --- what the files are -----------------------------------------------------------------------------------------------
