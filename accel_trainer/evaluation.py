@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -209,9 +209,14 @@ def evaluation_pass(
     buffers = FixedBuffers([prepared.user_model, *losses])
 
     def each() -> Iterator[MicroBatch]:
-        for micro_batch in micro_batches:
-            yield micro_batch
-            buffers.restore()
+        with ExitStack() as first_batch:
+            if prepared.shards is not None and prepared.hardware.num_processes > 1:
+                first_batch.enter_context(prepared.shards.compared_calls())
+            for micro_batch in micro_batches:
+                yield micro_batch
+                buffers.restore()
+                if micro_batch.piece.is_last:
+                    first_batch.close()
 
     model = prepared.model  # with its wrapper on several processes, which compute_loss may ask for its mode
     try:

@@ -29,6 +29,7 @@ from .devices.environment import describe_environment
 from .devices.hardware import Hardware
 from .devices.memory import keep_data
 from .devices.prepared import Prepared
+from .devices.sharding import is_asked_for
 from .devices.stopping import Stopping
 from .ending import LEAVING, closed_at_the_end, record_fault, report_end, save_the_end
 from .errors import NonFiniteError, ProcessFailedError
@@ -121,7 +122,7 @@ class Trainer:
         self.config = TrainConfig() if config is None else config
         if not isinstance(self.config, TrainConfig):
             raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}.")
-        check_model(model, self.config.bitwise, may_be_divided=self.config.sharding is not None)
+        check_model(model, self.config.bitwise, may_be_divided=self.config.sharding is not None or is_asked_for())
         if optimizer is not None:
             check_optimizer(optimizer, model)
             check_scheduler(scheduler, optimizer)

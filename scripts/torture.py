@@ -166,6 +166,9 @@ class Life:
         return ending(outcome)
 
 
+_OF_A_KILL = "killed by signal 9", "has ended without an error message", "closed by peer", "reset by peer"
+
+
 def ending(outcome: list[Any]) -> str:
     """Return how a life has ended.
 
@@ -175,7 +178,12 @@ def ending(outcome: list[Any]) -> str:
     text = outcome[0]
     if isinstance(text, bool):
         return "finished" if text else "interrupted"
-    if "killed by signal 9" in text or "has ended without an error message" in text or "closed by peer" in text:
+    if (
+        "killed by signal 9" in text
+        or "has ended without an error message" in text
+        or "closed by peer" in text
+        or "reset by peer" in text
+    ):
         return "killed"
     if text.startswith("SystemExit: 143"):
         return "terminated"

@@ -30,7 +30,7 @@ from .compiled import (
     uses_cuda_graphs,
 )
 from .hardware import Hardware
-from .sharding import Shards, check_can_be_materialised, divide, materialise, train_instead
+from .sharding import Shards, check_can_be_materialised, divide, joined_inputs, materialise, train_instead
 
 _TRACES = ("forward", "_original_forward", "_is_accelerate_prepared", "_is_torch_compile")
 _NOTHING = nullcontext()
@@ -141,8 +141,10 @@ class Prepared:
     def attached(self) -> Iterator[nn.Module]:
         """Yield the function to call in place of the model, which has the attributes of the run meanwhile."""
         before = [(module, _exchanged(module, new, new)) for module, new in self._attached.items()]
+        joins = self.hardware.bitwise and not self.is_divided and not self.is_compiled
         try:
-            yield self.model
+            with joined_inputs(self.user_model) if joins else _NOTHING:
+                yield self.model
         finally:
             for module, old in before:
                 _exchanged(module, self._attached[module], old)

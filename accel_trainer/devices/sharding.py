@@ -8,7 +8,7 @@ train a patchwork where the processes have begun with different weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ import psutil
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, recursively_apply
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..base.console import printable
 from ..base.dtensors import cut_like, is_cut, make_mesh
-from ..base.exchange import gather_objects, host_group
+from ..base.exchange import any_process, gather_objects, host_group
 from ..data.randomness import WEIGHTS, derive_seed, generators_kept, seed_all
 from ..errors import HardwareError
 from ..numbers.reductions import share_from_main
@@ -116,7 +116,7 @@ def asked_for(kind: Kind | None, accelerator: Accelerator | None = None) -> Shar
     """
     sizes = _sizes_of_launch(accelerator)
     plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator is not None else None
-    if plugin is None and is_set(_USES_FSDP):
+    if plugin is None and is_asked_for():
         plugin = FullyShardedDataParallelPlugin()
     if plugin is None and kind is None:
         if sizes is not None:
@@ -128,6 +128,11 @@ def asked_for(kind: Kind | None, accelerator: Accelerator | None = None) -> Shar
     source = "argument" if kind is not None else "launcher"
     sharding = Sharding(kind or ("hybrid" if sizes is not None and sizes[0] > 1 else "full"), source, sizes)
     return sharding if plugin is None else _with_plugin(sharding, plugin)
+
+
+def is_asked_for() -> bool:
+    """Return whether the launch asks for FSDP."""
+    return is_set(_USES_FSDP)
 
 
 def is_set(variable: str) -> bool:
@@ -170,7 +175,7 @@ def _with_plugin(sharding: Sharding, plugin: FullyShardedDataParallelPlugin) -> 
         frees_after_forward=bool(plugin.reshard_after_forward),
         offloads=bool(plugin.cpu_offload),
         recomputes=bool(plugin.activation_checkpointing),
-        blocks=(names,) if isinstance(names, str) else tuple(names),
+        blocks=tuple(name.strip() for name in ([names] if isinstance(names, str) else names)),
     )
 
 
@@ -205,8 +210,10 @@ def units_of(model: nn.Module, names: tuple[str, ...] = ()) -> list[nn.Module]:
             f"The launch wants to divide the model by blocks of the class {', '.join(sorted(missing))}, and the model "
             f"has none: fsdp_transformer_layer_cls_to_wrap is the name of the class that it repeats."
         )
-    blocks = of_classes or repeated_blocks(model) or list(_large_parts(model, _num_elements(model) // 64))
-    found = [block for block in blocks if block is not model and _is_a_unit(block, model)]
+    least = _num_elements(model) // 64
+    repeated = [part for block in repeated_blocks(model) for part in _called(block, 1)]
+    blocks = of_classes or repeated or list(_large_parts(model, least))
+    found = [block for block in dict.fromkeys(blocks) if block is not model and _is_a_unit(block, model)]
     inner = {module for block in found for module in block.modules() if module is not block}
     return [*(block for block in found if block not in inner), model]
 
@@ -221,10 +228,18 @@ def _large_parts(module: nn.Module, least: int) -> Iterator[nn.Module]:
     Parts of parts are left together: code of their own may call some of them on some processes only.
     """
     for child in module.children():
-        if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        if isinstance(child, nn.Sequential):
             yield from _large_parts(child, least)
-        elif _num_elements(child) >= least:
-            yield child
+        else:
+            yield from _called(child, least)
+
+
+def _called(module: nn.Module, least: int) -> Iterator[nn.Module]:
+    """Yield a module of at least so many elements, or the parts of one that only holds others, and is never called."""
+    if type(module).forward is nn.Module.forward:
+        yield from _large_parts(module, least)
+    elif _num_elements(module) >= least:
+        yield module
 
 
 def _is_a_unit(block: nn.Module, model: nn.Module) -> bool:
@@ -260,6 +275,12 @@ class Shards:
         """The model."""
         return self.units[-1]  # type: ignore[no-any-return]
 
+    def own_weights(self, unit: nn.Module) -> list[nn.Parameter]:
+        """Return the weights that are gathered with a unit: not those of units within."""
+        modules = set(unit.modules()) - {unit}
+        inner = {id(weight) for other in self.units if other in modules for weight in other.parameters()}
+        return [weight for weight in unit.parameters() if id(weight) not in inner]
+
     @property
     def num_parts(self) -> int:
         """Into how many parts each tensor is divided."""
@@ -275,15 +296,22 @@ class Shards:
         """The processes that have the same part as this one; `None` where there is one replica."""
         return self.mesh.get_group(0) if self.mesh.ndim > 1 else None
 
-    def use_sums(self, make_reduction: Callable[[], Any] | None = None) -> None:
-        """Let gradients be added up, not averaged; each unit by a reduction of its own, if a function makes them."""
+    def use_sums(self, reductions: Sequence[Any] = ()) -> None:
+        """Let gradients be added up, not averaged; by reductions of our own, if there is one for each unit.
+
+        A reduction is told of each call of its unit, by `note_call`.
+        """
+        hooks = _counting.setdefault(self.model, [])
+        while hooks:
+            hooks.pop().remove()
+        for unit, reduction in zip(self.units, reductions, strict=False):
+            unit.set_custom_reduce_scatter(reduction)
+            hooks.append(unit.register_forward_pre_hook(reduction.note_call))
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
             if hasattr(unit, "set_reduce_scatter_unused_params"):  # since torch 2.13: where some processes use them
                 unit.set_reduce_scatter_unused_params(True)
-            if make_reduction is not None:
-                unit.set_custom_reduce_scatter(make_reduction())
 
     def start_backward(self, is_last: bool, adds_each: bool) -> None:
         """Prepare the backward of a micro-batch, the last one of this process or not.
@@ -309,8 +337,9 @@ class Shards:
                 other = next(process for process, found in enumerate(names) if found != names[0])
                 raise ValueError(
                     f"Process 0 calls {names[0]} where process {other} calls {names[other]}. A part of a divided model "
-                    "that is gathered by itself must be used by all processes, whatever their samples. Name the blocks "
-                    "to gather by fsdp_transformer_layer_cls_to_wrap, so that such a part is within one."
+                    "that is gathered by itself must be used by all processes, whatever their samples. Name the "
+                    "classes of the blocks to gather, so that such a part is within one or in none: by the model's "
+                    "_no_split_modules, or fsdp_transformer_layer_cls_to_wrap."
                 )
 
         name_of = {module: name or "the model" for name, module in self.model.named_modules()}
@@ -346,7 +375,9 @@ class Shards:
             unit.reshard()
 
 
-_watching: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # the hooks of each divided model
+# The hooks of each divided model.
+_watching: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+_counting: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 def _note_name(note: Callable[[str], object], name: str, _: Tensor) -> None:
@@ -383,10 +414,11 @@ def divide(
         units = [*units[1:], model]
         mesh = next(weight for weight in model.parameters() if is_cut(weight)).device_mesh  # type: ignore[attr-defined]
     else:
+        _check_is_same_everywhere(model)
         units = units_of(model, sharding.blocks)
         if accelerator.mixed_precision != "no":
             units = [*(one for one in model.modules() if isinstance(one, _BatchNorm) and one not in units), *units]
-        _check_can_be_divided(model, units)
+        _check_can_be_divided(model, units, bitwise)
         if optimizer is not None:
             check_by_element(optimizer, accelerator.device, bitwise)
         mesh = make_mesh(accelerator.device.type, sizes)
@@ -398,17 +430,51 @@ def divide(
     if sharding.recomputes:
         blocks = units[:-1] or units
         recomputed = {block: partial(_recomputing, block.forward) for block in blocks}
-    return Shards(units, mesh, _fits_whole(model, accelerator), recomputed)
+    fits_whole = not any_process([not _fits_whole(model, accelerator)])[0]  # hosts may have other memory
+    return Shards(units, mesh, fits_whole, recomputed)
 
 
-def _check_can_be_divided(model: nn.Module, units: list[nn.Module]) -> None:
-    """Refuse (ValueError) weights that torch cannot divide, by their names."""
+def _check_is_same_everywhere(model: nn.Module) -> None:
+    """Refuse (ValueError) a model that is not built alike on all processes: they would wait for each other."""
+    form = {name: (*one.shape, str(one.dtype), one.requires_grad) for name, one in model.named_parameters()}
+    form |= {name: (*one.shape, str(one.dtype)) for name, one in model.named_buffers()}
+    forms = gather_objects(form)
+    for process, other in enumerate(forms):
+        wrong = [name for name in {**forms[0], **other} if forms[0].get(name) != other.get(name)]
+        if wrong or list(forms[0]) != list(other):
+            where = wrong[0] if wrong else "the order of its parts"
+            raise ValueError(
+                f"The model is not the same on all processes: process {process} has "
+                f"{_told(other.get(where))} where process 0 has {_told(forms[0].get(where))}, in {where}. "
+                "Build it from the config alone, and freeze the same weights everywhere."
+            )
+
+
+def _told(form: tuple[Any, ...] | None) -> str:
+    if form is None:
+        return "nothing"
+    sizes = tuple(size for size in form if type(size) is int)
+    frozen = ", frozen" if form[-1] is False else ""
+    return f"{sizes} {next(text for text in form if isinstance(text, str)).removeprefix('torch.')}{frozen}"
+
+
+def _check_can_be_divided(model: nn.Module, units: list[nn.Module], bitwise: bool) -> None:
+    """Refuse (ValueError) weights that torch cannot divide, by their names; others are put in order for it."""
     for name, weight in model.named_parameters():
         if not weight.ndim:
             raise ValueError(f"{name} is a single number, which has no rows to divide: give it the shape (1,).")
+        if not weight.numel():
+            raise ValueError(f"{name} has the shape {tuple(weight.shape)}, with nothing in it to divide: leave it out.")
         if weight.layout != torch.strided or weight.is_complex():
             kind = "complex" if weight.is_complex() else "sparse"
             raise ValueError(f"{name} is {kind}: only dense real weights can be divided.")
+        if not weight.is_contiguous():
+            if bitwise:
+                raise ValueError(
+                    f"{name} is not contiguous (as with channels_last), and a divided model is: it would be computed "
+                    "in another order, so bitwise=True cannot promise anything of it. Give it contiguous weights."
+                )
+            weight.data = weight.data.contiguous()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             raise ValueError(f"{name} has sparse gradients, which cannot be divided: use sparse=False there.")
@@ -507,6 +573,53 @@ def _recomputing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+
+
+# --- an undivided model that is one to the last bit -------------------------------------------------------------------
+
+
+@contextmanager
+def joined_inputs(model: nn.Module) -> Iterator[None]:
+    """Let the gradients of what a unit is given be added up within the unit first, as in a divided model.
+
+    Where several units are given the same tensor, as the blocks of a decoder the output of an encoder, the order of the
+    sum would be another one else.
+    """
+    *units, _ = units_of(model)
+    hooks = [unit.register_forward_pre_hook(_joined, with_kwargs=True) for unit in units]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _joined(unit: nn.Module, args: Any, kwargs: Any) -> Any:
+    given: list[Tensor] = []  # one that is given twice counts twice
+    if torch.is_grad_enabled():
+        recursively_apply(_noted, (args, kwargs), given)
+    if not given:
+        return None
+    copies = iter(_Identity.apply(*given))  # type: ignore[no-untyped-call]
+    return recursively_apply(lambda tensor: next(copies) if tensor.requires_grad else tensor, (args, kwargs))
+
+
+def _noted(tensor: Tensor, given: list[Tensor]) -> Tensor:
+    if tensor.requires_grad:
+        given.append(tensor)
+    return tensor
+
+
+class _Identity(torch.autograd.Function):
+    """One node for all inputs of a unit, which waits for all of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Any:
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients
 
 
 # --- the meta device --------------------------------------------------------------------------------------------------

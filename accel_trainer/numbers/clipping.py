@@ -31,7 +31,8 @@ def norm_over(gradients: Sequence[Tensor], device: torch.device, group: torch.di
     own: Tensor = torch.nn.utils.get_total_norm(mine) if mine else torch.zeros(())
     square = own.to(device, widest_float(device)).square()
     torch.distributed.all_reduce(square, group=group)
-    return square.sqrt().to(own.dtype)
+    dtypes = {gradient.dtype for gradient in gradients}  # not of the own rows: a process may have none
+    return square.sqrt().to(torch.float64 if torch.float64 in dtypes else torch.float32)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..base.dtensors import locals_of
+from ..base.dtensors import local, locals_of
 from ..base.exchange import any_process
 from ..data.cut import Layout
 from ..data.micro_batches import Batch, MicroBatch
@@ -24,6 +24,7 @@ from .reductions import Node, TreeSum, as_bytes, fold, push
 class Divided(Protocol):
     """What is needed of a model that is divided over the processes; see `devices.sharding.Shards`."""
 
+    units: list[nn.Module]
     is_accumulated_whole: bool
 
     @property
@@ -32,7 +33,9 @@ class Divided(Protocol):
     @property
     def replicas(self) -> torch.distributed.ProcessGroup | None: ...  # noqa: D102
 
-    def use_sums(self, make_reduction: Any = None) -> None: ...  # noqa: D102
+    def use_sums(self, reductions: Sequence[Any] = ()) -> None: ...  # noqa: D102
+
+    def own_weights(self, unit: nn.Module) -> list[nn.Parameter]: ...  # noqa: D102
 
     def start_backward(self, is_last: bool, adds_each: bool) -> None: ...  # noqa: D102
 
@@ -141,7 +144,9 @@ class ShardedTreeGradients(ShardedGradients):
         super().__init__(model, accelerator, shards, may_vary=True)
 
     def _prepare(self) -> None:
-        self._shards.use_sums(lambda: TreeReduceScatter(self._round, self._shards.replicas))
+        how = self._round, self._shards.replicas
+        self._reductions = [TreeReduceScatter(self._shards.own_weights(unit), *how) for unit in self._shards.units]
+        self._shards.use_sums(self._reductions)
 
     def start_batch(self, batch: Batch, weight_is_num_samples: bool) -> None:
         """Begin to add up; `weight_is_num_samples` says that every process knows the weight of the batch."""
@@ -155,8 +160,12 @@ class ShardedTreeGradients(ShardedGradients):
         piece = micro_batch.piece
         weight = 0 if piece.is_padding else usable(forward.weight)
         self._round.advance(piece.is_last)
+        for reduction in self._reductions:
+            reduction.start_round()
         self._shards.start_backward(piece.is_last, adds_each=True)
         self._run_backward(weighted(forward.loss, weight), micro_batch)
+        for reduction in self._reductions:
+            reduction.end_round()
         if not piece.is_padding and not self._weight_is_num_samples:
             self._weights.add(piece.index, [self._as_weight(weight).clone()])
         if self._shards.num_parts == 1 and self._shards.replicas is None:
@@ -168,6 +177,8 @@ class ShardedTreeGradients(ShardedGradients):
             for parameter, gradient in zip(self.parameters, fold(self._nodes), strict=True):
                 parameter.grad = gradient
             self._nodes = []
+        for reduction in self._reductions:
+            reduction.finish()
         self._leave_out_unused()
         weight: Any = self._batch.size
         if not self._weight_is_num_samples:
@@ -213,18 +224,48 @@ class TreeReduceScatter:
     `TreeSum` does. So it holds the gradient of a unit, as torch does, and beside it at most log2(micro-batches) + 1
     slices. The slices of other replicas are fetched too, and each replica adds up the same; all but the first return
     zeros, since torch then adds up the replicas.
+
+    Of a unit that is called several times in a micro-batch torch reduces several times, the gradient in parts or zeros:
+    its slices wait for the end of the round, and the sum is written into the gradients at the end of the batch.
+
+    Args:
+        weights: Those of the unit.
+        round: The one under way.
+        replicas: The processes that have the same slice; `None` where there is one replica.
     """
 
-    def __init__(self, round: _Round, replicas: torch.distributed.ProcessGroup | None) -> None:
-        self._round, self._replicas = round, replicas
+    def __init__(
+        self, weights: list[nn.Parameter], round: _Round, replicas: torch.distributed.ProcessGroup | None
+    ) -> None:
+        self._weights, self._round, self._replicas = weights, round, replicas
         self._nodes: list[Node] = []
+        self._num_calls = 0  # of the unit, in this forward
+        self._waits = False  # for the end of the round
+        self._slices: Tensor | None = None  # those that wait
+
+    def note_call(self, *_: Any) -> None:
+        """Count a forward of the unit."""
+        self._num_calls += torch.is_grad_enabled()
+
+    def start_round(self) -> None:
+        """Begin a backward: as many calls of the unit as have been noted lead to it."""
+        self._waits, self._num_calls = self._num_calls > 1, 0
+        if self._round.number == 0:
+            self._nodes = []
+
+    def end_round(self) -> None:
+        """Take in what waits; calls during the backward, which compute activations again, do not count."""
+        self._num_calls = 0
+        if self._slices is not None:
+            self._take_in(self._slices)
+            self._slices = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return memory that torch sends from or receives in."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: object, async_op: bool = False
     ) -> None:
         """Take in a round: `input_tensor` has a slice for each process of the group, `output_tensor` the sum of one."""
         received = torch.empty_like(input_tensor)
@@ -232,26 +273,44 @@ class TreeReduceScatter:
         is_first = True
         if self._replicas is not None:
             everyone = received.new_empty(self._replicas.size(), received.numel())
-            torch.distributed.all_gather(
-                list(as_bytes(everyone).chunk(len(everyone))), as_bytes(received), self._replicas
-            )
+            parts = list(as_bytes(everyone).chunk(len(everyone)))
+            torch.distributed.all_gather(parts, as_bytes(received), self._replicas)
             received, is_first = everyone, torch.distributed.get_rank(self._replicas) == 0
         slices = received.view(-1, output_tensor.numel())
+        if self._waits:
+            self._slices = slices if self._slices is None else self._slices.add_(slices)
+        else:
+            self._take_in(slices)
+            if self._round.is_last and is_first:
+                self._write_total(output_tensor)
+                return
+        output_tensor.fill_(-0.0)  # to which adding anything gives just that
+
+    def _take_in(self, slices: Tensor) -> None:
         start = self._round.number * len(slices)
-        if self._round.number == 0:
-            self._nodes = []
         for index, values in enumerate(slices, start):
             if self._round.is_within(index):
                 push(self._nodes, Node(index, 1, [values if self._round.is_filled(index) else None]))
-        if self._round.is_last:
-            (total,) = fold(self._nodes)
+        self._nodes = [_kept(node) if node.start >= start else node for node in self._nodes]
+
+    def _write_total(self, target: Tensor) -> None:
+        (total,) = fold(self._nodes)
+        self._nodes = []
+        target.fill_(-0.0) if total is None else target.copy_(total)
+
+    def finish(self) -> None:
+        """Write the sum into the gradients, where that had to wait for the end of the batch."""
+        if not (self._nodes and self._waits):
             self._nodes = []
-            if is_first and total is not None:
-                output_tensor.copy_(total)
-                return
-        else:
-            self._nodes = [_kept(node) if node.start >= start else node for node in self._nodes]
-        output_tensor.fill_(-0.0)  # to which adding anything gives just that
+            return
+        own = [local(weight.grad) for weight in self._weights if weight.grad is not None]
+        flat = own[0].as_strided((own[0].untyped_storage().nbytes() // own[0].element_size(),), (1,), 0)
+        if any(one.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr() for one in own):
+            raise ValueError(
+                "A part of the model that is called several times in a forward cannot be trained with bitwise=True and "
+                "weights in host memory (fsdp_offload_params): leave out one of the two."
+            )
+        self._write_total(flat)
 
 
 def _kept(node: Node) -> Node:

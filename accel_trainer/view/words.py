@@ -136,6 +136,12 @@ _HINTS = {
         "On several processes compute_loss is given the model in a wrapper, which adds up the gradients of what it is "
         "called with: call it as model(...), not a part or a method of it (its forward may choose by an argument)."
     ),
+    "got mixed torch.Tensor and DTensor": (
+        "A weight of a divided model is used where it is not gathered: outside of the part that it belongs to, as by "
+        "another module or in compute_loss, or by a method of the model other than its forward. Call model(...) and "
+        "its parts as modules; or set the model's _no_split_modules to the names of the classes of its blocks, so that "
+        "such weights are within one, or in none."
+    ),
     "Expected to have finished reduction": (
         "A step left some parameters without a gradient in its last micro-batch, though the first step gave every "
         "parameter one. Set find_unused_parameters=True in TrainConfig."

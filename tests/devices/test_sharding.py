@@ -241,9 +241,10 @@ def gradients(env, dropout=0.3):
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def test_recomputed_activations_keep_their_dropout():
+@pytest.mark.parametrize("option", ["ACTIVATION_CHECKPOINTING", "OFFLOAD_PARAMS"])
+def test_recomputed_activations_keep_their_dropout_and_an_offload_changes_nothing(option):
     plain, _, names = on_processes(2, gradients, FSDP2)[0]
-    found, recomputing, same_names = on_processes(2, gradients, {**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"})[0]
+    found, recomputing, same_names = on_processes(2, gradients, {**FSDP2, f"FSDP_{option}": "true"})[0]
     assert plain.keys() == found.keys() and not recomputing and names == same_names
     for name, gradient in plain.items():
         assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-7), name
@@ -406,6 +407,110 @@ def test_weights_may_be_unfrozen_between_epochs(bitwise):
     assert not torch.equal(found["weights"]["blocks.0.wide.weight"], start)
 
 
+class Translation(nn.Module):
+    """Several ways in which autograd and a divided model could add up in another order.
+
+    Blocks that are given the same tensor and use it twice, as a decoder the output of an encoder; a block that is
+    called twice; a block that is twice in a list; a list of lists.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(6, 7)
+        self.decoder = nn.ModuleList(Cross() for _ in range(3))
+        self.decoder.append(self.decoder[0])
+        self.last = nn.ModuleList(nn.ModuleList([nn.Linear(7, 7), nn.Tanh()]) for _ in range(2))
+        self.head = nn.Linear(7, 1)
+
+    def forward(self, inputs):
+        memory = torch.tanh(self.encoder(inputs))
+        outputs = memory
+        for block in (*self.decoder, self.decoder[1]):
+            outputs = block(outputs, memory=memory)
+        for linear, activation in self.last:
+            outputs = activation(linear(outputs))
+        return self.head(outputs)
+
+
+class Cross(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.keys, self.values = nn.Linear(7, 7), nn.Linear(7, 7)
+
+    def forward(self, inputs, memory):
+        return inputs + torch.sigmoid(self.keys(memory)) * self.values(memory)
+
+
+def train_pairs(sharding, **other):
+    """Train with a loss that calls the model twice."""
+    torch.manual_seed(0)
+    inputs = torch.randn(45, 6, generator=torch.Generator().manual_seed(3))
+    model = Translation()
+
+    def compute_loss(model, batch):
+        return (model(batch[0]) - 0.5 * model(batch[0].flip(1)) - batch[1]).square().mean()
+
+    config = choices(sharding=sharding, num_micro_batches=6, bitwise=True, **other)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    trainer = Trainer(model, optimizer, compute_loss=compute_loss, config=config)
+    losses = trainer.fit(DataLoader(TensorDataset(inputs, inputs.sum(dim=1, keepdim=True)), batch_size=10)).train_losses
+    return losses, digest(model.state_dict())
+
+
+@pytest.mark.parametrize("layout", ["2", "3", "2x2"])
+def test_what_is_used_several_times_has_the_same_bits(layout):
+    number, sharding, environment = LAYOUTS[layout]
+    found = on_processes(number, lambda: os.environ.update(environment) or train_pairs(sharding))
+    assert found == [train_pairs(None)] * number
+
+
+class OneRow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.only = nn.Linear(6, 1, bias=False)
+
+    def forward(self, inputs):
+        return self.only(inputs)
+
+
+def norms_of_one_row():
+    torch.manual_seed(0)
+    model = OneRow().double()
+    inputs = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    config = choices(sharding="full", num_micro_batches=4, max_grad_norm=0.1)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss(), config=config)
+    return trainer.fit(DataLoader(TensorDataset(inputs, inputs[:, :1]), batch_size=8)).grad_norms
+
+
+def test_a_process_without_rows_knows_the_same_norm():
+    first, *others = on_processes(3, norms_of_one_row)
+    assert all(other == first for other in others)
+
+
+def differently_built(kind, monkeypatch):
+    rank = torch.distributed.get_rank()
+    model = Language(num_blocks=4 if kind == "blocks" and rank else 3)
+    if kind == "frozen" and rank:
+        model.blocks[2].requires_grad_(False)
+    if kind == "memory" and rank:
+        monkeypatch.setattr("accel_trainer.devices.sharding._LARGEST_SHARE", 0.0)
+    return refused_fit(model, sharding="full")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("blocks", "process 1 has (16,) float32 where process 0 has nothing, in blocks.3.norm.weight"),
+        ("frozen", "process 1 has (16,) float32, frozen where process 0 has (16,) float32, in blocks.2.norm.weight"),
+        ("memory", None),
+    ],
+)
+def test_processes_that_differ_are_told_and_none_waits_for_ever(kind, message, monkeypatch, capfd):
+    for text in on_processes(2, differently_built, kind, monkeypatch):
+        assert text is None if message is None else message in text
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +582,13 @@ class Scalar(Language):
         self.temperature = nn.Parameter(torch.ones(()))
 
 
+class Empty(Language):
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Linear(4, 4)
+        self.nothing.weight = nn.Parameter(torch.empty(0, 4))
+
+
 class Mixed(Language):
     def __init__(self):
         super().__init__()
@@ -497,6 +609,7 @@ REFUSED = {
     "num_micro_batches must be given": {"num_micro_batches": None},
     "only the repeated blocks can be compiled": {"compile": True},
     "temperature is a single number": {"model": Scalar},
+    "nothing.weight has the shape (0, 4)": {"model": Empty},
     "Block that are trained are float32 and float64": {"model": Mixed},
     "other has sparse gradients": {"model": Sparse},
     "Muon looks at a whole weight": {"make_optimizer": muon},
