@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import shutil
 import statistics
@@ -325,7 +326,7 @@ def parts(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     for num_processes in (2, 4):
         for num_pieces in (1, 2):
             key = f"steps, {num_processes} processes, {num_pieces} each"
-            yield key, partial(compare_steps, num_processes, num_pieces, 8 if options.small else 25, rounds)
+            yield key, partial(compare_steps, num_processes, num_pieces, 8 if options.small else 14, rounds)
     size = (128, 4) if options.small else (1024, 12)
     yield "memory", lambda: compare_memory(4, *size)
     yield "files", lambda: compare_files(4, *((128, 4) if options.small else (1024, 4)), rounds)
@@ -341,7 +342,9 @@ def main() -> None:
     options = parser.parse_args()
     results = {name: measure() for name, measure in parts(options) if name.startswith(options.only)}
     if options.write:
-        write_results("sharding.json", results)
+        path = Path(__file__).parent / "results" / "sharding.json"
+        before = json.loads(path.read_text())["results"] if options.only and path.exists() else {}
+        write_results("sharding.json", before | results)
 
 
 if __name__ == "__main__":

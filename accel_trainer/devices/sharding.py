@@ -7,9 +7,10 @@ train a patchwork where the processes have begun with different weights.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -422,6 +423,8 @@ def divide(
         if optimizer is not None:
             check_by_element(optimizer, accelerator.device, bitwise)
         mesh = make_mesh(accelerator.device.type, sizes)
+        if accelerator.device.type == "cpu":
+            _give_memory_back()
         for unit in units:
             _divide_unit(unit, model, sharding, accelerator, mesh, seed)
         if optimizer is not None:
@@ -432,6 +435,18 @@ def divide(
         recomputed = {block: partial(_recomputing, block.forward) for block in blocks}
     fits_whole = not any_process([not _fits_whole(model, accelerator)])[0]  # hosts may have other memory
     return Shards(units, mesh, fits_whole, recomputed)
+
+
+def _give_memory_back() -> None:
+    """Let the C library return large tensors to the system when they are freed: glibc would keep them, and fragment.
+
+    A divided model would take as much as a whole one. It is a setting of the process, and has no way back.
+    """
+    with suppress(OSError, AttributeError):  # another system, or another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**23)
+
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def _check_is_same_everywhere(model: nn.Module) -> None:

@@ -173,6 +173,7 @@ class Saver:
             weights, parts = self._weights_of(model)
             copies = self._best_buffers.copy({BEST: weights})
             kept = copies[BEST] if copies else {name: local(one).cpu().clone() for name, one in weights.items()}
+            self._best = None  # before others are gathered
             file = kept if self._folder is None else self._to_write(weights, kept)
             self._best, self._best_is_on_disk = _Best(kept, file, metadata | parts), False
             if self._folder is not None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -152,6 +153,30 @@ def test_nothing_in_the_files_can_execute_and_no_file_holds_much_more_than_its_s
         assert sum(held.values()) <= sum(sizes.values()) / 3 + max(sizes.values())
     shards = sorted((tmp_path / "run").rglob("step_00000010/model-*"))
     assert [len(load_file(path)["blocks.1.wide.weight"]) for path in shards] == [12, 12, 11]
+
+
+def live_bytes_of_saves(run_dir):
+    """Return the most bytes of gathered weights that were alive on this process, and those of the whole model."""
+    alive, most, gather = set(), [0], shared_folder.gather_rows
+
+    def counted(*args):
+        whole = gather(*args)
+        if whole is not None:
+            key = (id(whole), whole.nbytes)
+            alive.add(key)
+            weakref.finalize(whole, alive.discard, key)
+            most[0] = max(most[0], sum(size for _, size in alive))
+        return whole
+
+    shared_folder.gather_rows = counted
+    run(run_dir, "4", num_epochs=2, keep_best=1)
+    return most[0], sum(tensor.nbytes for tensor in Language().state_dict().values())
+
+
+@pytest.mark.distributed
+def test_no_process_ever_gathers_a_whole_model(tmp_path):
+    for most, whole in on_processes(4, live_bytes_of_saves, tmp_path / "run"):
+        assert 0 < most < 0.6 * whole  # the best of this epoch, and that of the one before until it is replaced
 
 
 def pretrained_model():
