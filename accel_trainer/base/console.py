@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .tracebacks import ENTRY
@@ -127,6 +127,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence with the known name that was meant; nothing where none is near."""
     near = nearest(name, known)
     return "" if near is None else f" Did you mean {near!r}?"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first three of some names, and how many there are more.
+
+    Example:
+        >>> some_of(["a", "b"]), some_of(["a", "b", "c", "d", "e"])
+        ('a, b', 'a, b, c and 2 more')
+    """
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def is_first_rank() -> bool:

@@ -54,14 +54,25 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [local(tensor) for tensor in tensors]
 
 
+def num_bytes(tensor: Tensor) -> int:
+    """Return the bytes of all elements of a tensor, wherever its rows are."""
+    return tensor.numel() * tensor.element_size()
+
+
 def cut_of(tensor: Any) -> Cut:
     """Return how a tensor is divided, by its placements on the mesh."""
-    mesh, placements = tensor.device_mesh, tensor.placements
+    mesh, over = tensor.device_mesh, _mesh_dim_of(tensor)
+    replicas = [mesh.get_local_rank(dim) for dim in range(mesh.ndim) if dim != over]
+    return Cut(mesh.get_local_rank(over), mesh.size(over), not any(replicas))
+
+
+def _mesh_dim_of(tensor: Any) -> int:
+    """Return the dimension of the mesh over which the rows are divided."""
+    placements = tensor.placements
     dims = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
     if len(dims) != 1 or placements[dims[0]].dim != 0 or type(placements[dims[0]]).__name__ != "Shard":
         raise NotImplementedError(f"A tensor is divided as {placements}; rows are, over one dimension of the mesh.")
-    replicas = [mesh.get_local_rank(dim) for dim in range(mesh.ndim) if dim != dims[0]]
-    return Cut(mesh.get_local_rank(dims[0]), mesh.size(dims[0]), not any(replicas))
+    return dims[0]
 
 
 def own_rows(tensor: Tensor) -> tuple[int, int]:
@@ -118,8 +129,7 @@ def gather_rows(tensor: Tensor, receiver: int) -> Tensor | None:
 
 
 def _group_of(tensor: Any) -> torch.distributed.ProcessGroup:
-    (dim,) = (dim for dim, placement in enumerate(tensor.placements) if placement.is_shard())
-    return tensor.device_mesh.get_group(dim)  # type: ignore[no-any-return]
+    return tensor.device_mesh.get_group(_mesh_dim_of(tensor))  # type: ignore[no-any-return]
 
 
 def make_mesh(device_type: str, sizes: Sequence[int]) -> Any:

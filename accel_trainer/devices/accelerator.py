@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from ..errors import HardwareError
-from .sharding import is_set, unknown_to_accelerate
+from .sharding import is_asked_for, is_set, unknown_to_accelerate
 
 _PLUGINS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
@@ -45,15 +45,15 @@ def _refuse_plugin(plugin: str) -> None:
 def build_accelerator(mixed_precision: str | None, factory: Callable[[], Accelerator] | None) -> Accelerator:
     """Return the `Accelerator` of this process: from the user's function, or one for the hardware found."""
     if factory is not None:
-        had_plugin = is_set("ACCELERATE_USE_FSDP")
+        launch_asks = is_asked_for()
         accelerator = factory()
-        if is_set("ACCELERATE_USE_FSDP") and not had_plugin and accelerator.distributed_type != DistributedType.FSDP:
+        if not isinstance(accelerator, Accelerator):
+            raise TypeError(f"accelerator must be a function that returns an Accelerator, got {accelerator!r}.")
+        if is_asked_for() and not launch_asks and accelerator.distributed_type != DistributedType.FSDP:
             raise HardwareError(
                 "The Accelerator was given an FSDP plugin, which Accelerate drops here. Set sharding='full' in "
                 "TrainConfig, or launch with --use_fsdp --fsdp_version 2."
             )
-        if not isinstance(accelerator, Accelerator):
-            raise TypeError(f"accelerator must be a function that returns an Accelerator, got {accelerator!r}.")
         return accelerator
     state = AcceleratorState._shared_state
     if mixed_precision is not None and state and state["_mixed_precision"] != mixed_precision:

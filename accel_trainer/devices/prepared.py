@@ -29,8 +29,10 @@ from .compiled import (
     repeated_blocks,
     uses_cuda_graphs,
 )
+from .divided import Shards, divide
 from .hardware import Hardware
-from .sharding import Shards, check_can_be_materialised, divide, joined_inputs, materialise, train_instead
+from .meta_device import check_can_be_materialised, is_on_meta, materialise_whole
+from .units import joined_inputs
 
 _TRACES = ("forward", "_original_forward", "_is_accelerate_prepared", "_is_torch_compile")
 _NOTHING = nullcontext()
@@ -61,8 +63,8 @@ class Prepared:
     ) -> None:
         self.hardware, self.user_model, self.optimizer = hardware, model, optimizer
         self.to_device = Placement(hardware.device, hardware.bitwise)
-        is_on_meta = hardware.device.type != "meta" and any(map(_is_on_meta, (*model.parameters(), *model.buffers())))
-        if is_on_meta:
+        has_no_memory = hardware.device.type != "meta" and any(map(is_on_meta, model.modules()))
+        if has_no_memory:
             hardware.from_main(lambda: check_can_be_materialised(model))
         before = {name: model.__dict__[name] for name in _TRACES if name in model.__dict__}
         self.shards: Shards | None = None
@@ -70,8 +72,8 @@ class Prepared:
             self.shards = divide(model, hardware.sharding, hardware.accelerator, seed, optimizer, hardware.bitwise)
             wrapped, scaled = model, _scaled(hardware, optimizer)
         else:
-            if is_on_meta:
-                _materialise_whole(model, optimizer, seed)
+            if has_no_memory:
+                materialise_whole(model, optimizer, seed)
             wrapped, scaled = _accelerated(hardware, model, optimizer)
             autocast = autocast_of(hardware.accelerator)
             if autocast is not None:
@@ -306,18 +308,6 @@ def _scaled(hardware: Hardware, optimizer: Optimizer | None) -> Any:
     if optimizer is None or scaler is None:
         return None
     return AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
-
-
-def _materialise_whole(model: nn.Module, optimizer: Optimizer | None, seed: int) -> None:
-    """Give a model on the meta device memory and first weights."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    materialise(model, model, seed)
-    if optimizer is not None:
-        train_instead(optimizer, names, dict(model.named_parameters()))
-
-
-def _is_on_meta(tensor: torch.Tensor) -> bool:
-    return tensor.is_meta
 
 
 def place_state(optimizer: Optimizer) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..base.console import some_of
 from ..base.dtensors import local, locals_of
 from ..base.exchange import any_process, gather_objects
 from ..errors import NonFiniteError
@@ -64,8 +65,7 @@ class FiniteCheck:
         if self._is_divided:
             found = set().union(*gather_objects(named))
             named = [name for name in weights if name in found]
-        names = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
-        in_weights = f" Not finite by now: {names}." if named else ""
+        in_weights = f" Not finite by now: {some_of(named)}." if named else ""
         first = f"epoch {state.epoch}, step "
         if fault is None:
             first += f"{last_checked} to {state.num_batches}"

@@ -7,6 +7,7 @@ not depend on the number of processes. One process and one micro-batch is bit fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -75,9 +76,21 @@ class _Gradients:
     def _divide(self, total: float | Tensor) -> None:
         if not isinstance(total, Tensor) and total == 1:
             return
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        gradients = self._own_gradients()
         if gradients:
             torch._foreach_div_(gradients, total)
+
+    def _own_gradients(self) -> list[Tensor]:
+        """Return the gradients that there are."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def _refuse_missing(self, names: Sequence[str]) -> None:
+        """Refuse a batch in which parameters of these names have no gradient, as they had in the first step."""
+        if names:
+            raise RuntimeError(
+                f"No gradient for {', '.join(names)} in this batch on process {self._accelerator.process_index}, "
+                "though the first step gave every parameter one. Set find_unused_parameters=True in TrainConfig."
+            )
 
     def _as_weight(self, weight: Any) -> Tensor:
         is_double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
@@ -86,7 +99,7 @@ class _Gradients:
 
 
 class LocalGradients(_Gradients):
-    """The gradient on one process."""
+    """The gradient on one process, or the part of one process."""
 
     def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
         """Add the gradient of one micro-batch."""
@@ -109,7 +122,10 @@ class LocalGradients(_Gradients):
         return self._batch.size if self._weight_is_num_samples else never_zero(self._total_weight())
 
     def _total_weight(self) -> Tensor:
-        return self._as_weight(self._weight)
+        total = self._as_weight(self._weight)
+        if self._batch.layout.num_processes > 1:
+            torch.distributed.all_reduce(total := total.clone())
+        return total
 
 
 class SummedGradients(LocalGradients):
@@ -138,13 +154,8 @@ class SummedGradients(LocalGradients):
         for parameter, count in zip(self.parameters, num_present, strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        add_over_processes([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        add_over_processes(self._own_gradients())
         return min(num_present)
-
-    def _total_weight(self) -> Tensor:
-        total = self._as_weight(self._weight).clone()
-        torch.distributed.all_reduce(total)
-        return total
 
 
 class OverlappedGradients(SummedGradients):
@@ -185,12 +196,8 @@ class OverlappedGradients(SummedGradients):
     def finish(self) -> None:
         """Make the gradients those of the mean over the batch, on every process."""
         if self._overlaps:
-            missing = [name for name, weight in zip(self._names, self.parameters, strict=True) if weight.grad is None]
-            if missing:
-                raise RuntimeError(
-                    f"No gradient for {', '.join(missing)} in this batch on process {self._accelerator.process_index}, "
-                    "though the first step gave every parameter one. Set find_unused_parameters=True in TrainConfig."
-                )
+            named = zip(self._names, self.parameters, strict=True)
+            self._refuse_missing([name for name, weight in named if weight.grad is None])
             self._divide(self._divisor() / self._batch.layout.num_processes)
             return
         num_present = self._add_over_processes()
@@ -254,9 +261,7 @@ class TreeGradients(_Gradients):
             like.append(self._as_weight(0))
         total = self._sum.total(self._batch.num_micro_batches, like)
         weight = self._batch.size if self._weight_is_num_samples else never_zero(total.pop())  # type: ignore[arg-type]
-        found = [gradient for gradient in total if gradient is not None]
-        if found:
-            torch._foreach_add_(found, 0.0)  # a zero has one sign, whether others were left out of the sum or added
+        give_zeros_one_sign([gradient for gradient in total if gradient is not None])
         for parameter, gradient in zip(self.parameters, total, strict=True):
             parameter.grad = gradient
         self._divide(weight)
@@ -289,6 +294,12 @@ def weighted(loss: Tensor, weight: Any) -> Tensor:
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, loss * weight)
     return loss * weight if weight else torch.nan_to_num(loss) * 0
+
+
+def give_zeros_one_sign(sums: list[Tensor]) -> None:
+    """Make each -0 a 0: whether a sum is the one or the other depends on whether zeros were added or left out."""
+    if sums:
+        torch._foreach_add_(sums, 0.0)
 
 
 def never_zero(total: Tensor) -> Tensor:

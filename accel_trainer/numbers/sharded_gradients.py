@@ -16,13 +16,13 @@ from ..base.exchange import any_process
 from ..data.cut import Layout
 from ..data.micro_batches import Batch, MicroBatch
 from .forward import Forward
-from .gradients import LocalGradients, never_zero, weighted
+from .gradients import LocalGradients, give_zeros_one_sign, never_zero, weighted
 from .objective import usable
 from .reductions import Node, TreeSum, as_bytes, fold, push
 
 
 class Divided(Protocol):
-    """What is needed of a model that is divided over the processes; see `devices.sharding.Shards`."""
+    """What is needed of a model that is divided over the processes; see `devices.divided.Shards`."""
 
     units: list[nn.Module]
     is_accumulated_whole: bool
@@ -97,17 +97,15 @@ class ShardedGradients(LocalGradients):
         self._leave_out_unused()
         super().finish()
 
-    def _total_weight(self) -> Tensor:
-        total = self._as_weight(self._weight).clone()
-        if self._batch.layout.num_processes > 1:
-            torch.distributed.all_reduce(total)
-        return total
+    def _own_gradients(self) -> list[Tensor]:
+        """Return this process's rows of the gradients that there are."""
+        return locals_of(super()._own_gradients())
 
     def _leave_out_unused(self) -> None:
         """Drop the zeros of parameters that no process has used."""
         are_used = [name in self._used for name in self._names]
         if self._are_all_used and not self._may_vary:
-            self._check_all_are_used(are_used)
+            self._refuse_missing([name for name, is_used in zip(self._names, are_used, strict=True) if not is_used])
             return
         if self._batch.layout.num_processes > 1:
             found = any_process([*are_used, *(not is_used for is_used in are_used)])
@@ -119,19 +117,6 @@ class ShardedGradients(LocalGradients):
         for parameter, is_used in zip(self.parameters, are_used, strict=True):
             if not is_used:
                 parameter.grad = None
-
-    def _check_all_are_used(self, are_used: Sequence[bool]) -> None:
-        missing = [name for name, is_used in zip(self._names, are_used, strict=True) if not is_used]
-        if missing:
-            raise RuntimeError(
-                f"No gradient for {', '.join(missing)} in this batch on process {self._accelerator.process_index}, "
-                "though the first step gave every parameter one. Set find_unused_parameters=True in TrainConfig."
-            )
-
-    def _divide(self, total: float | Tensor) -> None:
-        gradients = locals_of(parameter.grad for parameter in self.parameters if parameter.grad is not None)
-        if gradients and not (isinstance(total, float | int) and total == 1):
-            torch._foreach_div_(gradients, total)
 
 
 class ShardedTreeGradients(ShardedGradients):
@@ -184,9 +169,7 @@ class ShardedTreeGradients(ShardedGradients):
         if not self._weight_is_num_samples:
             (total,) = self._weights.total(self._batch.num_micro_batches, [self._as_weight(0)])
             weight = never_zero(total)  # type: ignore[arg-type]
-        gradients = locals_of(parameter.grad for parameter in self.parameters if parameter.grad is not None)
-        if gradients:
-            torch._foreach_add_(gradients, 0.0)  # as TreeGradients does
+        give_zeros_one_sign(self._own_gradients())
         self._divide(weight)
 
 

@@ -28,13 +28,8 @@ from .files import flush
 from .run_folder import RunFolder, ended_run, holds_ended_run
 
 _BLOCK = 2**26  # bytes that are sent at once
-_BESIDE = (
-    "steps.jsonl",
-    "trackers.json",
-    "best/model*.safetensors*",
-    EPOCHS,
-    f"{EPOCHS}.index.json",
-)  # what a run that goes on needs of the run folder
+# What a run that goes on needs of the run folder beside a checkpoint.
+_BESIDE = ("steps.jsonl", "trackers.json", "best/model*.safetensors*", EPOCHS, f"{EPOCHS}.index.json")
 
 Check = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 

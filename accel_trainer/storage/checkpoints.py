@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from .files import check_is_file, check_kind, flush, free_name, remove, size_and_digest, write_flushed
 from .shards import Shard, joined, shard_of
 from .tensor_files import read_weights, save_tensors
-from .weight_files import clean, copy_weights, exist
+from .weight_files import are_complete, clean, copy_weights
 from .weight_files import files_of as files_of_weights
 
 MODEL, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.safetensors"
@@ -201,7 +201,7 @@ def write_checkpoint(
         plain[_INDEX] = json.dumps(index).encode() + b"\n"
     for name, content in plain.items():
         write_flushed(path / name, content)
-    if exist(best):
+    if are_complete(best):
         (path / "best").mkdir()
         copy_weights(best, path / BEST, others)
     written = [*plain, *(f"best/{file.name}" for file in files_of_weights(path / BEST))]

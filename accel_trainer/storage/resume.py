@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..base.codec import pack, unpack
 from ..base.console import warn
+from ..base.dtensors import num_bytes
 from ..callbacks import Callback, listens
 from ..config import TrainConfig
 from ..data.order import is_stream
@@ -194,9 +195,8 @@ def _check_parts(run: Run, snapshot: Snapshot, left_out: Mapping[str, str]) -> N
 
 def _check_room(run: Run, folder: RunFolder) -> None:
     """Warn beforehand of a disk that is too small; the size of the optimizer's state is a guess."""
-    parameters = sum(one.numel() * one.element_size() for one in run.training.gradients.parameters)
-    state = plain_state(run.training.prepared.user_model)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    parameters = sum(map(num_bytes, run.training.gradients.parameters))
+    weights = sum(map(num_bytes, plain_state(run.training.prepared.user_model).values()))
     try:
         folder.check_room((weights + 2 * parameters) * (run.training.config.keep_checkpoints + 1))
     except OSError as error:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
-from ..base.dtensors import cut_of, gather_rows, is_cut
+from ..base.dtensors import cut_of, gather_rows, is_cut, num_bytes
 from ..base.exchange import gather_objects
 from ..devices.hardware import Hardware
 from .checkpoints import BEST, Files, Snapshot, checkpoint_name, epoch_path, write_tensors
@@ -87,33 +87,37 @@ class SharedFolder:
 
         After an `OSError`, which all processes raise if one does, older checkpoints are untouched.
         """
-        folder = self._folder
         part = self.path / "checkpoints" / f".{checkpoint_name(snapshot.step)}.part"
-        if folder is None:
-            self._talk.follow(lambda: write_tensors(part, snapshot))
-            return None
 
         def write(path: Path, snapshot: Snapshot) -> Files:
             everyone: list[Files] = self._talk.collect(lambda: write_tensors(path, snapshot))
             return {name: file for files in everyone for name, file in files.items()}
 
-        return self._talk.lead(lambda: folder.save_checkpoint(snapshot, history, write))
+        return self._write(
+            lambda folder: folder.save_checkpoint(snapshot, history, write), lambda: write_tensors(part, snapshot)
+        )
 
     def save_best(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write this process's part of the best weights, or raise an `OSError` on all processes."""
-        folder = self._folder
-        if folder is None:
-            self._talk.follow(partial(self._write_part, self.best_path, tensors))
-        else:
-            self._talk.lead(lambda: folder.save_best(tensors, metadata, self._save_in_parts))
+        self._write(
+            lambda folder: folder.save_best(tensors, metadata, self._save_in_parts),
+            lambda: self._write_part(self.best_path, tensors),
+        )
 
     def save_epoch(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], epochs: Iterable[int]) -> None:
         """Write this process's part of the weights of an epoch; see `RunFolder.save_epoch`."""
+        self._write(
+            lambda folder: folder.save_epoch(tensors, metadata, epochs, self._save_in_parts),
+            lambda: self._write_part(epoch_path(self.path, metadata["epoch"]), tensors),
+        )
+
+    def _write(self, lead: Callable[[RunFolder], _Result], follow: Callable[[], Any]) -> _Result | None:
+        """Write together: the main process into its folder, and within that each other one its part."""
         folder = self._folder
-        if folder is None:
-            self._talk.follow(partial(self._write_part, epoch_path(self.path, metadata["epoch"]), tensors))
-        else:
-            self._talk.lead(lambda: folder.save_epoch(tensors, metadata, epochs, self._save_in_parts))
+        if folder is not None:
+            return self._talk.lead(lambda: lead(folder))
+        self._talk.follow(follow)
+        return None
 
     def _save_in_parts(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         everyone: list[list[Part]] = self._talk.collect(partial(self._write_part, path, tensors))
@@ -153,7 +157,7 @@ def gathered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cut = next(cut_of(tensor) for tensor in weights.values() if is_cut(tensor))
     if not cut.is_kept_here:
         return {}
-    owners = deal({name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()}, cut.number)
+    owners = deal({name: num_bytes(tensor) for name, tensor in weights.items()}, cut.number)
     mine = {}
     for name, tensor in weights.items():
         if is_cut(tensor):

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..base.codec import checked, encode, unpack, with_checksum
 from . import tensor_files
 from .files import check_is_file, flush, path_beside, put_in_place, write_flushed
+from .shards import shard_of
 from .tensor_files import check_seal, copy_once, save_tensors, seal_of
 
 
@@ -38,12 +39,21 @@ def index_of(path: Path) -> Path:
 
 def part_of(path: Path, index: int, number: int) -> Path:
     """Return the path of a part, 0-based, of so many."""
-    return path.with_name(f"{path.stem}-{index + 1:05d}-of-{number:05d}.safetensors")
+    return path.with_name(shard_of(path.name, index, number))
 
 
 def exist(path: Path) -> bool:
     """Return whether there are weights, in one file or in parts."""
     return path.is_file() or index_of(path).is_file()
+
+
+def are_complete(path: Path) -> bool:
+    """Return whether there are weights of which no file is missing, nor the index damaged."""
+    try:
+        files = files_of(path)
+    except (ValueError, KeyError):
+        return False
+    return bool(files) and all(file.is_file() for file in files)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -55,9 +65,9 @@ def files_of(path: Path) -> list[Path]:
 
 def metadata_of(path: Path) -> dict[str, Any]:
     """Return what is said of weights beside them; a `ValueError` says that nothing is."""
-    return (
-        tensor_files.metadata_of(path) if not _is_in_parts(path) else dict(unpack(_read_index(path)["accel_trainer"]))
-    )
+    if not _is_in_parts(path):
+        return tensor_files.metadata_of(path)
+    return _said_in(_read_index(path))
 
 
 def check(path: Path) -> None:
@@ -83,20 +93,28 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in index["sha256"]:
         tensors |= tensor_files.read_weights(path.with_name(file))
-    return tensors | {name: tensors[kept] for name, kept in metadata_of(path).get("aliases", {}).items()}
+    return tensors | {name: tensors[kept] for name, kept in _said_in(index).get("aliases", {}).items()}
 
 
 def _is_in_parts(path: Path) -> bool:
     return not path.is_file() and index_of(path).is_file()
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    """Return the metadata of an index, which anybody may have written."""
-    content = checked(json.loads(index_of(path).read_text(encoding="utf-8")))
-    metadata: dict[str, Any] = content["metadata"]
+def _read_index(path: Path, index: Path | None = None) -> dict[str, Any]:
+    """Return the metadata of an index, which anybody may have written; a `ValueError` says that it is damaged.
+
+    The index is the one in its place, or this one.
+    """
+    index = index or index_of(path)
+    metadata: dict[str, Any] = checked(json.loads(index.read_text(encoding="utf-8")))["metadata"]
     if not all(_is_part(path, file) for file in metadata["sha256"]):
-        raise ValueError(f"{index_of(path).name} names files that are no parts")
+        raise ValueError(f"{index.name} names files that are no parts")
     return metadata
+
+
+def _said_in(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an index has of what the header of the one file says."""
+    return dict(unpack(index["accel_trainer"]))
 
 
 def _is_part(path: Path, file: str) -> bool:
@@ -148,7 +166,11 @@ def finish_parts(path: Path) -> None:
     """Put parts in their places if that was begun, now or before a crash."""
     if not _between(path).is_file():
         return
-    files = json.loads(_between(path).read_text(encoding="utf-8"))["metadata"]["sha256"]
+    try:
+        files = _read_index(path, _between(path))["sha256"]
+    except (ValueError, KeyError):  # the disk has damaged it: what was there before stays
+        _between(path).unlink()
+        return
     for file in files:
         part = path.with_name(file)
         if path_beside(part).exists():

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..base.console import printable
+from ..base.console import printable, some_of
 from ..base.dtensors import added_over_parts, is_cut, local, locals_of, own_rows
 from ..base.tracebacks import ends_in_users_lines
 from ..numbers.objective import unwrapped
@@ -179,11 +179,11 @@ def check_left_out(left_out: Mapping[str, str], state: Mapping[str, Tensor], sou
     found = _digests_of({name: state[name] for name in left_out if name in state})
     different = [name for name, digest in left_out.items() if found.get(name) != digest]
     if different:
-        names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
         raise ValueError(
             printable(
-                f"{source} leaves out weights that were frozen, and the model has others in {names}. Build it from the "
-                "same pretrained weights, or under the same seed, in the same type and before they are changed."
+                f"{source} leaves out weights that were frozen, and the model has others in {some_of(different)}. "
+                "Build it from the same pretrained weights, or under the same seed, in the same type and before they "
+                "are changed."
             )
         )
 

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Subset
 
 from ..base.codec import pack, same_bits
 from ..base.console import is_first_rank, show
-from ..base.dtensors import is_cut, local
+from ..base.dtensors import is_cut, local, num_bytes
 from ..callbacks import Callback
 from ..config import TrainConfig
 from ..data.order import is_stream, num_batches
 from ..devices.environment import free_memory
-from ..devices.sharding import units_of
+from ..devices.units import units_of
 from ..trainer import Trainer
 from ..view.report import duration
 from .run_functions import call_run_function
@@ -138,9 +138,9 @@ def _line_of_model(trainer: Trainer) -> _Line:
     model, optimizer = trainer.model, trainer.optimizer
     state: dict[str, Tensor] = {}
     pack(optimizer.state_dict(), state, "optimizer")  # type: ignore[union-attr]
-    gradients = sum(_num_bytes(weight) for weight in model.parameters() if weight.requires_grad)
-    parts = {"weights": sum(map(_num_bytes, model.parameters())), "gradients": gradients}
-    parts[type(optimizer).__name__] = sum(map(_num_bytes, state.values()))
+    gradients = sum(num_bytes(weight) for weight in model.parameters() if weight.requires_grad)
+    parts = {"weights": sum(map(num_bytes, model.parameters())), "gradients": gradients}
+    parts[type(optimizer).__name__] = sum(map(num_bytes, state.values()))
     total, number = sum(parts.values()), torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     largest = max(_bytes_by_unit(model))  # its weights and gradients are gathered
     named = ", ".join(f"{name} {size / _MEBI:,.1f}" for name, size in parts.items())
@@ -155,16 +155,11 @@ def _line_of_model(trainer: Trainer) -> _Line:
     return here < 0.9 * room, "model", f"{text}{' (as here)' if is_divided else ''}"
 
 
-def _num_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor, of a divided one the whole."""
-    return tensor.numel() * tensor.element_size()
-
-
 def _bytes_by_unit(model: nn.Module) -> list[int]:
     """Return the bytes of the weights that are gathered together, of each unit of a divided model."""
     *blocks, _ = units_of(model)
-    sizes = [sum(map(_num_bytes, block.parameters())) for block in blocks]
-    return [*sizes, sum(map(_num_bytes, model.parameters())) - sum(sizes)]
+    sizes = [sum(map(num_bytes, block.parameters())) for block in blocks]
+    return [*sizes, sum(map(num_bytes, model.parameters())) - sum(sizes)]
 
 
 def _line_of_memory() -> _Line:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.data import DataLoader
 
-from ..base.console import warn
+from ..base.console import some_of, warn
 from ..config import TrainConfig
 from ..data.cut import Layout, describe_batch
 from ..data.order import is_stream, num_batches, num_steps
@@ -48,8 +48,7 @@ def start_lines(
         )
     evaluating = _trained_while_evaluating(model)
     if evaluating:
-        names = ", ".join(evaluating[:3]) + (f" and {len(evaluating) - 3} more" if len(evaluating) > 3 else "")
-        yield f"In evaluation mode, so without dropout, though trained: {names}. {_ON_EVALUATING}"
+        yield f"In evaluation mode, so without dropout, though trained: {some_of(evaluating)}. {_ON_EVALUATING}"
 
 
 def _start_line(hardware: Hardware, train_loader: DataLoader[Any], layout: Layout, config: TrainConfig) -> str:

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import Callback, HardwareError, TrainConfig, Trainer, WeightAverage
 from accel_trainer.base.dtensors import is_cut, local, whole
-from accel_trainer.devices.by_element import check_by_element
-from accel_trainer.devices.sharding import units_of
+from accel_trainer.devices.divisible import check_by_element
+from accel_trainer.devices.units import units_of
 from support import LAYOUTS, TWO_BY_TWO, on_fork, on_processes
 
 pytestmark = pytest.mark.distributed
@@ -128,7 +128,7 @@ def test_the_default_agrees_with_one_process_to_rounding(layout):
 
 
 def train_adding_each(monkeypatch, **other):
-    monkeypatch.setattr("accel_trainer.devices.sharding._LARGEST_SHARE", 0.0)
+    monkeypatch.setattr("accel_trainer.devices.divided._LARGEST_SHARE", 0.0)
     return train({}, torch.float64, sharding="full", **other)
 
 
@@ -493,7 +493,7 @@ def differently_built(kind, monkeypatch):
     if kind == "frozen" and rank:
         model.blocks[2].requires_grad_(False)
     if kind == "memory" and rank:
-        monkeypatch.setattr("accel_trainer.devices.sharding._LARGEST_SHARE", 0.0)
+        monkeypatch.setattr("accel_trainer.devices.divided._LARGEST_SHARE", 0.0)
     return refused_fit(model, sharding="full")
 
 

@@ -23,6 +23,7 @@ import accel_trainer.storage.weight_files as weight_files
 from accel_trainer import Callback, WeightAverage, load_best
 from accel_trainer.base.dtensors import rows_of
 from accel_trainer.storage.checkpoints import fault_of, steps_in
+from accel_trainer.storage.saver import finish_writes
 from accel_trainer.storage.shards import Parts, deal, fill
 from support import LAYOUTS, ROOT, on_processes
 
@@ -359,6 +360,40 @@ def test_a_crash_between_any_two_renames_loses_neither_old_nor_new_weights(old, 
         if is_done:
             break
     assert seen == sorted(seen) and set(seen) == {1, 2} and is_done
+
+
+def test_an_index_that_is_damaged_before_the_last_rename_leaves_the_old_weights(tmp_path):
+    path = tmp_path / "model.safetensors"
+    weight_files.save_weights(path, {"a": torch.tensor([1.0])}, {"epoch": 1})
+    weight_files.write_part(path, 0, 2, {"a": torch.tensor([2.0])})
+    (tmp_path / ".model.safetensors.index.json.next").write_text("{ damaged")
+    weight_files.clean(path)
+    weight_files.check(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert weight_files.read_weights(path)["a"] == 1
+
+
+class Damage(Callback):
+    """Damage the best weights after the third epoch."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_epoch_end(self, trainer):
+        if trainer.state.epoch == 3 and torch.distributed.get_rank() == 0:
+            finish_writes()
+            self.file.unlink() if self.file.suffix == ".safetensors" else self.file.write_text("{}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "model.safetensors.index.json"])
+def test_best_weights_that_are_damaged_meanwhile_do_not_keep_checkpoints_from_being_written(name, tmp_path, alone):
+    how = {"monitor": "train_loss", "mode": "max", "restore_best": False}  # no better ones come
+    damage = [Damage(tmp_path / "run/best" / name)]
+    losses, *_ = run_on("2", tmp_path / "run", damage, keep_best=1, **how)
+    assert losses == alone[0][0] and not weight_files.are_complete(tmp_path / "run/best/model.safetensors")
+    assert [fault_of(path) for _, path in steps_in(tmp_path / "run/checkpoints")] == [None, None]
+    assert kept_steps(tmp_path / "run")[0] == 16
 
 
 def test_parts_of_other_weights_are_found(tmp_path):

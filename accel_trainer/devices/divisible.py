@@ -1,4 +1,4 @@
-"""Whether an optimizer treats each element of a weight by itself: only then may a process have some of the rows."""
+"""Whether a model and an optimizer can be divided over the processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..base.exchange import gather_objects
 from ..data.randomness import generators_kept, seed_all
 
 # Shapes, and rows at which they are cut: more elements than 8-bit optimizers leave alone, cut so that nothing divides
@@ -20,9 +21,68 @@ _NUM_STEPS = 8
 _TOLERANCE = 1e-4  # relative; what looks at a whole weight differs by far more
 
 
+def check_is_same_everywhere(model: nn.Module) -> None:
+    """Refuse (ValueError) a model that is not built alike on all processes: they would wait for each other."""
+    form = {name: (*one.shape, str(one.dtype), one.requires_grad) for name, one in model.named_parameters()}
+    form |= {name: (*one.shape, str(one.dtype)) for name, one in model.named_buffers()}
+    forms = gather_objects(form)
+    for process, other in enumerate(forms):
+        wrong = [name for name in {**forms[0], **other} if forms[0].get(name) != other.get(name)]
+        if wrong or list(forms[0]) != list(other):
+            where = wrong[0] if wrong else "the order of its parts"
+            raise ValueError(
+                f"The model is not the same on all processes: process {process} has "
+                f"{_told(other.get(where))} where process 0 has {_told(forms[0].get(where))}, in {where}. "
+                "Build it from the config alone, and freeze the same weights everywhere."
+            )
+
+
+def _told(form: tuple[Any, ...] | None) -> str:
+    if form is None:
+        return "nothing"
+    sizes = tuple(size for size in form if type(size) is int)
+    frozen = ", frozen" if form[-1] is False else ""
+    return f"{sizes} {next(text for text in form if isinstance(text, str)).removeprefix('torch.')}{frozen}"
+
+
+def check_can_be_divided(model: nn.Module, units: list[nn.Module], bitwise: bool) -> None:
+    """Refuse (ValueError) weights that torch cannot divide, by their names; others are put in order for it."""
+    for name, weight in model.named_parameters():
+        if not weight.ndim:
+            raise ValueError(f"{name} is a single number, which has no rows to divide: give it the shape (1,).")
+        if not weight.numel():
+            raise ValueError(f"{name} has the shape {tuple(weight.shape)}, with nothing in it to divide: leave it out.")
+        if weight.layout != torch.strided or weight.is_complex():
+            kind = "complex" if weight.is_complex() else "sparse"
+            raise ValueError(f"{name} is {kind}: only dense real weights can be divided.")
+        if not weight.is_contiguous():
+            if bitwise:
+                raise ValueError(
+                    f"{name} is not contiguous (as with channels_last), and a divided model is: it would be computed "
+                    "in another order, so bitwise=True cannot promise anything of it. Give it contiguous weights."
+                )
+            weight.data = weight.data.contiguous()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ValueError(f"{name} has sparse gradients, which cannot be divided: use sparse=False there.")
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ValueError(f"{name} has a max_norm, which changes weights in the forward: leave it out.")
+    seen: set[int] = set()
+    for unit in units:
+        trained = [weight for weight in unit.parameters() if weight.requires_grad and id(weight) not in seen]
+        seen |= set(map(id, trained))
+        kinds = {str(weight.dtype).removeprefix("torch.") for weight in trained}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"The weights of {type(unit).__name__} that are trained are {' and '.join(sorted(kinds))}, and are "
+                "gathered together: give them one type."
+            )
+
+
 def check_by_element(optimizer: Optimizer, device: torch.device, bitwise: bool) -> None:
     """Try an optimizer on a small weight, whole and in parts; refuse (ValueError) one whose results differ.
 
+    A process has some of the rows of a weight: each element must be trained by itself.
     Each group's settings are tried, by copies: the optimizer itself stays as it is. With `bitwise` not one bit may
     differ.
     """
