@@ -4,6 +4,7 @@ import gc
 import io
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,8 @@ from accelerate.state import AcceleratorState, GradientState
 import accel_trainer.view.reporter as reporter
 
 torch.set_num_threads(1)
+with suppress(AttributeError, OSError):  # Linux: what is woken waits for its turn, so that messages take a third
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell gives that to what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -22,6 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from accel_trainer import TrainConfig, Trainer
+from accel_trainer.base.dtensors import cut_of, is_cut, local
+from accel_trainer.base.exchange import gather_objects
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +51,15 @@ def on_processes(num_processes, function, *args):
             return [function(*args)]
         debug_launcher(_call_and_keep, (function, folder, *args), num_processes)
         return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(num_processes)]
+
+
+def put_together(tensors):
+    """Return tensors by name, the whole of those that are divided, by one exchange."""
+    parts = gather_objects({name: local(one).detach() for name, one in tensors.items() if is_cut(one)})
+    return {
+        name: torch.cat([part[name] for part in parts[: cut_of(one).number]]) if is_cut(one) else one
+        for name, one in tensors.items()
+    }
 
 
 def on_fork(function):

@@ -13,11 +13,21 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from accel_trainer import TrainConfig, Trainer
-from accel_trainer.base.dtensors import whole
 from accel_trainer.data.cut import Layout, process_of, run_of
 from accel_trainer.devices.arithmetic import fixed_arithmetic
 from accel_trainer.numbers.reductions import Node, TreeSum, _nodes_of, _plan_of, push
-from support import LAYOUTS, Items, correct, loader_of, make_data, make_model, on_fork, on_processes, quiet
+from support import (
+    LAYOUTS,
+    Items,
+    correct,
+    loader_of,
+    make_data,
+    make_model,
+    on_fork,
+    on_processes,
+    put_together,
+    quiet,
+)
 
 pytestmark = pytest.mark.timeout(300)
 NUM_PROCESSES = (2, 3, 4, 5, 8)
@@ -26,7 +36,7 @@ NUM_PROCESSES = (2, 3, 4, 5, 8)
 def bits(tensors):
     """Return a digest of the exact bits of named tensors; of one that is divided over the processes, of the whole."""
     digest = hashlib.sha256()
-    for name, tensor in sorted((name, whole(tensor)) for name, tensor in tensors.items()):
+    for name, tensor in sorted(put_together(tensors).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

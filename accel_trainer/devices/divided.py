@@ -111,11 +111,13 @@ class Shards:
 
         A unit is gathered where it is called, so all processes must call the same ones in the same order.
         """
+        name_of = {module: name or "the model" for name, module in self.model.named_modules()}
+        all_names = [*(name_of[unit] for unit in self.units), "nothing more of the model"]
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def compare(name: str, *_: Any) -> None:
-            names = gather_objects(name)
-            if len(set(names)) > 1:
+            if sum(any_process([name == one for one in all_names])) > 1:
+                names = gather_objects(name)
                 other = next(process for process, found in enumerate(names) if found != names[0])
                 raise ValueError(
                     f"Process 0 calls {names[0]} where process {other} calls {names[other]}. A part of a divided model "
@@ -124,9 +126,9 @@ class Shards:
                     "_no_split_modules, or fsdp_transformer_layer_cls_to_wrap."
                 )
 
-        name_of = {module: name or "the model" for name, module in self.model.named_modules()}
-        hooks = [unit.register_forward_pre_hook(partial(compare, name_of[unit]), prepend=True) for unit in self.units]
-        hooks.append(self.model.register_forward_hook(partial(compare, "nothing more of the model")))
+        called = zip(self.units, all_names, strict=False)
+        hooks = [unit.register_forward_pre_hook(partial(compare, name), prepend=True) for unit, name in called]
+        hooks.append(self.model.register_forward_hook(partial(compare, all_names[-1])))
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ from ..data.randomness import generators_kept, seed_all
 
 # Shapes, and rows at which they are cut: more elements than 8-bit optimizers leave alone, cut so that nothing divides
 # anything; and rows that are shorter than what a processor computes at once.
-_CASES = (((131, 67), (0, 5, 50, 131)), ((64, 7), tuple(range(65))))
+_CASES = (((131, 67), (0, 5, 50, 131)), ((32, 7), tuple(range(33))))
 _NUM_STEPS = 8
 _TOLERANCE = 1e-4  # relative; what looks at a whole weight differs by far more
 

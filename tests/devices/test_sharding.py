@@ -13,7 +13,7 @@ from accel_trainer import Callback, HardwareError, TrainConfig, Trainer, WeightA
 from accel_trainer.base.dtensors import is_cut, local, whole
 from accel_trainer.devices.divisible import check_by_element
 from accel_trainer.devices.units import units_of
-from support import LAYOUTS, TWO_BY_TWO, on_fork, on_processes
+from support import LAYOUTS, TWO_BY_TWO, on_fork, on_processes, put_together
 
 pytestmark = pytest.mark.distributed
 VOCABULARY = 29
@@ -64,7 +64,7 @@ def data(number=61):
 
 def digest(tensors):
     hashed = hashlib.sha256()
-    for name, tensor in sorted((name, whole(tensor)) for name, tensor in tensors.items()):
+    for name, tensor in sorted(put_together(tensors).items()):
         hashed.update(name.encode() + tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 
@@ -89,7 +89,7 @@ def train(environment=None, dtype=torch.float32, make_optimizer=torch.optim.Adam
     tests = DataLoader(torch.utils.data.Subset(data(), range(21)), batch_size=8)
     history = trainer.fit(DataLoader(data(), batch_size=16, shuffle=True), tests)
     outputs, scores = trainer.predict(tests), trainer.evaluate(tests)
-    weights = {name: whole(tensor).detach().clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().clone() for name, tensor in put_together(model.state_dict()).items()}
     losses = [history.train_losses, history.test_losses, history.grad_norms]
     return {"losses": losses, "scores": scores, "weights": weights, "outputs": outputs, "best": history.best_epoch}
 
