@@ -31,6 +31,7 @@ from .devices.memory import keep_data
 from .devices.prepared import Prepared
 from .devices.sharding import is_asked_for
 from .devices.stopping import Stopping
+from .devices.successors import train_newest
 from .ending import LEAVING, closed_at_the_end, record_fault, report_end, save_the_end
 from .errors import NonFiniteError, ProcessFailedError
 from .evaluation import evaluate, predict, training_mode
@@ -499,6 +500,8 @@ class Trainer:
     def _evaluating(self) -> Iterator[Prepared]:
         with self._session() as (hardware, _):
             prepared = Prepared(hardware, self.model, None, self.config.compile, self.config.seed)
+            if self.optimizer is not None:
+                train_newest(self.optimizer)  # else what the model has no more would stay in memory
             with prepared.attached():
                 yield prepared
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..base.dtensors import is_cut
+from .successors import newest
 
 
 def check_model(model: object, bitwise: bool = False, may_be_divided: bool = False) -> None:
@@ -89,6 +90,7 @@ _ON_SEVERAL_OPTIMIZERS = (
 
 
 def foreign_parameters(optimizer: Optimizer, model: nn.Module) -> list[torch.Tensor]:
-    """Return the parameters of an optimizer that are not, or no longer, parameters of a model."""
+    """Return the parameters of an optimizer that are not, or no longer, parameters of a model, nor were before."""
     ids = {id(parameter) for parameter in model.parameters()}
-    return [parameter for group in optimizer.param_groups for parameter in group["params"] if id(parameter) not in ids]
+    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter for parameter in held if id(newest(parameter)) not in ids]

@@ -31,8 +31,9 @@ from ..base.exchange import any_process, gather_objects, host_group
 from ..errors import HardwareError
 from ..numbers.reductions import share_from_main
 from .divisible import check_by_element, check_can_be_divided, check_is_same_everywhere
-from .meta_device import materialise, train_instead
+from .meta_device import materialise
 from .sharding import Sharding
+from .successors import noting_successors
 from .units import units_of
 
 _LARGEST_SHARE = 1 / 16  # of the device's memory, that whole gradients may take between two micro-batches
@@ -182,10 +183,10 @@ def divide(
     optimizer: Optimizer | None = None,
     bitwise: bool = False,
 ) -> Shards:
-    """Divide a model over the processes, in place, and let the optimizer train its parts; all processes call it.
+    """Divide a model over the processes, in place, if the optimizer can train its parts; all processes call it.
 
     All begin with the main process's weights. What is on the meta device, there or on others, gets memory one unit at
-    a time. A model that was divided before stays as it is.
+    a time. A model that was divided before stays as it is. The parameters are new ones; see `noting_successors`.
 
     Raises:
         HardwareError: The launch asks for replicas that there are no processes for, or torch is too old.
@@ -197,38 +198,34 @@ def divide(
         raise HardwareError(f"sharding needs torch 2.9 or later; this is {torch.__version__}.")
     if not torch.distributed.is_initialized():  # one process, which torch's functions want to be a group too
         torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    if optimizer is not None:
+        check_by_element(optimizer, accelerator.device, bitwise)
     sizes = sharding.mesh_sizes(int(accelerator.process_index), int(accelerator.num_processes))
     of_before = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if of_before:
         units: list[Any] = [*of_before[1:], model]
         mesh = next(weight for weight in model.parameters() if is_cut(weight)).device_mesh  # type: ignore[attr-defined]
     else:
-        units = _checked_units(model, sharding, accelerator, optimizer, bitwise)
+        units = _checked_units(model, sharding, accelerator, bitwise)
         mesh = make_mesh(accelerator.device.type, sizes)
         if accelerator.device.type == "cpu":
             _give_memory_back()
-        names = {id(weight): name for name, weight in model.named_parameters()}
-        for unit in units:
-            _divide_unit(unit, model, sharding, accelerator, mesh, seed)
-        if optimizer is not None:
-            train_instead(optimizer, names, dict(model.named_parameters()))
+        with noting_successors(model):
+            for unit in units:
+                _divide_unit(unit, model, sharding, accelerator, mesh, seed)
     blocks = (units[:-1] or units) if sharding.recomputes else []
     recomputed: dict[nn.Module, Any] = {block: partial(_recomputing, block.forward) for block in blocks}
     fits_whole = not any_process([not _fits_whole(model, accelerator)])[0]  # hosts may have other memory
     return Shards(units, mesh, fits_whole, recomputed)
 
 
-def _checked_units(
-    model: nn.Module, sharding: Sharding, accelerator: Accelerator, optimizer: Optimizer | None, bitwise: bool
-) -> list[Any]:
+def _checked_units(model: nn.Module, sharding: Sharding, accelerator: Accelerator, bitwise: bool) -> list[Any]:
     """Return the units of a model that can be divided, with a unit for each BatchNorm where that has its precision."""
     check_is_same_everywhere(model)
     units = units_of(model, sharding.blocks)
     if accelerator.mixed_precision != "no":
         units = [*(one for one in model.modules() if isinstance(one, _BatchNorm) and one not in units), *units]
     check_can_be_divided(model, units, bitwise)
-    if optimizer is not None:
-        check_by_element(optimizer, accelerator.device, bitwise)
     return units
 
 

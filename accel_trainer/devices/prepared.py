@@ -31,7 +31,8 @@ from .compiled import (
 )
 from .divided import Shards, divide
 from .hardware import Hardware
-from .meta_device import check_can_be_materialised, is_on_meta, materialise_whole
+from .meta_device import check_can_be_materialised, is_on_meta, materialise
+from .successors import noting_successors, train_newest
 from .units import joined_inputs
 
 _TRACES = ("forward", "_original_forward", "_is_accelerate_prepared", "_is_torch_compile")
@@ -70,10 +71,14 @@ class Prepared:
         self.shards: Shards | None = None
         if hardware.sharding is not None:
             self.shards = divide(model, hardware.sharding, hardware.accelerator, seed, optimizer, hardware.bitwise)
+        elif has_no_memory:
+            with noting_successors(model):
+                materialise(model, model, seed)
+        if optimizer is not None:
+            train_newest(optimizer)
+        if self.shards is not None:
             wrapped, scaled = model, _scaled(hardware, optimizer)
         else:
-            if has_no_memory:
-                materialise_whole(model, optimizer, seed)
             wrapped, scaled = _accelerated(hardware, model, optimizer)
             autocast = autocast_of(hardware.accelerator)
             if autocast is not None:

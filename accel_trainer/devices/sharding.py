@@ -94,7 +94,10 @@ def asked_for(kind: Kind | None, accelerator: Accelerator | None = None) -> Shar
     sizes = _sizes_of_launch(accelerator)
     plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator is not None else None
     if plugin is None and is_asked_for():
-        plugin = FullyShardedDataParallelPlugin()
+        try:
+            plugin = FullyShardedDataParallelPlugin()
+        except ValueError as error:
+            raise HardwareError(f"Accelerate cannot read the launch's settings of FSDP (FSDP_...): {error}.") from error
     if plugin is None and kind is None:
         if sizes is not None:
             raise HardwareError(
@@ -124,8 +127,11 @@ def _sizes_of_launch(accelerator: Accelerator | None) -> tuple[int, int] | None:
         return None
 
     def size_of(name: str) -> int:
-        given = getattr(config, f"{name.lower()}_size", None)
-        return int(given or os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE") or 1)
+        variable = f"PARALLELISM_CONFIG_{name}_SIZE"
+        given = getattr(config, f"{name.lower()}_size", None) or os.environ.get(variable) or 1
+        if not str(given).isdecimal() or not int(given):
+            raise HardwareError(f"{variable} must be a whole number of at least 1, got {given!r}.")
+        return int(given)
 
     for name, words in _OTHERS.items():
         if size_of(name) > 1:

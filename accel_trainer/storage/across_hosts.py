@@ -65,12 +65,13 @@ def bring_newest(
             there are only damaged ones.
         FileExistsError: Another disk has a run that has ended, and no checkpoint.
     """
-    entries = steps_in(run_dir / "checkpoints") if _is_first_to_see(run_dir, hardware) else []
+    sees_first = _is_first_to_see(run_dir, hardware)
+    entries = steps_in(run_dir / "checkpoints") if sees_first else []
     resumed = None if folder is None else folder.resumed
     step_of_main = next((step for step, path in entries if path == resumed), -1)
     step_of_main, of_main = share_object((step_of_main, [_marks_of(path) for _, path in entries]))
     newer = [entry for entry in entries if entry[0] > step_of_main and _marks_of(entry[1]) not in of_main]
-    offers = gather_objects(_offer(run_dir, newer, has_none=not entries))
+    offers = gather_objects(_offer(run_dir, newer, has_none=sees_first and not entries))
     for process, other in enumerate(offers):
         if other.faults:
             announce(f"Passed over in {other.run_dir} of process {process} on {other.host}: {'; '.join(other.faults)}.")

@@ -62,9 +62,15 @@ class SharedFolder:
         text, deadline = hardware.from_main(write), time.monotonic() + _SECONDS_TO_BE_SEEN
         while not (is_seen := probe.is_file() and probe.read_text() == text) and time.monotonic() < deadline:
             time.sleep(0.1)
-        blind = [process for process, has_seen in enumerate(gather_objects(is_seen)) if not has_seen]
+        everyone = gather_objects((is_seen, str(path)))
+        blind = [process for process, (has_seen, _) in enumerate(everyone) if not has_seen]
         if folder is not None:
             probe.unlink(missing_ok=True)
+        if blind and everyone[blind[0]][1] != everyone[0][1]:
+            raise ValueError(
+                f"Process {blind[0]} was given the run_dir {everyone[blind[0]][1]}, and the main process "
+                f"{everyone[0][1]}. Give all the same, on a disk that all hosts share."
+            )
         if blind:
             raise ValueError(
                 f"Processes {blind} do not see {path} of the main process. The model is divided, and each process "

@@ -42,6 +42,11 @@ def part_of(path: Path, index: int, number: int) -> Path:
     return path.with_name(shard_of(path.name, index, number))
 
 
+def told(path: Path) -> str:
+    """Return how weights are called where they are damaged: by their file, or the folder of their parts."""
+    return str(path.parent if _is_in_parts(path) else path)
+
+
 def exist(path: Path) -> bool:
     """Return whether there are weights, in one file or in parts."""
     return path.is_file() or index_of(path).is_file()
@@ -51,7 +56,7 @@ def are_complete(path: Path) -> bool:
     """Return whether there are weights of which no file is missing, nor the index damaged."""
     try:
         files = files_of(path)
-    except (ValueError, KeyError):
+    except ValueError:
         return False
     return bool(files) and all(file.is_file() for file in files)
 
@@ -77,10 +82,17 @@ def check(path: Path) -> None:
         check_seal(path)
         return
     check_is_file(index_of(path))
-    for file, seal in _read_index(path)["sha256"].items():
+    index = _read_index(path)
+    _said_in(index)
+    for file, seal in index["sha256"].items():
         part = path.with_name(file)
+        if not part.exists():
+            raise ValueError(f"{file} is missing")
         check_is_file(part)
-        check_seal(part)
+        try:
+            check_seal(part)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         if seal_of(part)[0] != seal:
             raise ValueError(f"{file} belongs to other weights")
 
@@ -106,15 +118,22 @@ def _read_index(path: Path, index: Path | None = None) -> dict[str, Any]:
     The index is the one in its place, or this one.
     """
     index = index or index_of(path)
-    metadata: dict[str, Any] = checked(json.loads(index.read_text(encoding="utf-8")))["metadata"]
-    if not all(_is_part(path, file) for file in metadata["sha256"]):
+    try:
+        metadata: dict[str, Any] = checked(json.loads(index.read_text(encoding="utf-8")))["metadata"]
+        are_parts = all(_is_part(path, file) and isinstance(seal, str) for file, seal in metadata["sha256"].items())
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index.name}: {error}") from error
+    if not are_parts:
         raise ValueError(f"{index.name} names files that are no parts")
     return metadata
 
 
 def _said_in(index: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an index has of what the header of the one file says."""
-    return dict(unpack(index["accel_trainer"]))
+    """Return what an index has of what the header of the one file says; a `ValueError` says that it is damaged."""
+    try:
+        return dict(unpack(index["accel_trainer"]))
+    except (TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the metadata of the index make no sense: {error}") from error
 
 
 def _is_part(path: Path, file: str) -> bool:
@@ -168,7 +187,7 @@ def finish_parts(path: Path) -> None:
         return
     try:
         files = _read_index(path, _between(path))["sha256"]
-    except (ValueError, KeyError):  # the disk has damaged it: what was there before stays
+    except ValueError:  # the disk has damaged it: what was there before stays
         _between(path).unlink()
         return
     for file in files:

@@ -18,7 +18,7 @@ from ..numbers.objective import unwrapped
 from .checkpoints import BEST, epoch_path, epochs_in
 from .shards import fill
 from .tensor_files import is_utf8
-from .weight_files import check, exist, metadata_of, read_weights
+from .weight_files import check, exist, metadata_of, read_weights, told
 
 
 def plain_name(name: str) -> str:
@@ -287,7 +287,7 @@ def load_best(model: nn.Module, run_dir: str | os.PathLike[str], epoch: int | No
         check(path)
         state, left_out = read_weights(path), left_out_of(path)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        raise ValueError(f"{told(path)} is damaged: {error}.") from error
     check_fit(state, inner, str(path), left_out)
     check_left_out(left_out, plain_state(inner), str(path))
     copy_into(inner, state)

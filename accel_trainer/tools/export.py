@@ -18,7 +18,7 @@ from ..base.codec import encode, flattened
 from ..config import TrainConfig
 from ..data.test_sets import argument_of, parts_of
 from ..storage.checkpoints import BEST
-from ..storage.weight_files import check, exist, files_of, metadata_of
+from ..storage.weight_files import check, exist, files_of, metadata_of, told
 from ..storage.weights import load_best
 from ..view.report import RunFiles
 
@@ -86,7 +86,7 @@ def _copy_weights(best: Path, folder: Path) -> str:
     try:
         check(best)
     except ValueError as error:
-        raise ValueError(f"{best} is damaged: {error}.") from error
+        raise ValueError(f"{told(best)} is damaged: {error}.") from error
     left_out = metadata_of(best).get("left_out")
     if left_out and _has_adapter(best):
         for name in (*_ADAPTER, CARD):  # peft's card names the model below
@@ -102,7 +102,7 @@ def _copy_weights(best: Path, folder: Path) -> str:
     if len(parts := files_of(best)) > 1:  # of a model that was divided, which may be too large for this machine
         for part in parts:
             shutil.copyfile(part, folder / part.name)
-        return "load_best(model, ...)  # from accel_trainer; or from_pretrained of the library that the model is from"
+        return "load_checkpoint_in_model(model, folder)  # from accelerate; or from_pretrained of the model's library"
     save_file(load_file(best), folder / WEIGHTS, metadata={"format": "pt"})
     return f'load_model(model, "{WEIGHTS}")  # from safetensors.torch'
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +65,9 @@ def _print(lines: Sequence[_Line]) -> int:
 def check(name: str, config: TrainConfig) -> int:
     """Train and evaluate two steps, save, load and compare; print a page, and return 0 if all is well, else 1.
 
-    The files go into a temporary folder; of the config's `run_dir` only the disk is looked at.
+    The files go into a temporary folder on the disk of the config's `run_dir`.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with _scratch(config.run_dir) as folder:
         first, again, written = _Watch(), _Watch(), f"{folder}/run"
         try:
             trainer, loaders = _fit(name, config, {"run_dir": written, "resume": False}, first)
@@ -75,6 +78,25 @@ def check(name: str, config: TrainConfig) -> int:
         disk = _line_of_disk(Path(written), config.keep_checkpoints, Path(config.run_dir or "."))
         seconds = _line_of_time(trainer, loaders, first.clock, config)
         return _print([*_lines_of_run(trainer), files, _line_of_model(trainer), _line_of_memory(), disk, seconds])
+
+
+@contextmanager
+def _scratch(run_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Give a folder on the disk of the run folder, if there is to be one; all processes of a launch get the same."""
+    wanted = Path(tempfile.gettempdir()) / "run" if run_dir is None else Path(run_dir).expanduser().absolute()
+    parent = next(folder for folder in wanted.parents if folder.is_dir())
+    launch = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]
+    own = os.getpid() if int(os.environ.get("WORLD_SIZE") or 1) == 1 else crc32(" ".join(launch).encode())
+    folder = parent / f".accel_trainer-check-{own:x}"
+    if not is_first_rank():
+        yield folder
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # what a kill has left
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fit(name: str, config: TrainConfig, files: dict[str, Any], watch: _Watch) -> tuple[Trainer, dict[str, Any]]:

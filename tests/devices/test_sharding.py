@@ -9,7 +9,15 @@ import torch.distributed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accel_trainer import Callback, HardwareError, TrainConfig, Trainer, WeightAverage
+from accel_trainer import (
+    Callback,
+    HardwareError,
+    TrainConfig,
+    Trainer,
+    WeightAverage,
+    evaluate_model,
+    train_model,
+)
 from accel_trainer.base.dtensors import is_cut, local, whole
 from accel_trainer.devices.divisible import check_by_element
 from accel_trainer.devices.units import units_of
@@ -369,6 +377,84 @@ def test_a_model_on_the_meta_device_gets_the_same_first_weights_everywhere():
         train_sometimes(None, lambda: nn.Sequential(nn.Linear(6, 1), Bare()))
 
 
+def by_hand(trainer):
+    """Train on the whole model by a loop of one's own, so that the optimizer has a state."""
+    for inputs, targets in DataLoader(data(), batch_size=16):
+        loss_fn(trainer.model(inputs), targets).backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+
+LOADER = DataLoader(data(21), batch_size=8)
+BEFORE = {
+    "nothing": lambda trainer: None,
+    "evaluate": lambda trainer: trainer.evaluate(LOADER),
+    "predict": lambda trainer: trainer.predict(LOADER),
+    "by hand": by_hand,
+}
+
+
+def train_after(before, sharding, make_model=Language):
+    """Train by two optimizers that have been made before; return all losses and the weights."""
+    torch.manual_seed(0)
+    model = make_model()
+    trainers = [trainer_of(model, sharding=sharding, bitwise=True, num_epochs=1) for _ in range(2)]
+    BEFORE[before](trainers[0])
+    held = trainers[0].optimizer.param_groups[0]["params"]
+    assert list(map(id, held)) == list(map(id, model.parameters()))  # nothing old stays in memory
+    losses = [trainer.fit(LOADER).train_losses for trainer in trainers]
+    return losses, digest(model.state_dict())
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_an_optimizer_from_before_the_division_trains_the_parts(before):
+    expected = train_after(before, None)
+    assert on_processes(2, train_after, before, "full") == [expected, expected]
+    assert expected[0][1] < expected[0][0]
+
+
+def language_on_meta():
+    with torch.device("meta"):
+        return Language()
+
+
+@pytest.mark.parametrize("number, sharding", [(1, None), (2, None), (2, "full")])
+def test_an_optimizer_from_before_the_model_had_memory_trains_it(number, sharding):
+    losses, weights = train_after("nothing", None, language_on_meta)
+    assert losses[1] < losses[0]
+    for before in ("evaluate", "predict"):
+        for found in on_processes(number, train_after, before, sharding, language_on_meta):
+            assert found == (losses, weights)
+
+
+def call_functions(environment):
+    os.environ.update(environment)
+    torch.manual_seed(0)
+    model = Language(dropout=0.0, norm=False)  # the functions cut by the number of processes
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for _ in range(2)]
+    losses = [evaluate_model(LOADER, model, loss_fn)]
+    losses += [train_model(LOADER, model, loss_fn, optimizer) for optimizer in optimizers]
+    return [*losses, evaluate_model(LOADER, model, loss_fn)]
+
+
+def test_the_two_functions_divide_too():
+    expected = call_functions({})
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for found in on_processes(2, call_functions, asked):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def adafactor_after_a_run():
+    model = Language()
+    trainer_of(model, sharding="full", num_epochs=1, max_steps=1).fit(LOADER)
+    return refused_fit(model, make_optimizer=torch.optim.Adafactor, sharding="full")
+
+
+def test_what_divides_an_optimizer_is_asked_of_a_model_divided_before_too(capfd):
+    for text in on_processes(2, adafactor_after_a_run):
+        assert "use an optimizer that works by element" in text
+
+
 def train_average(sharding):
     torch.manual_seed(0)
     trainer = trainer_of(Language(norm=False), callbacks=[WeightAverage(0.9)], sharding=sharding, bitwise=True)
@@ -565,6 +651,12 @@ def test_a_weight_that_is_not_finite_on_one_process_ends_all_alike():
         ({**TWO_BY_TWO, "PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism"),
         ({**TWO_BY_TWO, "PARALLELISM_CONFIG_SP_SIZE": "2"}, "sequence parallelism"),
         (TWO_BY_TWO, "a parallelism config without FSDP"),
+        (
+            {**TWO_BY_TWO, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "two"},
+            "_DP_SHARD_SIZE must be a whole number.* got 'two'",
+        ),
+        ({**TWO_BY_TWO, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "-2"}, "_DP_REPLICATE_SIZE must be a whole number"),
+        ({**FSDP2, "FSDP_VERSION": "two"}, "cannot read the launch's settings of FSDP .*: invalid literal.*'two'"),
         ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "1", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "1"}, "Leave it out"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed.*sharding='full'"),
     ],

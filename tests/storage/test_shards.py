@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickletools
+import re
 import shutil
 import signal
 import sys
@@ -21,10 +22,12 @@ import accel_trainer.storage.checkpoints as checkpoints
 import accel_trainer.storage.shared_folder as shared_folder
 import accel_trainer.storage.weight_files as weight_files
 from accel_trainer import Callback, WeightAverage, load_best
+from accel_trainer.base.codec import with_checksum
 from accel_trainer.base.dtensors import rows_of
 from accel_trainer.storage.checkpoints import fault_of, steps_in
 from accel_trainer.storage.saver import finish_writes
 from accel_trainer.storage.shards import Parts, deal, fill
+from accel_trainer.tools.cli import main
 from support import LAYOUTS, ROOT, on_processes
 
 sys.path.insert(0, str(ROOT / "tests" / "devices"))
@@ -413,17 +416,84 @@ def test_parts_of_other_weights_are_found(tmp_path):
         weight_files.check(path)
 
 
-def run_apart(tmp_path):
+def run_apart(tmp_path, is_named_alike):
     rank = torch.distributed.get_rank()
-    return refused(run, tmp_path / f"disk {rank}", "2")
+    if is_named_alike and rank:
+        type(tmp_path).is_file = lambda path: False
+    return refused(run, tmp_path / ("disk" if is_named_alike else f"disk {rank}"), "2")
 
 
 @pytest.mark.distributed
 def test_a_folder_that_not_all_processes_see_is_refused(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(shared_folder, "_SECONDS_TO_BE_SEEN", 0.5)
-    for text in on_processes(2, run_apart, tmp_path):
+    for text in on_processes(2, run_apart, tmp_path, True):
         assert "Processes [1] do not see" in text and "on a disk that all hosts share" in text
-    assert not (tmp_path / "disk 0" / ".probe").exists()
+    for text in on_processes(2, run_apart, tmp_path, False):
+        assert f"Process 1 was given the run_dir {tmp_path}/disk 1, and the main process {tmp_path}/disk 0" in text
+    assert not list(tmp_path.glob("*/.probe"))
+
+
+@pytest.mark.distributed
+def test_damage_of_all_checkpoints_is_told_on_all_processes(tmp_path, capfd):
+    run_on("2", tmp_path / "run", max_steps=8)
+    for _, checkpoint in steps_in(tmp_path / "run/checkpoints"):
+        flip(checkpoint / PART)
+    for text in on_processes(2, refused, lambda: run(tmp_path / "run", "2", resume=True)):
+        assert "the checksum of model-00002-of-00002.safetensors does not match" in text and "has ended" not in text
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+PART = "model-00002-of-00002.safetensors"
+DAMAGES = {
+    f"{PART}: its checksum does not match": lambda best: flip(best / PART),
+    f"{PART} is not a file": lambda best: (best / PART).unlink() or (best / PART).mkdir(),
+    f"{PART} is missing": lambda best: (best / PART).unlink(),
+    "model.safetensors.index.json: maximum recursion": lambda best: index_of(best).write_text("[" * 10**5),
+    "model.safetensors.index.json: it carries no checksum": lambda best: index_of(best).write_text("{}"),
+    "model.safetensors.index.json: 'NoneType'": lambda best: write_index(best, {"metadata": None}),
+    "model.safetensors.index.json: 'list'": lambda best: write_index(best, {"metadata": {"sha256": []}}),
+    "model.safetensors.index.json names files": lambda best: write_index(best, {"metadata": {"sha256": {PART: 3}}}),
+    "the metadata of the index make no sense": lambda best: drop_metadata(best),
+}
+
+
+def index_of(best):
+    return best / "model.safetensors.index.json"
+
+
+def write_index(best, content):
+    index_of(best).write_text(json.dumps(with_checksum(content)))
+
+
+def drop_metadata(best):
+    content = json.loads(index_of(best).read_text())
+    del content["metadata"]["accel_trainer"], content["checksum"]
+    write_index(best, content)
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """The folder of a run on two processes, its frozen weights not left out."""
+    folder = tmp_path_factory.mktemp("divided") / "run"
+    on_processes(2, lambda: run(folder, "2"))
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("told", DAMAGES)
+def test_what_is_damaged_of_the_best_weights_is_named(told, divided, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(divided, folder)
+    DAMAGES[told](folder / "best")
+    with pytest.raises(ValueError, match=re.escape(f"{folder}/best is damaged: {told}")):
+        load_best(Language(), folder)
+    assert main(["export", str(folder)]) == 2
+    assert f"{folder}/best is damaged: {told}" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

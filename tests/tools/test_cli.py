@@ -138,6 +138,13 @@ def test_check_tells_on_one_page_and_on_two_processes(module, tmp_path, capsys):
     done = torchrun("accel_trainer", "check", module, options=["-m"], cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2: their weights are equal bit for bit") == 1
+    (tmp_path / "runs").mkdir()
+    divided = [*("--num_micro_batches", "2"), *("--sharding", "full"), *("--run_dir", tmp_path / "runs/run")]
+    done = torchrun("accel_trainer", "check", module, *divided, options=["-m"], cwd=ROOT / "tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"with sharding='full' [\d.]+ on each of 2 \(as here\)", done.stdout)
+    assert "tensors of model and optimizer come back bit for bit" in done.stdout
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_check_fails_where_the_run_would(module, capsys):
