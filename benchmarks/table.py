@@ -306,11 +306,7 @@ def _sharding(found: dict[str, Any]) -> str:
     results = found["results"]
     of_steps = {name.removeprefix("steps, "): one for name, one in results.items() if name.startswith("steps, ")}
     rows = [
-        {
-            "seconds per step, ratio to `fully_shard` by hand [95 %]": name.replace(
-                "1 each", "1 micro-batch each"
-            ).replace("2 each", "2 micro-batches each")
-        }
+        {"seconds per step, ratio to `fully_shard` by hand [95 %]": _named(name)}
         | {contender: _with_interval(one, 3) for contender, one in contenders.items() if "hand" not in contender}
         for name, contenders in of_steps.items()
     ]

@@ -178,12 +178,7 @@ def ending(outcome: list[Any]) -> str:
     text = outcome[0]
     if isinstance(text, bool):
         return "finished" if text else "interrupted"
-    if (
-        "killed by signal 9" in text
-        or "has ended without an error message" in text
-        or "closed by peer" in text
-        or "reset by peer" in text
-    ):
+    if any(words in text for words in _OF_A_KILL):
         return "killed"
     if text.startswith("SystemExit: 143"):
         return "terminated"
