@@ -16,6 +16,7 @@ from torch import nn
 
 from accel_trainer import Callback, History, Loss, ProcessFailedError, Trainer
 from accel_trainer.devices import board
+from accel_trainer.storage.saver import finish_writes
 from accel_trainer.tools.cli import main
 from accel_trainer.view.report import LivePage, RunFiles, render, runs_in
 from accel_trainer.view.reporter import Reporter
@@ -241,6 +242,7 @@ def test_what_has_ended_a_run_is_said_until_it_goes_on(tmp_path, kind):
     with pytest.raises(type(error)) as raised:
         fit(run_dir, [Raises(error)])
     assert raised.value is error
+    finish_writes()  # Ctrl-C leaves them to their thread, which holds the folder until then
     seen = run_forked(functools.partial(main, ["runs", str(tmp_path)]), "accel_trainer")
     assert re.search(rf"^run +{state} +2/3 .* {re.escape(reason)}$", seen.stdout, re.MULTILINE), seen
     assert (run_dir / "losses.png").stat().st_size > 1000  # of the two epochs
