@@ -3,8 +3,9 @@
 sudo python scripts/two_hosts.py --write
 
 The hosts are network namespaces of this machine, with a cable between them and a disk each; a host has two processes.
-A worker or a launcher is killed, the cable is cut, the main process moves to the other host. This script starts the
-launchers again where a scheduler would. It prints how long it took until all processes had noticed, and until the next
+With --sharding the model is divided over them, which takes a disk that both see; it is whole in the run that is left
+alone, of one process. A worker or a launcher is killed, the cable is cut, the main process moves to the other host.
+This script starts the launchers again where a scheduler would. It prints how long it took until all processes had noticed, and until the next
 step. Exit code 0: nothing was lost, and not one bit differs. It needs Linux, root and `ip` (iproute2).
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 Launcher = subprocess.Popen[str]
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "two_hosts.json"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 FAULTS = ("worker", "launcher", "cable", "moved")
 NUM_STEPS = 240
 SECONDS_TO_LEAVE = 60.0  # that a scheduler gives the launchers that are left
@@ -34,13 +35,14 @@ SECONDS_TO_LEAVE = 60.0  # that a scheduler gives the launchers that are left
 # --- what each process does -------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, host: str, heartbeat_seconds: float) -> None:
+def train(folder: Path, host: str, heartbeat_seconds: float, sharding: str | None = None) -> None:
     """Begin the run, or go on with it, and note each step."""
     import torch
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
     from accel_trainer import Callback, TrainConfig, Trainer
+    from accel_trainer.base.dtensors import whole
 
     rank = os.environ.get("RANK", "0")
     (folder / f"pid of {rank}").write_text(str(os.getpid()))
@@ -62,17 +64,19 @@ def train(folder: Path, host: str, heartbeat_seconds: float) -> None:
         max_steps=NUM_STEPS,
         num_micro_batches=4,
         bitwise=True,
-        run_dir=folder / f"disk of {host}" / "run",
+        run_dir=folder / f"disk of {'both' if sharding else host}" / "run",
         resume="auto",
         checkpoint_every=20,
         heartbeat_seconds=heartbeat_seconds,
         restore_best=False,
+        sharding=sharding,
     )
     trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), config=config, callbacks=[Note()])
     history = trainer.fit(DataLoader(data, 60, shuffle=True), DataLoader(data, 300))
+    weights = [whole(tensor) for tensor in model.state_dict().values()]
     if trainer.is_main_process and trainer.state.step == NUM_STEPS:
         digest = hashlib.sha256()
-        for tensor in model.state_dict().values():
+        for tensor in weights:
             digest.update(tensor.numpy().tobytes())
         losses = history.train_losses, history.test_losses
         (folder / "result").write_text(json.dumps([*losses, digest.hexdigest()]))
@@ -84,8 +88,9 @@ def train(folder: Path, host: str, heartbeat_seconds: float) -> None:
 class Hosts:
     """Two namespaces with a cable between them."""
 
-    def __init__(self, num_processes: int) -> None:
+    def __init__(self, num_processes: int, sharding: str | None) -> None:
         self.num_processes = num_processes  # of each
+        self.sharding = sharding
         self.names = [f"host{number}-{os.getpid()}" for number in range(2)]
         self.cables = [f"cable{number}-{os.getpid() % 10**6}"[:15] for number in range(2)]
         self.addresses = ["10.78.0.1", "10.78.0.2"]
@@ -124,6 +129,7 @@ class Hosts:
             *("--nnodes=2", f"--nproc_per_node={self.num_processes}", "--monitor_interval=0.1"),
             f"--local_addr={self.addresses[host]}",
             *(__file__, "--train", str(folder), "--host", str(host), "--heartbeat", str(heartbeat_seconds)),
+            *(["--sharding", self.sharding] if self.sharding else []),
         ]
         # Gloo might take an address that the other host cannot reach.
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": self.cables[host], "OMP_NUM_THREADS": "1"}
@@ -137,9 +143,9 @@ def ip(*arguments: str) -> None:
 
 
 @contextmanager
-def two_hosts(num_processes: int) -> Iterator[Hosts]:
+def two_hosts(num_processes: int, sharding: str | None) -> Iterator[Hosts]:
     """Give two hosts, and remove them at the end."""
-    hosts = Hosts(num_processes)
+    hosts = Hosts(num_processes, sharding)
     try:
         hosts.make()
         yield hosts
@@ -277,24 +283,26 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, help="which (default: all)")
     parser.add_argument("--heartbeat", type=float, default=30.0, help="heartbeat_seconds of the runs (default: 30)")
     parser.add_argument("--processes", type=int, default=2, help="of each host (default: 2)")
+    parser.add_argument("--sharding", choices=["full", "hybrid"], help="divide the model (default: it is whole)")
     parser.add_argument("--folder", type=Path, help="keep all files here (default: a temporary folder)")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/two_hosts.json, or two_hosts_full.json")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--host", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train is not None:
-        train(options.train, options.host, options.heartbeat)
+        train(options.train, options.host, options.heartbeat, options.sharding)
         return
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         raise SystemExit("Needs Linux, root and ip (iproute2).")
-    with tempfile.TemporaryDirectory() as temporary, two_hosts(options.processes) as hosts:
+    with tempfile.TemporaryDirectory() as temporary, two_hosts(options.processes, options.sharding) as hosts:
         results = compare(hosts, options.folder or Path(temporary), options.faults, options.heartbeat)
     print(json.dumps(results, indent=2))
     if options.write:
         from accel_trainer.devices.environment import describe_environment
 
         content = {"environment": describe_environment(""), "heartbeat_seconds": options.heartbeat, **results}
-        RESULTS.write_text(json.dumps(content, indent=2) + "\n")
+        name = "_".join(filter(None, ("two_hosts", options.sharding)))
+        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     if not results["is_equal"]:
         raise SystemExit("The result differs from that of the run that was left alone.")
 

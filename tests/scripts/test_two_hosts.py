@@ -30,8 +30,10 @@ def may_make_hosts():
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not may_make_hosts(), reason="needs root, network namespaces and ip (iproute2)")
-def test_no_fault_hangs_a_run_begins_it_anew_or_changes_a_bit(tmp_path):
+@pytest.mark.parametrize("sharding", [None, pytest.param("full", marks=pytest.mark.slow)])
+def test_no_fault_hangs_a_run_begins_it_anew_or_changes_a_bit(sharding, tmp_path):
     options = ["--heartbeat", "5", "--processes", "1", "--folder", tmp_path]
+    options += ["--sharding", sharding] if sharding else []
     command = [sys.executable, ROOT / "scripts/two_hosts.py", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=380, env=environment)
@@ -45,4 +47,7 @@ def test_no_fault_hangs_a_run_begins_it_anew_or_changes_a_bit(tmp_path):
     assert "failed (exitcode: -9) local_rank: 0" in logs  # the launcher has started its processes again
     assert "Host 1 (process 1) has not answered for 5 seconds." in logs
     assert "The store of the run, at 10.78.0.1, has not answered for 5 seconds" in logs
-    assert "Process 1 has the newest checkpoint" in logs and "is copied to the main process" in logs
+    if sharding is None:  # each host has a disk of its own
+        assert "Process 1 has the newest checkpoint" in logs and "is copied to the main process" in logs
+    else:
+        assert f"model divided ({sharding}, argument)" in logs
