@@ -15,6 +15,7 @@ from .callbacks import Callbacks
 from .config import TrainConfig
 from .data.micro_batches import MicroBatchLoader
 from .data.randomness import draws_nothing, generators_kept
+from .devices.alike import check_alike, plain_settings
 from .devices.arithmetic import fixed_arithmetic
 from .devices.board import shared_failure
 from .devices.checks import foreign_parameters
@@ -100,6 +101,8 @@ class Training:
         """Take in what may have changed since the last epoch; all processes call it together."""
         self._warn_of_gone_parameters()
         self.prepared.put_optimizer("train")
+        if self.prepared.is_divided:  # else weights that differ are found at the end of the epoch
+            check_alike(plain_settings(self.prepared.optimizer))  # type: ignore[arg-type]
         self.loader.refresh()
         self.num_changes = self.loader.num_changes
         is_even = self._is_evenly_weighted()

@@ -24,6 +24,7 @@ from .data.order import check_loader, num_batches, num_steps
 from .data.streams import can_be_sharded, check_by_shards
 from .data.test_sets import argument_of, by_name, parts_of
 from .data.workers import in_dataset_order
+from .devices.alike import check_alike, choices_of
 from .devices.checks import check_model, check_optimizer
 from .devices.environment import describe_environment
 from .devices.hardware import Hardware
@@ -48,7 +49,7 @@ from .storage.identity import identity_of
 from .storage.resume import begin, check_states, find
 from .storage.run_folder import RunFolder
 from .storage.saver import Saver, finish_writes, seconds_between_saves
-from .storage.shared_folder import SharedFolder, wait_for_nobody
+from .storage.shared_folder import SharedFolder, check_seen_by_all, wait_for_nobody
 from .storage.weights import checked_state, left_out_of
 from .view.described import described
 from .view.gathered_answers import GatheredAnswers
@@ -258,6 +259,8 @@ class Trainer:
         config, announce, optimizer = self.config, self._announcer(hardware), self.optimizer
         self._rewind(optimizer)  # type: ignore[arg-type]
         identity = self._identity(train_loader, test_loaders) | {"mode": self._mode(monitor, test_loaders)}
+        if hardware.sharding is not None and config.run_dir is not None:
+            check_seen_by_all(config.run_dir, hardware)
         found = find(config, hardware, identity, announce)
         schedule = self._schedule(train_loader)
         reporter = Reporter(found.folder, self.history, self.state, monitor, config.num_epochs, announce)
@@ -296,7 +299,7 @@ class Trainer:
         """Return what the saver writes to: of a divided model a folder that all processes write to together."""
         if self.config.run_dir is None or not prepared.is_divided:
             return folder
-        return SharedFolder.seen_by_all(self.config.run_dir, folder, prepared.hardware)
+        return SharedFolder(self.config.run_dir, folder, prepared.hardware)
 
     def _schedule(self, train_loader: DataLoader[Any]) -> Schedule | None:
         if self._scheduler is None:
@@ -472,13 +475,14 @@ class Trainer:
     def _session(self) -> Iterator[tuple[Hardware, Any]]:
         config = self.config
         hardware = Hardware(config.mixed_precision, self._make_accelerator, config.bitwise, config.sharding)
-        if hardware.sharding is not None:
-            check_with_sharding(config)
         self.is_main_process = hardware.is_main
         outer = self._reporter  # of a run whose callback evaluates
         try:
             choices = config.bitwise, config.num_threads, self._leave, config.heartbeat_seconds
             with together(hardware, *choices) as votes, hinted():
+                check_alike(choices_of(config, hardware))
+                if hardware.sharding is not None:
+                    check_with_sharding(config)
                 yield hardware, votes
                 if hardware.num_processes > 1:
                     meet()  # who leaves first may take the store with it

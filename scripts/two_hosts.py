@@ -5,8 +5,9 @@ sudo python scripts/two_hosts.py --write
 The hosts are network namespaces of this machine, with a cable between them and a disk each; a host has two processes.
 With --sharding the model is divided over them, which takes a disk that both see; it is whole in the run that is left
 alone, of one process. A worker or a launcher is killed, the cable is cut, the main process moves to the other host.
-This script starts the launchers again where a scheduler would. It prints how long it took until all processes had noticed, and until the next
-step. Exit code 0: nothing was lost, and not one bit differs. It needs Linux, root and `ip` (iproute2).
+This script starts the launchers again where a scheduler would. It prints how long it took until all processes had
+noticed, and until the next step. Exit code 0: nothing was lost, and not one bit differs. It needs Linux, root and `ip`
+(iproute2).
 """
 
 from __future__ import annotations
@@ -285,7 +286,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="of each host (default: 2)")
     parser.add_argument("--sharding", choices=["full", "hybrid"], help="divide the model (default: it is whole)")
     parser.add_argument("--folder", type=Path, help="keep all files here (default: a temporary folder)")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/two_hosts.json, or two_hosts_full.json")
+    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--host", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -340,7 +340,10 @@ def shared_failure(
 def _board_of(process: int, heartbeat_seconds: float, before_leaving: Callable[[str, bool], object]) -> Board:
     """Return the board of a run. All processes make the same calls, so that one number names the same run on all."""
     place, number = place_of(process), next(_numbers)
-    store = PrefixStore(f"accel_trainer/{number}", distributed_c10d._get_default_store())
+    everywhere: Any = distributed_c10d._get_default_store()
+    if len(place.hosts) > 1 and hasattr(everywhere, "clone"):  # since torch 2.8
+        everywhere = everywhere.clone()  # a way of its own: on the first one the main thread may wait for an answer
+    store = PrefixStore(f"accel_trainer/{number}", everywhere)
     hosts = Circle(PrefixStore("hosts", store), place.host, len(place.hosts)) if len(place.hosts) > 1 else None
     path = None if place.path is None else f"{place.path}-{number}"
     shared: Any = PrefixStore(f"host {place.host}", store) if path is None else FileStore(path, len(place.neighbours))

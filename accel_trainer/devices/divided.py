@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..base.dtensors import is_cut, make_mesh
@@ -110,7 +111,8 @@ class Shards:
     def compared_calls(self) -> Iterator[None]:
         """Refuse (ValueError) a model of which the processes call other units in this block: they would wait for ever.
 
-        A unit is gathered where it is called, so all processes must call the same ones in the same order.
+        A unit is gathered where it is called, so all processes must call the same ones in the same order. And it is
+        given copies of lists and dictionaries: one that fills them for others is refused too.
         """
         name_of = {module: name or "the model" for name, module in self.model.named_modules()}
         all_names = [*(name_of[unit] for unit in self.units), "nothing more of the model"]
@@ -127,8 +129,23 @@ class Shards:
                     "_no_split_modules, or fsdp_transformer_layer_cls_to_wrap."
                 )
 
+        given: dict[nn.Module, list[Any]] = {}
+
+        def note(unit: nn.Module, args: Any, kwargs: Any) -> None:
+            given[unit] = tree_leaves((args, kwargs))
+
+        def look_for_more(unit: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+            before = given.pop(unit)  # which holds them, so that no other object has their ids
+            if torch.is_grad_enabled() and {*map(id, tree_leaves((args, kwargs)))} - {*map(id, before)}:
+                raise ValueError(
+                    f"{name_of[unit]} fills a list or dictionary that it is given. A part of a divided model that is "
+                    "gathered by itself is given copies of them: let it return what it adds."
+                )
+
         called = zip(self.units, all_names, strict=False)
-        hooks = [unit.register_forward_pre_hook(partial(compare, name), prepend=True) for unit, name in called]
+        hooks = [unit.register_forward_pre_hook(note, with_kwargs=True) for unit in self.units[:-1]]
+        hooks += [unit.register_forward_hook(look_for_more, with_kwargs=True) for unit in self.units[:-1]]
+        hooks += [unit.register_forward_pre_hook(partial(compare, name), prepend=True) for unit, name in called]
         hooks.append(self.model.register_forward_hook(partial(compare, all_names[-1])))
         try:
             yield
@@ -202,6 +219,11 @@ def divide(
         check_by_element(optimizer, accelerator.device, bitwise)
     sizes = sharding.mesh_sizes(int(accelerator.process_index), int(accelerator.num_processes))
     of_before = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if of_before and of_before[0] is not model:
+        raise ValueError(
+            "A part of the model was divided by an earlier run, and stays so. Build it anew, with the weights of that "
+            "run (load_best)."
+        )
     if of_before:
         units: list[Any] = [*of_before[1:], model]
         mesh = next(weight for weight in model.parameters() if is_cut(weight)).device_mesh  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..base.exchange import gather_objects
 from ..data.randomness import generators_kept, seed_all
+from .successors import all_of
 
 # Shapes, and rows at which they are cut: more elements than 8-bit optimizers leave alone, cut so that nothing divides
 # anything; and rows that are shorter than what a processor computes at once.
@@ -47,6 +48,7 @@ def _told(form: tuple[Any, ...] | None) -> str:
 
 def check_can_be_divided(model: nn.Module, units: list[nn.Module], bitwise: bool) -> None:
     """Refuse (ValueError) weights that torch cannot divide, by their names; others are put in order for it."""
+    _check_memory(model)
     for name, weight in model.named_parameters():
         if not weight.ndim:
             raise ValueError(f"{name} is a single number, which has no rows to divide: give it the shape (1,).")
@@ -55,6 +57,11 @@ def check_can_be_divided(model: nn.Module, units: list[nn.Module], bitwise: bool
         if weight.layout != torch.strided or weight.is_complex():
             kind = "complex" if weight.is_complex() else "sparse"
             raise ValueError(f"{name} is {kind}: only dense real weights can be divided.")
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"{name} has a hook of its own (register_hook), which a divided weight would not call: leave it out, "
+                "or hook the module."
+            )
         if not weight.is_contiguous():
             if bitwise:
                 raise ValueError(
@@ -79,6 +86,22 @@ def check_can_be_divided(model: nn.Module, units: list[nn.Module], bitwise: bool
             )
 
 
+def _check_memory(model: nn.Module) -> None:
+    """Refuse (ValueError) weights that share memory and are not one parameter: the parts of a divided model do not."""
+    places = []
+    for name, weight in model.named_parameters():
+        if weight.layout == torch.strided and weight.device.type != "meta":
+            steps = zip(weight.shape, weight.stride(), strict=True)
+            extent = 1 + sum((size - 1) * stride for size, stride in steps)
+            places.append((weight.data_ptr(), weight.data_ptr() + extent * weight.element_size(), name))
+    for (_, end, name), (start, _, other) in itertools.pairwise(sorted(places)):
+        if start < end:
+            raise ValueError(
+                f"{name} and {other} share memory, which the parts of a divided model cannot: make them one parameter, "
+                "as tied weights are, or give each memory of its own (clone)."
+            )
+
+
 def check_by_element(optimizer: Optimizer, device: torch.device, bitwise: bool) -> None:
     """Try an optimizer on a small weight, whole and in parts; refuse (ValueError) one whose results differ.
 
@@ -86,6 +109,11 @@ def check_by_element(optimizer: Optimizer, device: torch.device, bitwise: bool) 
     Each group's settings are tried, by copies: the optimizer itself stays as it is. With `bitwise` not one bit may
     differ.
     """
+    _, *inner = all_of(optimizer)
+    for held in inner:
+        check_by_element(held, device, bitwise)
+    if inner:
+        return
     kind = type(optimizer)
     if (kind.state_dict, kind.load_state_dict) != (Optimizer.state_dict, Optimizer.load_state_dict):
         raise ValueError(
@@ -119,6 +147,8 @@ def _try(optimizer: Optimizer, settings: Mapping[str, Any], device: torch.device
                 f"{name} could not be tried on a part of a weight ({type(error).__name__}: {error}). {_REMEDY}"
             ) from error
         together = torch.cat(parts)
+        if torch.equal(whole, values):
+            raise ValueError(f"{name} does not train a weight of its param_groups, on which it was tried. {_REMEDY}")
         if not torch.allclose(together, whole, rtol=_TOLERANCE, atol=_TOLERANCE):
             raise ValueError(
                 f"{name} looks at a whole weight, not at each element by itself: on a part of its rows it does "

@@ -56,13 +56,20 @@ class Sharding:
                     f"sharding='hybrid' puts a replica on each host, and the hosts have {sorted(hosts)} processes. "
                     "Start equally many on each, or use sharding='full'."
                 )
+            numbers = [number for processes in place_of(process).hosts for number in processes]
+            if numbers != sorted(numbers):
+                raise HardwareError(
+                    "sharding='hybrid' puts a replica on each host, and the processes are not numbered host by host: "
+                    f"the first has {list(place_of(process).hosts[0])}. Let the launcher number them so (SLURM: "
+                    "--distribution=block), or use sharding='full'."
+                )
             sizes = num_processes // min(hosts), min(hosts)
         if sizes is None or sizes == (1, num_processes):
             return (num_processes,)
         if sizes[1] < 2:
             raise HardwareError(
-                "The launch asks for replicas of one process each, of which every process would have the whole model. "
-                "Use sharding='full', or leave sharding out."
+                "With replicas of one process each, every process would have the whole model. Use sharding='full', or "
+                "leave sharding out."
             )
         if sizes[0] * sizes[1] != num_processes:
             raise HardwareError(
@@ -94,9 +101,10 @@ def asked_for(kind: Kind | None, accelerator: Accelerator | None = None) -> Shar
     sizes = _sizes_of_launch(accelerator)
     plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator is not None else None
     if plugin is None and is_asked_for():
+        _check_version(os.environ.get("FSDP_VERSION") or "1")  # which of version 1 needs a GPU to be read at all
         try:
             plugin = FullyShardedDataParallelPlugin()
-        except ValueError as error:
+        except (ValueError, KeyError, RuntimeError) as error:
             raise HardwareError(f"Accelerate cannot read the launch's settings of FSDP (FSDP_...): {error}.") from error
     if plugin is None and kind is None:
         if sizes is not None:
@@ -105,6 +113,11 @@ def asked_for(kind: Kind | None, accelerator: Accelerator | None = None) -> Shar
                 "set sharding='hybrid' in TrainConfig."
             )
         return None
+    if kind == "full" and sizes is not None and sizes[0] > 1:
+        raise HardwareError(
+            f"sharding='full' divides the model over all processes, and the launch asks for {sizes[0]} replicas. Leave "
+            "one of them out, or use sharding='hybrid'."
+        )
     source = "argument" if kind is not None else "launcher"
     sharding = Sharding(kind or ("hybrid" if sizes is not None and sizes[0] > 1 else "full"), source, sizes)
     return sharding if plugin is None else _with_plugin(sharding, plugin)
@@ -117,7 +130,7 @@ def is_asked_for() -> bool:
 
 def is_set(variable: str) -> bool:
     """Return whether a variable of the environment says yes."""
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes", "on", "y", "t")
 
 
 def _sizes_of_launch(accelerator: Accelerator | None) -> tuple[int, int] | None:
@@ -142,12 +155,16 @@ def _sizes_of_launch(accelerator: Accelerator | None) -> tuple[int, int] | None:
     return size_of("DP_REPLICATE"), size_of("DP_SHARD")
 
 
-def _with_plugin(sharding: Sharding, plugin: FullyShardedDataParallelPlugin) -> Sharding:
-    if plugin.fsdp_version != 2:
+def _check_version(version: str) -> None:
+    if version != "2":
         raise HardwareError(
-            "The launch asks for FSDP version 1, which is not supported. Launch with --fsdp_version 2 (fsdp_version: 2 "
-            "in the yaml of accelerate config), or set sharding='full' in TrainConfig."
+            f"The launch asks for FSDP version {version}, which is not supported. Launch with --fsdp_version 2 "
+            "(fsdp_version: 2 in the yaml of accelerate config), or set sharding='full' in TrainConfig."
         )
+
+
+def _with_plugin(sharding: Sharding, plugin: FullyShardedDataParallelPlugin) -> Sharding:
+    _check_version(str(plugin.fsdp_version))
     if plugin.activation_checkpointing_offload:
         raise HardwareError("fsdp_activation_checkpointing_offload is not supported. Leave it out.")
     if plugin.ignored_modules is not None:
@@ -158,7 +175,7 @@ def _with_plugin(sharding: Sharding, plugin: FullyShardedDataParallelPlugin) -> 
         frees_after_forward=bool(plugin.reshard_after_forward),
         offloads=bool(plugin.cpu_offload),
         recomputes=bool(plugin.activation_checkpointing),
-        blocks=tuple(name.strip() for name in ([names] if isinstance(names, str) else names)),
+        blocks=tuple(filter(None, (name.strip() for name in ([names] if isinstance(names, str) else names)))),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,8 +22,20 @@ def noting_successors(model: nn.Module) -> Iterator[None]:
     before = dict(model.named_parameters())
     yield
     for name, parameter in model.named_parameters():
-        if before[name] is not parameter:
-            _successors[before[name]] = parameter
+        old = before[name]
+        if old is not parameter:
+            _successors[old] = parameter
+            vars(parameter).update({key: value for key, value in vars(old).items() if key not in vars(parameter)})
+            if old.requires_grad:
+                old.register_hook(partial(_refuse_use, name))  # type: ignore[no-untyped-call]
+
+
+def _refuse_use(name: str, gradient: Tensor) -> None:
+    raise ValueError(
+        f"{name} was listed before the model was divided, or left the meta device, and its old weight is used: as in a "
+        "list of parameters of a penalty. Take it from the model where it is used; of a divided model only the part "
+        "that it belongs to can use it, in its forward."
+    )
 
 
 def newest(parameter: Any) -> Any:
@@ -32,11 +45,26 @@ def newest(parameter: Any) -> Any:
     return parameter
 
 
+def all_of(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those that it holds, as one that steps several does."""
+    found = [optimizer]
+    for one in found:  # which grows
+        for value in vars(one).values():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            found += [inner for inner in held if isinstance(inner, Optimizer) and inner not in found]
+    return found
+
+
 def train_newest(optimizer: Optimizer) -> None:
-    """Let an optimizer train what has taken the place of its parameters, with what it knows of them so far.
+    """Let an optimizer, and those within, train what has taken the place of its parameters, with what it knows so far.
 
     It may have been made, and have trained, at any time before.
     """
+    for one in all_of(optimizer):
+        _train_newest(one)
+
+
+def _train_newest(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for place, old in enumerate(group["params"]):
             parameter = group["params"][place] = newest(old)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_not
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from .compiled import repeated_blocks
@@ -93,27 +93,50 @@ def joined_inputs(model: nn.Module) -> Iterator[None]:
 
 def _joined(unit: nn.Module, args: Any, kwargs: Any) -> Any:
     given: list[Tensor] = []  # one that is given twice counts twice
+
+    def note(tensor: Tensor) -> Tensor:
+        given.append(tensor)
+        return tensor
+
     if torch.is_grad_enabled():
-        recursively_apply(_noted, (args, kwargs), given)
+        _exchanged((args, kwargs), note)
     if not given:
         return None
     copies = iter(_Identity.apply(*given))  # type: ignore[no-untyped-call]
-    return recursively_apply(lambda tensor: next(copies) if tensor.requires_grad else tensor, (args, kwargs))
+    return _exchanged((args, kwargs), lambda tensor: next(copies))
 
 
-def _noted(tensor: Tensor, given: list[Tensor]) -> Tensor:
-    if tensor.requires_grad:
-        given.append(tensor)
-    return tensor
+def _exchanged(value: Any, new: Callable[[Tensor], Any]) -> Any:
+    """Return a value with others in place of its tensors that need a gradient.
+
+    A list or dictionary stays the same object, which the unit may fill for others.
+    """
+    if isinstance(value, Tensor):
+        return new(value) if value.requires_grad else value
+    if isinstance(value, (list, dict)):
+        for key, one in list(enumerate(value) if isinstance(value, list) else value.items()):
+            value[key] = _exchanged(one, new)
+    if isinstance(value, tuple):
+        items = tuple(_exchanged(one, new) for one in value)
+        if any(map(is_not, items, value)):
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 class _Identity(torch.autograd.Function):
-    """One node for all inputs of a unit, which waits for all of their gradients."""
+    """One node for all inputs of a unit, which waits for all of their gradients; copies, which may be changed."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Any:
-        return inputs
+        return tuple(map(_copy, inputs))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return gradients
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy that lies in memory as the tensor does; the tensor itself where that cannot be."""
+    copy = tensor.clone()
+    lies_alike = copy.stride() == tensor.stride() and copy.data_ptr() % 64 == tensor.data_ptr() % 64
+    return copy if lies_alike else tensor

@@ -84,8 +84,7 @@ class ShardedGradients(LocalGradients):
 
     def context(self, micro_batch: MicroBatch, is_deferred: bool) -> AbstractContextManager[Any]:
         """Return a context that compares, in the first batch, what the processes call."""
-        is_first = self._are_all_used is None and micro_batch.batch.layout.num_processes > 1
-        return self._shards.compared_calls() if is_first else nullcontext()
+        return self._shards.compared_calls() if self._are_all_used is None else nullcontext()
 
     def backward(self, forward: Forward, micro_batch: MicroBatch) -> None:
         """Add the gradient of one micro-batch."""

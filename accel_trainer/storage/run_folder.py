@@ -76,6 +76,27 @@ def _is_refused(descriptor: int, kind: int) -> bool:
     return False
 
 
+def check_may_be_folder(path: Path) -> None:
+    """Refuse (FileExistsError) a run folder of whose name there is something else."""
+    if os.path.lexists(path) and not path.is_dir():
+        kind = "a file" if path.exists() else "a link that leads nowhere"
+        raise FileExistsError(f"run_dir {path} is {kind}. Give a folder, or a name that is free.")
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Say of an `OSError` in this block that a run folder cannot be written."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise type(error)(
+            f"run_dir {path} cannot be written: {reason}. Give a run_dir in a folder that can."
+        ) from error
+
+
 class RunFolder:
     """The files of one run, of which `keep` is the number of checkpoints that stay.
 
@@ -102,8 +123,7 @@ class RunFolder:
         self.resumed: Path | None = None
         self.aside: Path | None = None
         self.passed_over: list[str] = []
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"run_dir {self.path} is a file. Give a folder, or a name that is free.")
+        check_may_be_folder(self.path)
         if not resume:
             self._check_files("best", "checkpoints")
         elif self.path.is_dir():
@@ -151,7 +171,7 @@ class RunFolder:
         run that goes on has any.
         """
         best: dict[str, Any] | None = None
-        try:
+        with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if self.resumed is not None:
@@ -163,13 +183,6 @@ class RunFolder:
             self.best_path.parent.mkdir(exist_ok=True)
             write_whole(self.path / "history.jsonl", self.history)
             return best
-        except FileExistsError:
-            raise
-        except OSError as error:
-            reason = error.strerror or error
-            raise type(error)(
-                f"run_dir {self.path} cannot be written: {reason}. Give a run_dir in a folder that can."
-            ) from error
 
     def prepare(self, identity: Mapping[str, Any]) -> None:
         """Make the folder ready for the checkpoint of another disk; one of another run is refused."""

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -24,9 +25,9 @@ from ..base.dtensors import cut_of, gather_rows, is_cut, num_bytes
 from ..base.exchange import gather_objects
 from ..devices.hardware import Hardware
 from .checkpoints import BEST, Files, Snapshot, checkpoint_name, epoch_path, write_tensors
-from .run_folder import RunFolder
+from .run_folder import RunFolder, check_may_be_folder, explained
 from .shards import deal
-from .weight_files import Part, put_parts_in_place, write_part
+from .weight_files import Part, clean, put_parts_in_place, write_part
 
 _Result = TypeVar("_Result")
 _numbers = itertools.count()  # the same on all processes
@@ -34,49 +35,71 @@ _SECONDS_TO_BE_SEEN = 5.0  # a disk of a network may take a while
 _LONGEST_WRITE = 3600.0  # seconds that processes wait for each other
 
 
+def check_seen_by_all(run_dir: str | os.PathLike[str], hardware: Hardware) -> None:
+    """Refuse (ValueError) a run folder that not all processes see, or can write in; all call it. It stays as it is."""
+    path = Path(run_dir).expanduser().absolute()
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+
+    def begin() -> str:
+        check_may_be_folder(path)
+        with explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f".seen-{time.time_ns()}"
+            probe.touch()
+        return probe.name
+
+    probe, deadline = path / hardware.from_main(begin), time.monotonic() + _SECONDS_TO_BE_SEEN
+    while not (is_seen := probe.is_file()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    fault = _try_to_write(probe.with_name(f"{probe.name}-{hardware.process}")) if is_seen else None
+    everyone = gather_objects((is_seen, str(path), fault))
+    if hardware.is_main:
+        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+    blind = [process for process, (has_seen, _, _) in enumerate(everyone) if not has_seen]
+    unable = [process for process, (_, _, fault) in enumerate(everyone) if fault is not None]
+    if blind and everyone[blind[0]][1] != everyone[0][1]:
+        raise ValueError(
+            f"Process {blind[0]} was given the run_dir {everyone[blind[0]][1]}, and the main process "
+            f"{everyone[0][1]}. Give all the same, on a disk that all hosts share."
+        )
+    if blind:
+        raise ValueError(
+            f"Processes {blind} do not see {path} of the main process. The model is divided, and each process writes "
+            "its own part: give a run_dir on a disk that all hosts share."
+        )
+    if unable:
+        raise ValueError(
+            f"Processes {unable} cannot write in run_dir {path}: {everyone[unable[0]][2]}. The model is divided, and "
+            "each process writes its own part: give a run_dir in a folder that all can write in."
+        )
+
+
+def _try_to_write(path: Path) -> str | None:
+    """Return why a file cannot be written; `None` where it can."""
+    try:
+        path.touch()
+        path.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 class SharedFolder:
     """What a `Saver` writes to on each process of a divided model.
 
     Args:
-        run_dir: The run folder, which all processes see.
+        run_dir: The run folder, which all processes see; see `check_seen_by_all`.
         folder: The same on the main process, `None` on the others.
-        process: Index of this process.
-        num_processes: How many there are.
+        hardware: The processes.
     """
 
-    def __init__(self, run_dir: Path, folder: RunFolder | None, process: int, num_processes: int) -> None:
-        self.path, self.best_path = run_dir, run_dir / BEST
-        self._folder, self._talk = folder, _Talk(process, num_processes)
-
-    @classmethod
-    def seen_by_all(cls, run_dir: str | os.PathLike[str], folder: RunFolder | None, hardware: Hardware) -> SharedFolder:
-        """Return the run folder, or refuse (ValueError) one that not all processes see; all call it."""
-        path = Path(run_dir).expanduser().absolute()
-        probe = path / ".probe"
-
-        def write() -> str:
-            path.mkdir(parents=True, exist_ok=True)
-            probe.write_text(text := str(time.time_ns()))
-            return text
-
-        text, deadline = hardware.from_main(write), time.monotonic() + _SECONDS_TO_BE_SEEN
-        while not (is_seen := probe.is_file() and probe.read_text() == text) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        everyone = gather_objects((is_seen, str(path)))
-        blind = [process for process, (has_seen, _) in enumerate(everyone) if not has_seen]
-        if folder is not None:
-            probe.unlink(missing_ok=True)
-        if blind and everyone[blind[0]][1] != everyone[0][1]:
-            raise ValueError(
-                f"Process {blind[0]} was given the run_dir {everyone[blind[0]][1]}, and the main process "
-                f"{everyone[0][1]}. Give all the same, on a disk that all hosts share."
-            )
-        if blind:
-            raise ValueError(
-                f"Processes {blind} do not see {path} of the main process. The model is divided, and each process "
-                "writes its own part: give a run_dir on a disk that all hosts share."
-            )
-        return cls(path, folder, hardware.process, hardware.num_processes)
+    def __init__(self, run_dir: str | os.PathLike[str], folder: RunFolder | None, hardware: Hardware) -> None:
+        self.path = Path(run_dir).expanduser().absolute()
+        self.best_path = self.path / BEST
+        self._folder, self._talk = folder, _Talk(hardware.process, hardware.num_processes)
 
     @property
     def holds_best(self) -> bool:
@@ -126,8 +149,13 @@ class SharedFolder:
         return None
 
     def _save_in_parts(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        everyone: list[list[Part]] = self._talk.collect(partial(self._write_part, path, tensors))
-        put_parts_in_place(path, [Part(*part) for parts in everyone for part in parts], metadata)
+        try:
+            everyone: list[list[Part]] = self._talk.collect(partial(self._write_part, path, tensors))
+            put_parts_in_place(path, [Part(*part) for parts in everyone for part in parts], metadata)
+        except (OSError, SafetensorError):
+            with suppress(OSError):
+                clean(path)  # a full disk has no room for what is left of a failed write
+            raise
 
     def _write_part(self, path: Path, tensors: Mapping[str, Tensor]) -> list[Part]:
         """Write the tensors that were dealt to this process, if any; they say which part that is."""

@@ -75,8 +75,8 @@ def split_aliases(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str,
     # A divided tensor has no address: some processes have no row of it.
     divided = {plain_name(name): one for name, one in model.named_parameters(remove_duplicate=False) if is_cut(one)}
     for name, tensor in state.items():
-        if name in divided:
-            memory: tuple[Any, ...] = (id(divided[name]),)
+        if is_cut(tensor):  # under a name that only the model's own state_dict() knows, it is one by itself
+            memory: tuple[Any, ...] = (id(divided[name]) if name in divided else name,)
         else:
             bits = tensor.is_conj(), tensor.is_neg()
             memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), bits)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..base.codec import pack, same_bits
 from ..base.console import is_first_rank, show
-from ..base.dtensors import is_cut, local, num_bytes
+from ..base.dtensors import cut_of, is_cut, local, num_bytes
 from ..callbacks import Callback
 from ..config import TrainConfig
 from ..data.order import is_stream, num_batches
@@ -141,6 +141,8 @@ def _lines_of_run(trainer: Trainer) -> list[_Line]:
     losses += f", test loss {history.test_losses[0]:.4f}" if history.test_losses else ""
     number = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     equal = "their weights are equal bit for bit" if number > 1 else "there is nobody to differ from"
+    if any(map(is_cut, trainer.model.parameters())):
+        equal = "each has a part of the weights, and all train them with the same settings"
     doubts = " ".join(trainer.doubts.values())
     return [
         (step == _STEPS, "training", f"{step} steps and an evaluation: {losses}"),
@@ -164,17 +166,17 @@ def _line_of_model(trainer: Trainer) -> _Line:
     parts = {"weights": sum(map(num_bytes, model.parameters())), "gradients": gradients}
     parts[type(optimizer).__name__] = sum(map(num_bytes, state.values()))
     total, number = sum(parts.values()), torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    cut = next((cut_of(weight) for weight in model.parameters() if is_cut(weight)), None)
     largest = max(_bytes_by_unit(model))  # its weights and gradients are gathered
     named = ", ".join(f"{name} {size / _MEBI:,.1f}" for name, size in parts.items())
-    is_divided = any(map(is_cut, model.parameters()))
-    divided = "; ".join(
-        f"{(total / several + 2 * largest) / _MEBI:,.1f} on each of {several}"
-        for several in ((number,) if number > 1 else (2, 4, 8))
-    )
-    here = total / number + 2 * largest if is_divided else total
+    kind = "full" if cut is None or cut.number == number else "hybrid"
+    nums_parts = (cut.number,) if cut is not None else (number,) if number > 1 else (2, 4, 8)
+    by_number = {several: total / several + 2 * largest for several in nums_parts}
+    divided = "; ".join(f"{size / _MEBI:,.1f} on each of {several}" for several, size in by_number.items())
+    here = total if cut is None else by_number[cut.number]
     room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else free_memory() + here
-    text = f"{named}: {total / _MEBI:,.1f} MiB whole, without activations; with sharding='full' {divided}"
-    return here < 0.9 * room, "model", f"{text}{' (as here)' if is_divided else ''}"
+    text = f"{named}: {total / _MEBI:,.1f} MiB whole, without activations; with sharding='{kind}' {divided}"
+    return here < 0.9 * room, "model", f"{text}{'' if cut is None else ' (as here)'}"
 
 
 def _bytes_by_unit(model: nn.Module) -> list[int]:

@@ -141,6 +141,20 @@ _HINTS = {
         "its parts as modules; or set the model's _no_split_modules to the names of the classes of its blocks, so that "
         "such weights are within one, or in none."
     ),
+    "RegisterPostBackwardFunction": (
+        "A part of a divided model that is gathered by itself changes what it is given, in place, as with "
+        "nn.ReLU(inplace=True) at its beginning. Let it make a new tensor (inplace=False)."
+    ),
+    "out of bounds for storage of size 0": (
+        "The backward of a divided model has come to a part whose weights were not gathered for it: torch gathers them "
+        "for the tensors that a part returns, alone or in tuples, lists, dictionaries and dataclasses. Let each part "
+        "that is gathered by itself return what the loss depends on in that way, and not be differentiated twice; or "
+        "name larger parts, by the model's _no_split_modules."
+    ),
+    "in-place operations that require placement changes": (
+        "The optimizer calls something that torch cannot do on a part of a weight (it names it above). With sharding "
+        "use another, such as AdamW, Adam or SGD."
+    ),
     "Expected to have finished reduction": (
         "A step left some parameters without a gradient in its last micro-batch, though the first step gave every "
         "parameter one. Set find_unused_parameters=True in TrainConfig."

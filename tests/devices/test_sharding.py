@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from accel_trainer import (
 )
 from accel_trainer.base.dtensors import is_cut, local, whole
 from accel_trainer.devices.divisible import check_by_element
+from accel_trainer.devices.sharding import Sharding
 from accel_trainer.devices.units import units_of
 from support import LAYOUTS, TWO_BY_TWO, on_fork, on_processes, put_together
 
@@ -597,6 +599,46 @@ def test_processes_that_differ_are_told_and_none_waits_for_ever(kind, message, m
         assert text is None if message is None else message in text
 
 
+class OtherRate(Callback):
+    """Lowers the learning rate on the main process only."""
+
+    def on_epoch_end(self, trainer):
+        if trainer.is_main_process:
+            trainer.optimizer.param_groups[0]["lr"] *= 0.5
+
+
+GIVEN_APART = {  # what is said on both processes, and what process 1 is given
+    "num_epochs is 2 on process 0 and 3 on process 1": {"num_epochs": 3},
+    "seed is 0 on process 0 and 5 on process 1": {"seed": 5},
+    "run_dir is None on process 0 and 'given' on process 1": {"run_dir": "runs/other"},
+    "num_micro_batches is 4 on process 0 and 2 on process 1": {"num_micro_batches": 2},
+    "sharding is 'full' on process 0 and None on process 1": {"sharding": None},
+    "max_grad_norm is None on process 0 and 1.0 on process 1": {"max_grad_norm": 1.0},
+    "restore_best is True on process 0 and False on process 1": {"restore_best": False},
+    "the optimizer's lr (group 0) is 0.01 on process 0 and 0.02 on process 1": {
+        "make_optimizer": lambda weights, lr: torch.optim.AdamW(weights, lr=2 * lr)
+    },
+}
+
+
+def given_apart():
+    rank = torch.distributed.get_rank()
+    common = {"sharding": "full", "num_epochs": 2, "num_micro_batches": 4, "max_grad_norm": None}
+    texts = [refused_fit(Language(), **common | (apart if rank else {})) for apart in GIVEN_APART.values()]
+    own = {"time_limit_seconds": 1000.0 + rank, "heartbeat_seconds": 30.0 + rank, "num_threads": 1 + rank}
+    texts.append(refused_fit(Language(), **common, **own))
+    return [*texts, refused_fit(Language(), **common, callbacks=[OtherRate()])]
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_are_given_other_choices_or_settings_are_told_by_name(capfd):
+    for *found, own, changed in on_processes(2, given_apart):
+        for expected, text in zip(GIVEN_APART, found, strict=True):
+            assert text is not None and expected in text, text
+        assert own is None
+        assert "the optimizer's lr (group 0) is 0.005 on process 0 and 0.01 on process 1" in changed
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
@@ -647,6 +689,7 @@ def test_a_weight_that_is_not_finite_on_one_process_ends_all_alike():
     "environment, message",
     [
         ({**FSDP2, "FSDP_VERSION": "1"}, "FSDP version 1, which is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1, which is not supported"),
         ({**TWO_BY_TWO, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism .tp_size=2., which is not supported"),
         ({**TWO_BY_TWO, "PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism"),
         ({**TWO_BY_TWO, "PARALLELISM_CONFIG_SP_SIZE": "2"}, "sequence parallelism"),
@@ -656,7 +699,8 @@ def test_a_weight_that_is_not_finite_on_one_process_ends_all_alike():
             "_DP_SHARD_SIZE must be a whole number.* got 'two'",
         ),
         ({**TWO_BY_TWO, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "-2"}, "_DP_REPLICATE_SIZE must be a whole number"),
-        ({**FSDP2, "FSDP_VERSION": "two"}, "cannot read the launch's settings of FSDP .*: invalid literal.*'two'"),
+        ({**FSDP2, "FSDP_VERSION": "two"}, "FSDP version two, which is not supported"),
+        ({**FSDP2, "FSDP_STATE_DICT_TYPE": "ONE"}, "cannot read the launch's settings of FSDP .*: 'ONE'"),
         ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "1", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "1"}, "Leave it out"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed.*sharding='full'"),
     ],
@@ -693,8 +737,64 @@ class Sparse(Language):
         self.other = nn.Embedding(4, 4, sparse=True)
 
 
+class SharingData(Language):
+    def __init__(self):
+        super().__init__()
+        self.blocks[2].norm.weight.data = self.blocks[0].norm.weight.data
+
+
+class Hooked(Language):
+    def __init__(self):
+        super().__init__()
+        self.blocks[1].norm.weight.register_hook(lambda gradient: 0.5 * gradient)
+
+
+class Filling(Language):
+    """Its blocks fill a list."""
+
+    class Block(Block):
+        def forward(self, inputs, found):
+            found.append(super().forward(inputs))
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Filling.Block(16, 0.1) for _ in range(3))
+
+    def forward(self, tokens):
+        found = [2.0 * self.embedding(tokens)]
+        for block in self.blocks:
+            block(found[-1], found)
+        return self.head(sum(found[1:]))
+
+
+class InPlace(Language):
+    def forward(self, tokens):
+        found = 2.0 * self.embedding(tokens)
+        for block in self.blocks:
+            found = block(found)
+        return self.head(found)
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(16, 16)) for _ in range(3))
+
+
+class Keeping(Language):
+    def __init__(self):
+        super().__init__()
+        self.kept = [self.embedding.weight]
+
+    def forward(self, tokens):
+        return super().forward(tokens) + self.kept[0].sum()
+
+
 def muon(weights, lr):
     return torch.optim.Muon([weight for weight in weights if weight.ndim == 2], lr=lr)
+
+
+class Idle(torch.optim.SGD):
+    def step(self, closure=None):
+        pass
 
 
 REFUSED = {
@@ -704,6 +804,13 @@ REFUSED = {
     "nothing.weight has the shape (0, 4)": {"model": Empty},
     "Block that are trained are float32 and float64": {"model": Mixed},
     "other has sparse gradients": {"model": Sparse},
+    "blocks.0.norm.weight and blocks.2.norm.weight share memory": {"model": SharingData},
+    "blocks.1.norm.weight has a hook of its own": {"model": Hooked},
+    "blocks.0 fills a list or dictionary": {"model": Filling},
+    "Let it make a new tensor (inplace=False)": {"model": InPlace},
+    "embedding.weight was listed before the model was divided": {"model": Keeping},
+    "on a part of a weight": {"make_optimizer": torch.optim.Rprop},
+    "does not train a weight of its param_groups": {"make_optimizer": Idle},
     "Muon looks at a whole weight": {"make_optimizer": muon},
     "its state 'row_var' has the shape": {"make_optimizer": torch.optim.Adafactor},
     "Leave out fused=True": {
@@ -723,6 +830,62 @@ def test_what_cannot_be_divided_is_refused_by_name(capfd):
     for found in on_processes(2, refuse_all):
         for expected, text in zip(REFUSED, found, strict=True):
             assert text is not None and expected in text, text
+
+
+@pytest.mark.parametrize("model", [Filling, InPlace])
+def test_a_block_may_change_what_it_is_given_where_the_model_is_whole(model):
+    losses = []
+    for bitwise in (False, True):
+        torch.manual_seed(0)
+        history = trainer_of(model(), bitwise=bitwise).fit(DataLoader(data(), batch_size=16))
+        losses.append(history.train_losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class Several(torch.optim.Optimizer):
+    """Steps two others, each with half of the weights; a weight says how much of its gradient it wants."""
+
+    def __init__(self, weights, lr):
+        weights = list(weights)
+        for weight in weights:
+            weight.scale = 0.5
+        super().__init__(weights, {"lr": lr})
+        self.inner = [torch.optim.SGD(weights[::2], lr=lr), torch.optim.AdamW(weights[1::2], lr=lr)]
+
+    def step(self, closure=None):
+        for group in (group for optimizer in self.inner for group in optimizer.param_groups):
+            for weight in group["params"]:
+                weight.grad = None if weight.grad is None else weight.scale * weight.grad
+        for optimizer in self.inner:
+            optimizer.step()
+
+
+class Renamed(Language):
+    def state_dict(self, *args, **kwargs):
+        return {f"its.{name}": tensor for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+
+@pytest.mark.parametrize("how", [{"make_optimizer": Several}, {"make_model": Renamed}])
+def test_what_is_the_users_own_is_as_on_one_process(how):
+    def run(sharding):
+        torch.manual_seed(0)
+        model = how.get("make_model", Language)()
+        trainer = trainer_of(model, how.get("make_optimizer", torch.optim.AdamW), bitwise=True, sharding=sharding)
+        history = trainer.fit(DataLoader(data(), batch_size=16), DataLoader(data(21), batch_size=8))
+        return history.train_losses, digest(dict(model.named_parameters()))
+
+    expected = run(None)
+    assert expected[0][1] < expected[0][0]
+    assert on_processes(2, run, "full") == [expected, expected]
+
+
+def test_replicas_are_refused_where_processes_are_not_numbered_host_by_host(monkeypatch):
+    place = SimpleNamespace(hosts=((0, 2), (1, 3)))
+    monkeypatch.setattr("accel_trainer.devices.sharding.place_of", lambda process: place)
+    with pytest.raises(HardwareError, match=r"host by host: the first has \[0, 2\].*--distribution=block"):
+        Sharding("hybrid", "argument").mesh_sizes(0, 4)
+    place.hosts = ((0, 1), (2, 3))
+    assert Sharding("hybrid", "argument").mesh_sizes(0, 4) == (2, 2)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta"])

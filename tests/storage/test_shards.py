@@ -1,6 +1,7 @@
 """Files of divided models: shards that any number of processes reads, best weights in parts, all or nothing."""
 
 import contextlib
+import errno
 import json
 import os
 import pickletools
@@ -416,21 +417,36 @@ def test_parts_of_other_weights_are_found(tmp_path):
         weight_files.check(path)
 
 
-def run_apart(tmp_path, is_named_alike):
-    rank = torch.distributed.get_rank()
-    if is_named_alike and rank:
+def run_apart(tmp_path, kind):
+    rank, touch = torch.distributed.get_rank(), type(tmp_path).touch
+    if kind == "unseen" and rank:
         type(tmp_path).is_file = lambda path: False
-    return refused(run, tmp_path / ("disk" if is_named_alike else f"disk {rank}"), "2")
+    if kind == "read only" and rank:
+        type(tmp_path).touch = fail_with_read_only
+    if kind == "of main" and not rank:
+        type(tmp_path).touch = fail_with_read_only
+    try:
+        return refused(run, tmp_path / (f"disk {rank}" if kind == "elsewhere" else "disk"), "2")
+    finally:
+        type(tmp_path).touch = touch
+
+
+def fail_with_read_only(path):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 @pytest.mark.distributed
 def test_a_folder_that_not_all_processes_see_is_refused(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(shared_folder, "_SECONDS_TO_BE_SEEN", 0.5)
-    for text in on_processes(2, run_apart, tmp_path, True):
+    for text in on_processes(2, run_apart, tmp_path, "unseen"):
         assert "Processes [1] do not see" in text and "on a disk that all hosts share" in text
-    for text in on_processes(2, run_apart, tmp_path, False):
+    for text in on_processes(2, run_apart, tmp_path, "elsewhere"):
         assert f"Process 1 was given the run_dir {tmp_path}/disk 1, and the main process {tmp_path}/disk 0" in text
-    assert not list(tmp_path.glob("*/.probe"))
+    for text in on_processes(2, run_apart, tmp_path, "read only"):
+        assert f"Processes [1] cannot write in run_dir {tmp_path}/disk: Read-only file system" in text
+    assert not list(tmp_path.iterdir())
+    for text in on_processes(2, run_apart, tmp_path, "of main"):
+        assert f"run_dir {tmp_path}/disk cannot be written: Read-only file system. Give a run_dir" in text
 
 
 @pytest.mark.distributed

@@ -144,6 +144,7 @@ def test_check_tells_on_one_page_and_on_two_processes(module, tmp_path, capsys):
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"with sharding='full' [\d.]+ on each of 2 \(as here\)", done.stdout)
     assert "tensors of model and optimizer come back bit for bit" in done.stdout
+    assert "2: each has a part of the weights, and all train them with the same settings" in done.stdout
     assert not list((tmp_path / "runs").iterdir())
 
 
