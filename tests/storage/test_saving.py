@@ -548,7 +548,7 @@ RESTARTED = (
 def test_a_launcher_that_restarts_goes_on_by_itself(tmp_path):
     (tmp_path / "script.py").write_text(RESTARTED)
     arguments = str(ROOT / "tests"), str(tmp_path / "run"), "3", "0"
-    done = torchrun(tmp_path / "script.py", *arguments, options=["--max_restarts=2"], timeout=110)
+    done = torchrun(tmp_path / "script.py", *arguments, options=["--max_restarts=2"], forks=True, timeout=110)
     assert done.returncode == 0 and "returned 3 all 3 epochs done" in done.stdout, done.stderr
     assert History.load(tmp_path / "run").num_epochs == 3
 

@@ -7,7 +7,7 @@ import pytest
 
 from accel_trainer import History
 from accel_trainer.tools.cli import main
-from support import ROOT, torchrun
+from support import ROOT, on_processes, torchrun
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
 
@@ -126,9 +126,9 @@ def test_an_error_of_the_users_code_keeps_its_traceback(module):
 
 
 @pytest.mark.distributed
-def test_check_tells_on_one_page_and_on_two_processes(module, tmp_path, capsys):
+def test_check_tells_on_one_page_and_on_two_processes(module, tmp_path, capfd):
     assert main(["check", module, "--num_epochs", "7"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
     assert [line.split("  ")[1].strip() or line for line in lines]
     assert [line.split()[0] for line in lines] == ["ok"] * 8
     assert "16 tensors of model and optimizer come back bit for bit" in lines[3]
@@ -139,12 +139,12 @@ def test_check_tells_on_one_page_and_on_two_processes(module, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2: their weights are equal bit for bit") == 1
     (tmp_path / "runs").mkdir()
-    divided = [*("--num_micro_batches", "2"), *("--sharding", "full"), *("--run_dir", tmp_path / "runs/run")]
-    done = torchrun("accel_trainer", "check", module, *divided, options=["-m"], cwd=ROOT / "tests")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"with sharding='full' [\d.]+ on each of 2 \(as here\)", done.stdout)
-    assert "tensors of model and optimizer come back bit for bit" in done.stdout
-    assert "2: each has a part of the weights, and all train them with the same settings" in done.stdout
+    divided = [*("--num_micro_batches", "2"), *("--sharding", "full"), *("--run_dir", str(tmp_path / "runs/run"))]
+    assert on_processes(2, main, ["check", module, *divided]) == [0, 0]
+    told = capfd.readouterr().out
+    assert re.search(r"with sharding='full' [\d.]+ on each of 2 \(as here\)", told)
+    assert "tensors of model and optimizer come back bit for bit" in told
+    assert "2: each has a part of the weights, and all train them with the same settings" in told
     assert not list((tmp_path / "runs").iterdir())
 
 
