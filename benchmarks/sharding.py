@@ -272,7 +272,7 @@ class OursFiles:
         main = RunFolder(folder, keep=1) if hardware.is_main else None
         if main is not None:
             main.open({})
-        self.folder = SharedFolder.seen_by_all(folder, main, hardware)
+        self.folder = SharedFolder(folder, main, hardware)
         self.model, self.optimizer, self.buffers, self.step = model, optimizer, _HostBuffers(), 0
 
     def save(self, round: int) -> None:

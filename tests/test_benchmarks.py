@@ -39,6 +39,13 @@ def test_every_part_of_what_a_gpu_is_asked_runs_to_its_end(tmp_path):
     )
 
 
+@pytest.mark.distributed
+def test_saving_a_divided_model_is_measured():
+    command = [sys.executable, BENCHMARKS / "sharding.py", "--small", "--only", "files"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "save, ours" in done.stdout and "load, DCP" in done.stdout, done.stderr
+
+
 def test_what_is_wrong_ends_with_1_and_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     gpu = runpy.run_path(str(BENCHMARKS / "gpu.py"))
