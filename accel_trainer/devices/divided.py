@@ -111,8 +111,8 @@ class Shards:
     def compared_calls(self) -> Iterator[None]:
         """Refuse (ValueError) a model of which the processes call other units in this block: they would wait for ever.
 
-        A unit is gathered where it is called, so all processes must call the same ones in the same order. And it is
-        given copies of lists and dictionaries: one that fills them for others is refused too.
+        A unit is gathered where it is called, so all processes must call the same ones in the same order. One that
+        fills what it is given is refused too.
         """
         name_of = {module: name or "the model" for name, module in self.model.named_modules()}
         all_names = [*(name_of[unit] for unit in self.units), "nothing more of the model"]
@@ -129,22 +129,8 @@ class Shards:
                     "_no_split_modules, or fsdp_transformer_layer_cls_to_wrap."
                 )
 
-        given: dict[nn.Module, list[Any]] = {}
-
-        def note(unit: nn.Module, args: Any, kwargs: Any) -> None:
-            given[unit] = tree_leaves((args, kwargs))
-
-        def look_for_more(unit: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
-            before = given.pop(unit)  # which holds them, so that no other object has their ids
-            if torch.is_grad_enabled() and {*map(id, tree_leaves((args, kwargs)))} - {*map(id, before)}:
-                raise ValueError(
-                    f"{name_of[unit]} fills a list or dictionary that it is given. A part of a divided model that is "
-                    "gathered by itself is given copies of them: let it return what it adds."
-                )
-
         called = zip(self.units, all_names, strict=False)
-        hooks = [unit.register_forward_pre_hook(note, with_kwargs=True) for unit in self.units[:-1]]
-        hooks += [unit.register_forward_hook(look_for_more, with_kwargs=True) for unit in self.units[:-1]]
+        hooks = [hook for unit in self.units[:-1] for hook in _refuse_to_fill(unit, name_of[unit])]
         hooks += [unit.register_forward_pre_hook(partial(compare, name), prepend=True) for unit, name in called]
         hooks.append(self.model.register_forward_hook(partial(compare, all_names[-1])))
         try:
@@ -186,6 +172,29 @@ def _emptied(hooks_of: _Hooks, model: nn.Module) -> list[Any]:
     while hooks:
         hooks.pop().remove()
     return hooks
+
+
+def _refuse_to_fill(unit: nn.Module, name: str) -> tuple[Any, Any]:
+    """Refuse (ValueError) a unit that fills a list or dictionary for others, of which torch gives it a copy.
+
+    Returns:
+        Its hooks, which do so until they are removed.
+    """
+    given: list[Any] = []  # kept for the time of the call, so that no other object has their ids
+
+    def note(unit: nn.Module, args: Any, kwargs: Any) -> None:
+        given[:] = tree_leaves((args, kwargs))
+
+    def look_for_more(unit: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+        if torch.is_grad_enabled() and {*map(id, tree_leaves((args, kwargs)))} - {*map(id, given)}:
+            raise ValueError(
+                f"{name} fills a list or dictionary that it is given. A part of a divided model that is gathered by "
+                "itself is given copies of them: let it return what it adds."
+            )
+        given.clear()
+
+    before = unit.register_forward_pre_hook(note, with_kwargs=True)
+    return before, unit.register_forward_hook(look_for_more, with_kwargs=True)
 
 
 def _note_name(note: Callable[[str], object], name: str, _: Tensor) -> None:

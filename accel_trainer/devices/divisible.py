@@ -107,13 +107,14 @@ def check_by_element(optimizer: Optimizer, device: torch.device, bitwise: bool) 
 
     A process has some of the rows of a weight: each element must be trained by itself.
     Each group's settings are tried, by copies: the optimizer itself stays as it is. With `bitwise` not one bit may
-    differ.
+    differ. Of an optimizer that steps others, these are tried.
     """
-    _, *inner = all_of(optimizer)
-    for held in inner:
-        check_by_element(held, device, bitwise)
-    if inner:
-        return
+    for one in all_of(optimizer):
+        if all_of(one) == [one]:
+            _check_by_element(one, device, bitwise)
+
+
+def _check_by_element(optimizer: Optimizer, device: torch.device, bitwise: bool) -> None:
     kind = type(optimizer)
     if (kind.state_dict, kind.load_state_dict) != (Optimizer.state_dict, Optimizer.load_state_dict):
         raise ValueError(

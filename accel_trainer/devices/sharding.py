@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch.distributed
@@ -50,20 +51,20 @@ class Sharding:
         """Return the sizes of the mesh: parts, or replicas and parts of each."""
         sizes = self.sizes
         if sizes is None and self.kind == "hybrid" and num_processes > 1:
-            hosts = {len(processes) for processes in place_of(process).hosts}
-            if len(hosts) > 1:
+            hosts = place_of(process).hosts
+            sizes_of_hosts = {len(processes) for processes in hosts}
+            if len(sizes_of_hosts) > 1:
                 raise HardwareError(
-                    f"sharding='hybrid' puts a replica on each host, and the hosts have {sorted(hosts)} processes. "
-                    "Start equally many on each, or use sharding='full'."
+                    f"sharding='hybrid' puts a replica on each host, and the hosts have {sorted(sizes_of_hosts)} "
+                    "processes. Start equally many on each, or use sharding='full'."
                 )
-            numbers = [number for processes in place_of(process).hosts for number in processes]
-            if numbers != sorted(numbers):
+            if list(chain(*hosts)) != list(range(num_processes)):
                 raise HardwareError(
                     "sharding='hybrid' puts a replica on each host, and the processes are not numbered host by host: "
-                    f"the first has {list(place_of(process).hosts[0])}. Let the launcher number them so (SLURM: "
+                    f"the first has {list(hosts[0])}. Let the launcher number them so (SLURM: "
                     "--distribution=block), or use sharding='full'."
                 )
-            sizes = num_processes // min(hosts), min(hosts)
+            sizes = len(hosts), len(hosts[0])
         if sizes is None or sizes == (1, num_processes):
             return (num_processes,)
         if sizes[1] < 2:
